@@ -1,0 +1,303 @@
+"""Every setting of the two trainers, as frozen dataclasses.
+
+Each field carries its help text in ``metadata["help"]``; the command line, ``--print-config`` and the
+docs all read it from there. Checks that involve one dataclass stand in its ``__post_init__``. This module
+imports neither torch nor transformers, so that ``hydra-ppo --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hydra_ppo.errors import ConfigError
+
+Quantization = Literal["int8", "nf4", "fp4"]
+
+
+def setting(default: Any, help: str) -> Any:
+    """Declare a field with a default (a callable builds mutable ones) and its help text."""
+    if callable(default):
+        return field(default_factory=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def required(help: str) -> Any:
+    """Declare a field without a default."""
+    return field(metadata={"help": help})
+
+
+def _check(config: Any, name: str, ok: bool, rule: str, remedy: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}={getattr(config, name)!r} {rule}; {remedy}.")
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(config, name, value is None or value > 0, "must be greater than 0", f"set {name} to a positive number")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(config, name, value is None or value >= 0, "must not be negative", f"set {name} to 0 or more")
+
+
+def _fraction(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(config, name, value is None or 0 <= value <= 1, "must lie in [0, 1]", f"choose {name} between 0 and 1")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Shape of the LoRA adapters. PPO copies the shape of a trained `sft` adapter and ignores these."""
+
+    r: int = setting(16, "Rank of the adapters.")
+    alpha: int = setting(32, "Scaling numerator: the update is alpha / r * B A.")
+    target_modules: str | list[str] = setting(
+        "all-linear", "Names of the linear layers to adapt, or all-linear for every one but the output head."
+    )
+    use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
+
+    def __post_init__(self) -> None:
+        _positive(self, "r", "alpha")
+        _check(self, "target_modules", bool(self.target_modules), "names no layer", "use all-linear")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The shared base and how it is held in memory."""
+
+    name_or_path: str = required(
+        "A Hugging Face causal LM (hub name or local folder), or a folder written by this program (a run of sft or ppo)."
+    )
+    quantization: Quantization | None = setting(None, "Quantise the base's linear layers: int8, nf4 or fp4; null keeps them.")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "Compute type; auto is the checkpoint's own on a GPU and fp32 on a CPU."
+    )
+    attention: Literal["auto", "flash_attention_2", "sdpa"] = setting(
+        "auto", "Attention kernel; auto takes flash-attention where it is installed and usable, else SDPA."
+    )
+    trunk_layers: int = setting(0, "Adapters sit on the layers above this many; the layers below are shared by all roles.")
+    gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass instead of keeping them.")
+    trust_remote_code: bool = setting(False, "Allow Python code shipped inside the model folder to run.")
+    device: str = setting("auto", "Device of the base: auto, cpu, cuda or cuda:N.")
+    lora: LoraSettings = setting(LoraSettings, "Shape of the LoRA adapters.")
+
+    def __post_init__(self) -> None:
+        _check(self, "name_or_path", bool(self.name_or_path), "is empty", "name a model or a folder")
+        _not_negative(self, "trunk_layers")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where examples come from and how long they may be."""
+
+    train: str = required("Training data: a .jsonl, .json or .parquet file, or a hub dataset (name or name:config).")
+    eval: str | None = setting(None, "Held-out data of the same kind; null splits eval_fraction off the training data.")
+    split: str = setting("train", "Split to read when the training data is a hub dataset.")
+    eval_split: str = setting("test", "Split to read when the held-out data is a hub dataset.")
+    eval_fraction: float = setting(0.05, "Share of the training data held out when no eval data is given.")
+    max_prompt_tokens: int = setting(512, "Longest prompt, in tokens.")
+    max_response_tokens: int = setting(512, "Longest chosen or rejected response of a preference pair, in tokens.")
+    long_prompts: Literal["error", "drop", "truncate"] = setting(
+        "truncate", "A prompt over the limit: stop, drop the row, or keep its last max_prompt_tokens tokens."
+    )
+    skip_bad_rows: bool = setting(False, "Drop and count malformed rows instead of stopping at them.")
+
+    def __post_init__(self) -> None:
+        _check(self, "train", bool(self.train), "is empty", "name a file or a dataset")
+        _positive(self, "max_prompt_tokens", "max_response_tokens")
+        _check(self, "eval_fraction", 0 <= self.eval_fraction < 1, "must lie in [0, 1)", "choose for example 0.05")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = setting(1e-4, "Peak learning rate.")
+    weight_decay: float = setting(0.0, "Decoupled weight decay.")
+    beta1: float = setting(0.9, "Decay of AdamW's first moment.")
+    beta2: float = setting(0.95, "Decay of AdamW's second moment.")
+    eps: float = setting(1e-8, "AdamW's denominator offset.")
+    max_grad_norm: float | None = setting(1.0, "Clip the gradient norm to this; null clips nothing.")
+    schedule: Literal["constant", "linear", "cosine"] = setting("constant", "Learning rate after the warm-up.")
+    warmup_fraction: float = setting(0.0, "Share of the optimizer steps over which the learning rate rises from 0.")
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "eps", "max_grad_norm")
+        _not_negative(self, "weight_decay")
+        _fraction(self, "warmup_fraction")
+        for name in ("beta1", "beta2"):
+            _check(self, name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)", "choose for example 0.9")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The run folder and what is written to it."""
+
+    output: str = required("Run folder: config.yaml, metrics.jsonl, samples.jsonl, plots, adapters and heads go there.")
+    seed: int = setting(0, "Seed of every random source.")
+    overwrite: bool = setting(False, "Replace what an earlier run left in the output folder.")
+    log_every: int = setting(1, "Write metrics every this many steps.")
+    save_every: int = setting(50, "Write a checkpoint every this many steps; 0 writes only at the end.")
+    keep_last: int = setting(2, "Checkpoints kept on disk.")
+    trackers: list[Literal["tensorboard", "wandb"]] = setting(list, "Also log to these, through accelerate.")
+    project: str = setting("hydra-ppo", "Project name that the trackers show.")
+    memory: Literal["auto", "always", "never"] = setting(
+        "auto", "Measure peak memory by phase: auto is every step on a GPU and the first two steps on a CPU."
+    )
+    progress: bool = setting(True, "Show progress bars and sample tables.")
+
+    def __post_init__(self) -> None:
+        _check(self, "output", bool(self.output), "is empty", "name a folder, for example runs/my-run")
+        _positive(self, "log_every", "keep_last")
+        _not_negative(self, "save_every", "seed")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Joint supervised fine-tuning and reward modelling on preference pairs."""
+
+    model: ModelSettings
+    data: DataSettings
+    run: RunSettings
+    optimizer: OptimizerSettings = setting(OptimizerSettings, "AdamW and its schedule.")
+    method: Literal["lora", "full"] = setting("lora", "Train a LoRA adapter over the frozen base, or the base itself.")
+    sft_coef: float = setting(1.0, "Weight of the cross-entropy on the chosen response; 0 trains the reward model alone.")
+    reward_coef: float = setting(0.1, "Weight of the ranking loss -log sigmoid(r_chosen - r_rejected); 0 trains the SFT model alone.")
+    adapter: str = setting("sft", "Name of the adapter to train; 'reward' makes a reward model of its own beside 'sft'.")
+    epochs: int = setting(1, "Passes over the training pairs.")
+    max_steps: int | None = setting(None, "Stop after this many optimizer steps.")
+    batch_size: int = setting(32, "Preference pairs per optimizer step.")
+    microbatch_size: int = setting(4, "Preference pairs per forward and backward pass.")
+    eval_every: int = setting(50, "Evaluate on held-out pairs every this many steps.")
+    eval_pairs: int = setting(256, "Held-out pairs used per evaluation.")
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "sft_coef", "reward_coef")
+        _positive(self, "epochs", "max_steps", "batch_size", "microbatch_size", "eval_every", "eval_pairs")
+        if self.sft_coef == 0 and self.reward_coef == 0:
+            raise ConfigError("sft_coef=0 and reward_coef=0 leave nothing to train; set at least one above 0.")
+        if self.method == "full" and self.model.quantization is not None:
+            raise ConfigError(
+                f"method='full' cannot train a base with model.quantization={self.model.quantization!r}; "
+                "use method='lora' or model.quantization=null."
+            )
+        if self.adapter not in ("sft", "reward"):
+            raise ConfigError(f"adapter={self.adapter!r} is not a trainable adapter of this stage; choose 'sft' or 'reward'.")
+        if self.adapter == "reward" and self.sft_coef != 0:
+            raise ConfigError(f"adapter='reward' trains a reward model alone, but sft_coef={self.sft_coef}; set sft_coef=0.")
+        if self.adapter == "reward" and self.method == "full":
+            raise ConfigError("adapter='reward' with method='full' would change the base under the sft adapter; use method='lora'.")
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How responses are sampled and scored."""
+
+    batch_size: int = setting(64, "Prompts per PPO step; one response is sampled for each.")
+    generation_batch_size: int | None = setting(None, "Prompts decoded together; null decodes the whole batch at once.")
+    max_new_tokens: int = setting(128, "Longest response, in tokens.")
+    temperature: float = setting(1.0, "Sampling temperature; log-probs are those of the temperature-scaled policy.")
+    top_k: int | None = setting(None, "Sample among this many most likely tokens; null is all.")
+    top_p: float | None = setting(None, "Sample among the smallest set of tokens with this probability; null is all.")
+    recompute_logprobs: bool = setting(
+        False, "Recompute the sampled tokens' log-probs in a pass of its own instead of keeping the sampler's."
+    )
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch_size", "generation_batch_size", "max_new_tokens", "temperature", "top_k")
+        _check(self, "top_p", self.top_p is None or 0 < self.top_p <= 1, "must lie in (0, 1]", "choose for example 0.95")
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """One term of the score."""
+
+    kind: Literal["head", "function", "classifier"] = setting("head", "The model's own reward head, a Python function or a sequence classifier.")
+    target: str | None = setting(None, "function: package.module:function over (prompts, responses); classifier: model name or folder.")
+    weight: float = setting(1.0, "Factor of this term in the sum.")
+
+    def __post_init__(self) -> None:
+        if self.kind == "head" and self.target is not None:
+            raise ConfigError(f"target={self.target!r} does not go with kind='head'; leave target out.")
+        if self.kind != "head" and not self.target:
+            raise ConfigError(f"kind={self.kind!r} needs a target; give package.module:function or a model folder.")
+        if self.kind == "function" and (self.target or "").count(":") != 1:
+            raise ConfigError(f"target={self.target!r} is not of the form package.module:function; write it so.")
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """What the score of a response is made of."""
+
+    sources: list[RewardSource] = setting(lambda: [RewardSource()], "Terms of the score; their weighted values are added.")
+    score_clip: float | None = setting(None, "Clip scores to [-score_clip, score_clip] (after normalisation).")
+    score_normalization: bool = setting(False, "Divide scores by their running standard deviation after subtracting their running mean.")
+    missing_eos_penalty: float = setting(0.0, "Subtracted from the score of a response that does not end with the end-of-sequence token.")
+
+    def __post_init__(self) -> None:
+        _check(self, "sources", len(self.sources) > 0, "names no source", "give at least one")
+        _positive(self, "score_clip")
+        _not_negative(self, "missing_eos_penalty")
+
+
+@dataclass(frozen=True)
+class KLSettings:
+    """The penalty that keeps the actor near the reference."""
+
+    coef: float = setting(0.02, "Weight of the per-token KL in the reward (kl_coef).")
+    estimator: Literal["k1", "k3"] = setting("k1", "k1: log-ratio; k3: exp(-d) - 1 + d, never negative, lower variance.")
+    adaptive: bool = setting(False, "Steer the coefficient towards the target KL.")
+    target: float = setting(6.0, "KL per response, in nats, that the adaptive coefficient aims at.")
+    horizon: int = setting(10000, "Responses over which the adaptive coefficient reacts.")
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "coef")
+        _positive(self, "target", "horizon")
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Proximal policy optimisation with all four roles on one base."""
+
+    model: ModelSettings
+    data: DataSettings
+    run: RunSettings
+    rollout: RolloutSettings = setting(RolloutSettings, "How responses are sampled.")
+    reward: RewardSettings = setting(RewardSettings, "What the score is made of.")
+    kl: KLSettings = setting(KLSettings, "The KL penalty.")
+    optimizer: OptimizerSettings = setting(lambda: OptimizerSettings(learning_rate=5e-5), "AdamW and its schedule.")
+    critic_learning_rate: float | None = setting(None, "Peak learning rate of the critic; null is the actor's.")
+    steps: int = setting(100, "PPO steps: rollouts, each followed by its updates.")
+    ppo_epochs: int = setting(4, "Passes over each rollout.")
+    minibatch_size: int = setting(16, "Responses per optimizer step.")
+    microbatch_size: int = setting(4, "Most responses per forward and backward pass.")
+    microbatch_tokens: int | None = setting(None, "Most tokens, padding included, per forward and backward pass; null sets no limit.")
+    gamma: float = setting(1.0, "Discount per token.")
+    gae_lambda: float = setting(0.95, "Decay of generalised advantage estimation.")
+    whiten_advantages: bool = setting(True, "Give the advantages of a rollout mean 0 and variance 1.")
+    clip_range: float = setting(0.2, "Policy ratio clip.")
+    value_clip_range: float | None = setting(0.2, "Value clip around the rollout's values; null clips nothing.")
+    vf_coef: float = setting(0.5, "Weight of the value loss.")
+    entropy_coef: float = setting(0.0, "Weight of the entropy bonus.")
+    target_kl: float | None = setting(None, "Stop a step's updates once the approximate KL to the rollout policy passes this (nats per token).")
+    critic_warmup_steps: int = setting(0, "First steps in which only the critic is updated.")
+    sample_every: int = setting(10, "Record samples every this many steps.")
+    eval_every: int = setting(0, "Score held-out prompts every this many steps; 0 only before and after training.")
+    eval_prompts: int = setting(128, "Held-out prompts used per evaluation.")
+
+    def __post_init__(self) -> None:
+        _positive(self, "critic_learning_rate", "steps", "ppo_epochs", "minibatch_size", "microbatch_size", "microbatch_tokens")
+        _positive(self, "clip_range", "value_clip_range", "vf_coef", "target_kl", "sample_every", "eval_prompts")
+        _not_negative(self, "entropy_coef", "critic_warmup_steps", "eval_every")
+        _fraction(self, "gamma", "gae_lambda")
+        rows = self.rollout.batch_size
+        if rows % self.minibatch_size:
+            raise ConfigError(
+                f"rollout.batch_size={rows} is not divisible by minibatch_size={self.minibatch_size}; "
+                f"choose a minibatch_size that divides {rows}."
+            )

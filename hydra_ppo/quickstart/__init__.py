@@ -1,0 +1,1 @@
+"""Quickstart: the whole of RLHF on a laptop, without a download."""

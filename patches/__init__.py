@@ -1,0 +1,1 @@
+"""Puts HydraModel into PPO code that already exists."""

@@ -1,0 +1,1 @@
+"""Measures, simulates, compares and plans memory."""
