@@ -167,7 +167,9 @@ class SFTConfig:
     optimizer: OptimizerSettings = setting(OptimizerSettings, "AdamW and its schedule.")
     method: Literal["lora", "full"] = setting("lora", "Train a LoRA adapter over the frozen base, or the base itself.")
     sft_coef: float = setting(1.0, "Weight of the cross-entropy on the chosen response; 0 trains the reward model alone.")
-    reward_coef: float = setting(0.1, "Weight of the ranking loss -log sigmoid(r_chosen - r_rejected); 0 trains the SFT model alone.")
+    reward_coef: float = setting(
+        0.1, "Weight of the ranking loss -log sigmoid(r_chosen - r_rejected); 0 trains the SFT model alone."
+    )
     adapter: str = setting("sft", "Name of the adapter to train; 'reward' makes a reward model of its own beside 'sft'.")
     epochs: int = setting(1, "Passes over the training pairs.")
     max_steps: int | None = setting(None, "Stop after this many optimizer steps.")
@@ -191,7 +193,9 @@ class SFTConfig:
         if self.adapter == "reward" and self.sft_coef != 0:
             raise ConfigError(f"adapter='reward' trains a reward model alone, but sft_coef={self.sft_coef}; set sft_coef=0.")
         if self.adapter == "reward" and self.method == "full":
-            raise ConfigError("adapter='reward' with method='full' would change the base under the sft adapter; use method='lora'.")
+            raise ConfigError(
+                "adapter='reward' with method='full' would change the base under the sft adapter; use method='lora'."
+            )
 
 
 @dataclass(frozen=True)
@@ -217,8 +221,12 @@ class RolloutSettings:
 class RewardSource:
     """One term of the score."""
 
-    kind: Literal["head", "function", "classifier"] = setting("head", "The model's own reward head, a Python function or a sequence classifier.")
-    target: str | None = setting(None, "function: package.module:function over (prompts, responses); classifier: model name or folder.")
+    kind: Literal["head", "function", "classifier"] = setting(
+        "head", "The model's own reward head, a Python function or a sequence classifier."
+    )
+    target: str | None = setting(
+        None, "function: package.module:function over (prompts, responses); classifier: model name or folder."
+    )
     weight: float = setting(1.0, "Factor of this term in the sum.")
 
     def __post_init__(self) -> None:
@@ -236,8 +244,12 @@ class RewardSettings:
 
     sources: list[RewardSource] = setting(lambda: [RewardSource()], "Terms of the score; their weighted values are added.")
     score_clip: float | None = setting(None, "Clip scores to [-score_clip, score_clip] (after normalisation).")
-    score_normalization: bool = setting(False, "Divide scores by their running standard deviation after subtracting their running mean.")
-    missing_eos_penalty: float = setting(0.0, "Subtracted from the score of a response that does not end with the end-of-sequence token.")
+    score_normalization: bool = setting(
+        False, "Divide scores by their running standard deviation after subtracting their running mean."
+    )
+    missing_eos_penalty: float = setting(
+        0.0, "Subtracted from the score of a response that does not end with the end-of-sequence token."
+    )
 
     def __post_init__(self) -> None:
         _check(self, "sources", len(self.sources) > 0, "names no source", "give at least one")
@@ -276,7 +288,9 @@ class PPOConfig:
     ppo_epochs: int = setting(4, "Passes over each rollout.")
     minibatch_size: int = setting(16, "Responses per optimizer step.")
     microbatch_size: int = setting(4, "Most responses per forward and backward pass.")
-    microbatch_tokens: int | None = setting(None, "Most tokens, padding included, per forward and backward pass; null sets no limit.")
+    microbatch_tokens: int | None = setting(
+        None, "Most tokens, padding included, per forward and backward pass; null sets no limit."
+    )
     gamma: float = setting(1.0, "Discount per token.")
     gae_lambda: float = setting(0.95, "Decay of generalised advantage estimation.")
     whiten_advantages: bool = setting(True, "Give the advantages of a rollout mean 0 and variance 1.")
@@ -284,7 +298,9 @@ class PPOConfig:
     value_clip_range: float | None = setting(0.2, "Value clip around the rollout's values; null clips nothing.")
     vf_coef: float = setting(0.5, "Weight of the value loss.")
     entropy_coef: float = setting(0.0, "Weight of the entropy bonus.")
-    target_kl: float | None = setting(None, "Stop a step's updates once the approximate KL to the rollout policy passes this (nats per token).")
+    target_kl: float | None = setting(
+        None, "Stop a step's updates once the approximate KL to the rollout policy passes this (nats per token)."
+    )
     critic_warmup_steps: int = setting(0, "First steps in which only the critic is updated.")
     sample_every: int = setting(10, "Record samples every this many steps.")
     eval_every: int = setting(0, "Score held-out prompts every this many steps; 0 only before and after training.")

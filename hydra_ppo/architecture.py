@@ -1,0 +1,146 @@
+"""Finds the parts of a Hugging Face causal LM that a shared base needs, or says which one is missing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hydra_ppo.errors import UnsupportedModelError
+from hydra_ppo.logprobs import LMHead
+
+PROBE_TOLERANCE = 1e-3
+"""Largest relative difference between the model's own logits and `LMHead`'s at which the head counts as understood."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where the parts of one causal LM are.
+
+    Attributes:
+        causal_lm: the whole model.
+        backbone: the part that returns final hidden states.
+        layers: its decoder layers, in order.
+        layers_name: attribute that holds them (`layers`, `h`), as PEFT's `layers_pattern` wants it.
+    """
+
+    causal_lm: PreTrainedModel
+    backbone: nn.Module
+    layers: nn.ModuleList
+    layers_name: str
+
+    @property
+    def config(self) -> Any:
+        return self.causal_lm.config
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the final hidden states (OPT-350m projects them down)."""
+        return self.output_embeddings.weight.shape[1]
+
+    @property
+    def output_embeddings(self) -> nn.Linear:
+        return self.causal_lm.get_output_embeddings()
+
+    def lm_head(self) -> LMHead:
+        """Return the output head as tensors; they are the model's own, not copies."""
+        linear = self.output_embeddings
+        return LMHead(linear.weight, linear.bias, getattr(self.config, "final_logit_softcapping", None))
+
+    def linear_names(self) -> list[str]:
+        """Return the names, last part only, of all linear layers inside the decoder layers."""
+        names = {name.rsplit(".", 1)[-1] for name, module in self.layers[0].named_modules() if is_linear(module)}
+        return sorted(names)
+
+    def sliding_windows(self) -> dict[str, int | None]:
+        """Return the attention window in tokens by layer type; None is no window."""
+        window = getattr(self.config, "sliding_window", None)
+        types = getattr(self.config, "layer_types", None)
+        if types is None:
+            types = ["sliding_attention" if window is not None else "full_attention"]
+        return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(types)}
+
+
+def inspect_architecture(causal_lm: PreTrainedModel) -> Architecture:
+    """Find the backbone, decoder layers and output head of `causal_lm`.
+
+    Raises:
+        UnsupportedModelError: naming the part that is missing.
+    """
+    kind = type(causal_lm).__name__
+
+    def missing(what: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"model={kind} cannot be a shared base: it has no {what}; use a decoder-only causal LM such as Llama, Mistral, "
+            "Qwen2, Qwen3, Gemma 3 (text), Phi-3, GPT-2, GPT-NeoX or OPT."
+        )
+
+    if getattr(causal_lm.config, "is_encoder_decoder", False):
+        raise missing("decoder-only stack (it is an encoder-decoder)")
+    head = causal_lm.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise missing("output head that is one linear layer")
+    backbone = getattr(causal_lm, causal_lm.base_model_prefix, None)
+    if not isinstance(backbone, nn.Module):
+        raise missing(f"backbone under its base_model_prefix {causal_lm.base_model_prefix!r}")
+    stacks = [
+        (name.rsplit(".", 1)[-1], module)
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], GradientCheckpointingLayer)
+    ]
+    if len(stacks) != 1:
+        raise missing(f"single list of decoder layers (found {len(stacks)})")
+    kinds = set(getattr(causal_lm.config, "layer_types", None) or ["full_attention"])
+    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise missing(f"plain attention in every layer (found {', '.join(unknown)})")
+    architecture = Architecture(causal_lm, backbone, stacks[0][1], stacks[0][0])
+    if not architecture.linear_names():
+        raise missing("linear layer inside its decoder layers")
+    return architecture
+
+
+@torch.no_grad()
+def check_head(architecture: Architecture) -> None:
+    """Compare the model's own logits of two tokens with those that `LMHead` computes.
+
+    A model may scale or shift its logits after the head; log-probs from hidden states would then be silently wrong.
+
+    Raises:
+        UnsupportedModelError: when they differ.
+    """
+    weight = architecture.output_embeddings.weight
+    if weight.device.type == "meta":
+        return
+    tokens = torch.tensor([[0, min(5, weight.shape[0] - 1)]], device=weight.device)
+    expected = architecture.causal_lm(input_ids=tokens, use_cache=False).logits.float()
+    hidden: Tensor = architecture.backbone(input_ids=tokens, use_cache=False).last_hidden_state
+    found = architecture.lm_head().logits(hidden)
+    difference = (expected - found).abs().max() / expected.abs().max().clamp(min=1e-6)
+    if not difference.item() <= PROBE_TOLERANCE:
+        raise UnsupportedModelError(
+            f"model={type(architecture.causal_lm).__name__} changes its logits after the output head (relative difference "
+            f"{difference.item():.2g}), which log-probs from hidden states would miss; use one of the supported families."
+        )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether LoRA can adapt `module`: linear layers, quantised ones included, and GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0.
+
+    PPO compares log-probs of two passes; noise between them would look like a change of policy.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or name.endswith("pdrop")):
+                setattr(module, name, 0.0)

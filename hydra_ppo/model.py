@@ -1,0 +1,547 @@
+"""HydraModel: one base in memory that is actor, reference, critic and reward model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hydra_ppo.adapters import AdapterSwitch, adapter_parameters, copy_adapter
+from hydra_ppo.architecture import check_head, disable_dropout, inspect_architecture
+from hydra_ppo.config import LoraSettings
+from hydra_ppo.errors import ConfigError, RoleError, UnsupportedModelError
+from hydra_ppo.experience import Sequences
+from hydra_ppo.loading import base_from_config, load_base
+from hydra_ppo.logprobs import TokenLogprobs, token_logprobs
+
+MANIFEST = "hydra.json"
+HEADS = "heads.safetensors"
+
+Stage = Literal["ppo", "sft", "reward", "base"]
+
+
+@dataclass(frozen=True)
+class Role:
+    """What the base is in one role: the adapter that is on (None: none) and the head that reads it."""
+
+    adapter: str | None
+    head: Literal["lm", "value", "reward"]
+
+
+class HydraModel(nn.Module):
+    """A shared base with a causal head, scalar heads and LoRA adapters.
+
+    `with model.role("critic"):` makes the base that role; outside of any role the adapters are off. The roles are
+
+    ========= ======================================== ======
+    role      adapter                                  head
+    ========= ======================================== ======
+    actor     `actor`                                  lm
+    critic    `critic`                                 value
+    reference what joint SFT left: `sft` or none       lm
+    reward    what reward training left, or the same   reward
+    ========= ======================================== ======
+
+    Actor and critic start as exact copies of reference and reward, so PPO starts at KL 0.
+
+    Args:
+        causal_lm: the base, in memory; it is modified in place (adapters are injected, dropout goes to 0).
+        lora: shape of new adapters.
+        train: what is trainable: `ppo` actor and critic, `sft` or `reward` the adapter of that name, `base` the base
+            itself.
+        trunk_layers: adapters sit on the decoder layers above this many.
+        saved: folder that `save_pretrained` wrote, whose adapters and heads are taken over.
+
+    Memory: the base once; per adapter set 4 bytes a LoRA parameter; two heads of H numbers.
+
+    Raises:
+        UnsupportedModelError: naming what the architecture lacks.
+        ConfigError: when settings contradict the model.
+    """
+
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        *,
+        lora: LoraConfig | LoraSettings | None = None,
+        train: Stage = "ppo",
+        trunk_layers: int = 0,
+        saved: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.architecture = inspect_architecture(causal_lm)
+        manifest = _read_manifest(saved) if saved is not None else None
+        self.train_stage = train
+        self.trunk_layers = manifest["trunk_layers"] if manifest else trunk_layers
+        if not 0 <= self.trunk_layers < len(self.architecture.layers):
+            raise ConfigError(
+                f"model.trunk_layers={self.trunk_layers} must be at least 0 and below the model's {len(self.architecture.layers)} "
+                "decoder layers; choose fewer."
+            )
+        disable_dropout(causal_lm)
+        check_head(self.architecture)
+        causal_lm.requires_grad_(train == "base")
+
+        self.base: PreTrainedModel | PeftModel = causal_lm
+        self.reward_head_trained = bool(manifest and manifest["reward_head_trained"])
+        self.roles = _roles(train, manifest["roles"] if manifest else {})
+        frozen = {self.roles[r].adapter for r in ("reference", "reward")} - {None}
+        shape = self._lora_config(lora)
+        for name in sorted(frozen | {r.adapter for r in self.roles.values()} - {None}):
+            self._add_adapter(name, shape, saved)
+        self.adapters = AdapterSwitch(self.base)
+        self._start_from(manifest)
+
+        weight = self.architecture.output_embeddings.weight
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.Linear(self.architecture.hidden_size, 1, bias=False, device=weight.device)
+                for name in ("value", "reward")
+            }
+        )
+        for head in self.heads.values():
+            nn.init.zeros_(head.weight)
+        if saved is not None:
+            self._load_heads(saved, manifest)
+        self._own_gradients()
+        self._role: str | None = None
+        self._checkpointing = False
+        self.eval()
+
+    # -- construction ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        quantization: Literal["int8", "nf4", "fp4"] | None = None,
+        lora: LoraConfig | LoraSettings | None = None,
+        attention: str = "auto",
+        dtype: str = "auto",
+        trunk_layers: int = 0,
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        train: Stage = "ppo",
+    ) -> Self:
+        """Load a causal LM (folder or hub name), or a folder that `save_pretrained` wrote.
+
+        Args:
+            name_or_path: model name, model folder, or saved HydraModel.
+            quantization: how linear layers of the base are held; None keeps them.
+            lora: shape of new adapters; of a saved model, its own shape counts.
+            attention: auto, sdpa or flash_attention_2.
+            dtype: auto, fp32, bf16 or fp16.
+            trunk_layers: adapters sit on the layers above this many.
+            device: auto, cpu, cuda or cuda:N.
+            trust_remote_code: run Python code that comes with the model. Never on by itself.
+            train: see the class.
+
+        Raises:
+            ConfigError, UnsupportedModelError: one line that says what to do.
+        """
+        path = Path(name_or_path)
+        saved = path if (path / MANIFEST).is_file() else None
+        base = _base_of(path) if saved is not None else str(name_or_path)
+        causal_lm = load_base(
+            base,
+            quantization=quantization,
+            attention=attention,
+            dtype="fp32" if train == "base" else dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        return cls(causal_lm, lora=lora, train=train, trunk_layers=trunk_layers, saved=saved)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PretrainedConfig,
+        *,
+        quantization: Literal["int8", "nf4", "fp4"] | None = None,
+        lora: LoraConfig | LoraSettings | None = None,
+        attention: str = "auto",
+        dtype: str = "auto",
+        trunk_layers: int = 0,
+        device: str = "auto",
+        train: Stage = "ppo",
+    ) -> Self:
+        """Build a model with random weights from a Hugging Face config; arguments as in `from_pretrained`."""
+        causal_lm = base_from_config(config, quantization=quantization, attention=attention, dtype=dtype, device=device)
+        return cls(causal_lm, lora=lora, train=train, trunk_layers=trunk_layers)
+
+    def _lora_config(self, lora: LoraConfig | LoraSettings | None) -> LoraConfig:
+        """Return the PEFT config of new adapters, target modules spelled out and the trunk left out."""
+        if not isinstance(lora, LoraConfig):
+            lora = lora or LoraSettings()
+            lora = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, use_rslora=lora.use_rslora)
+        if lora.lora_dropout:
+            raise ConfigError(f"lora_dropout={lora.lora_dropout} would add noise to the ratio of PPO; set lora_dropout=0.")
+        if lora.modules_to_save:
+            raise ConfigError(f"modules_to_save={lora.modules_to_save} would train a copy of base layers; leave it out.")
+        available = self.architecture.linear_names()
+        targets = lora.target_modules
+        if targets is None or targets == "all-linear":
+            targets = available
+        elif isinstance(targets, str):
+            targets = [targets]
+        unknown = sorted(set(targets) - set(available))
+        if unknown:
+            raise ConfigError(
+                f"lora.target_modules={unknown} are not linear layers of this model; choose among {', '.join(available)}."
+            )
+        options: dict[str, Any] = {}
+        if self.trunk_layers:
+            above = list(range(self.trunk_layers, len(self.architecture.layers)))
+            options = {"layers_to_transform": above, "layers_pattern": self.architecture.layers_name}
+        return LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            target_modules=sorted(targets),
+            use_rslora=lora.use_rslora,
+            init_lora_weights=lora.init_lora_weights,
+            fan_in_fan_out=self.architecture.config.model_type == "gpt2",
+            task_type="CAUSAL_LM",
+            **options,
+        )
+
+    def _add_adapter(self, name: str, shape: LoraConfig, saved: Path | None) -> None:
+        """Put adapter `name` on the base: read from the saved folder where it is there, new otherwise."""
+        folder = saved / name if saved is not None and (saved / name / "adapter_config.json").is_file() else None
+        source = folder
+        if saved is not None and source is None:
+            # A new adapter next to saved ones is a copy of one of them, so it has their shape.
+            source = next((p.parent for p in sorted(saved.glob("*/adapter_config.json"))), None)
+        config = PeftConfig.from_pretrained(str(source)) if source is not None else shape
+        config.inference_mode = False
+        if isinstance(self.base, PeftModel):
+            self.base.add_adapter(name, config)
+        else:
+            self.base = PeftModel(self.base, config, adapter_name=name)
+        if folder is not None:
+            weights = folder / "adapter_model.safetensors"
+            if not weights.is_file():
+                raise ConfigError(
+                    f"model.name_or_path={str(saved)!r} lacks {name}/adapter_model.safetensors; save the adapter again."
+                )
+            result = set_peft_model_state_dict(self.base, load_file(weights), adapter_name=name)
+            if result.unexpected_keys:
+                raise ConfigError(
+                    f"adapter {str(folder)!r} does not fit this base (for example {result.unexpected_keys[0]}); "
+                    "load it on the base that it was trained on."
+                )
+
+    def _start_from(self, manifest: dict[str, Any] | None) -> None:
+        """Make new trainable adapters exact copies of the frozen ones they start from."""
+        known = set(manifest["adapters"]) if manifest else set()
+        starts = {"actor": self.roles["reference"].adapter, "critic": self.roles["reward"].adapter}
+        if self.train_stage == "reward":
+            starts = {"reward": self.roles["reference"].adapter}
+        present = {role.adapter for role in self.roles.values()}
+        for name, source in starts.items():
+            if name in present and name not in known and source is not None and source != name:
+                copy_adapter(self.base, source, name)
+
+    def _load_heads(self, saved: Path, manifest: dict[str, Any]) -> None:
+        state = load_file(saved / HEADS)
+        width = self.architecture.hidden_size
+        for name, head in self.heads.items():
+            # The critic starts as the reward model, its head included.
+            weight = state[f"{name}.weight" if name in manifest["heads"] else "reward.weight"]
+            if weight.shape != (1, width):
+                raise ConfigError(
+                    f"{HEADS} in {str(saved)!r} is for hidden size {weight.shape[1]}, the base has {width}; use its own base."
+                )
+            with torch.no_grad():
+                head.weight.copy_(weight)
+
+    # -- gradients and checkpointing ---------------------------------------------------------------------------------
+
+    @property
+    def trainable_roles(self) -> tuple[str, ...]:
+        """Roles whose adapters receive gradients, by stage."""
+        return {
+            "ppo": ("actor", "critic"),
+            "sft": ("reference", "reward"),
+            "reward": ("reward",),
+            "base": ("reference", "reward"),
+        }[self.train_stage]
+
+    def _own_gradients(self) -> None:
+        """Decide once which parameters receive gradients; no role switch changes it."""
+        trainable = {id(p) for role in self.trainable_roles for p in self.role_parameters(role).values()}
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in trainable)
+
+    def role_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """Return what training `role` changes: its adapter (or the whole base at stage `base`) and its scalar head."""
+        spec = self._spec(role)
+        if spec.adapter is not None:
+            named = adapter_parameters(self.base, spec.adapter)
+        else:
+            named = dict(self.base.named_parameters()) if self.train_stage == "base" else {}
+        named = {f"{role}.{name}": p for name, p in named.items()}
+        if spec.head != "lm":
+            named |= {f"{role}.{spec.head}_head.{name}": p for name, p in self.heads[spec.head].named_parameters()}
+        return named
+
+    def enable_checkpointing(self, enabled: bool = True, use_reentrant: bool = False) -> None:
+        """Recompute activations in the backward pass, layer by layer, each in the role that its forward pass had.
+
+        Without that, a layer would be recomputed under whatever adapter is active by then: wrong gradients, no error.
+
+        Raises:
+            RoleError: for reentrant checkpointing, which cannot carry the role.
+        """
+        if use_reentrant:
+            raise RoleError("use_reentrant=True cannot recompute a layer in its own role; use use_reentrant=False.")
+        function = partial(checkpoint, use_reentrant=False, context_fn=self._recompute_contexts)
+        for layer in self.architecture.layers:
+            layer._gradient_checkpointing_func = function
+            layer.gradient_checkpointing = enabled
+        self._checkpointing = enabled
+
+    def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), self.adapters.using(self.adapters.active)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training (checkpointing works) and evaluation; both give the same numbers.
+
+        Dropout is off in both. Quantised layers stay in training mode: in evaluation mode the CPU kernels of bitsandbytes
+        repack their weights on first use, and results before and after differ in the sixth digit.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if type(module).__module__.startswith("bitsandbytes."):
+                module.training = True
+        return self
+
+    # -- roles -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def role(self, name: str) -> Iterator[Self]:
+        """Be one role inside the block; blocks nest, and what was there before comes back, also after an exception.
+
+        Moves and copies no weight.
+
+        Raises:
+            RoleError: when there is no such role.
+        """
+        spec = self._spec(name)
+        before = self._role
+        self._role = name
+        try:
+            with self.adapters.using(spec.adapter):
+                yield self
+        finally:
+            self._role = before
+
+    @property
+    def current_role(self) -> str | None:
+        """Name of the role in force; None outside of all roles."""
+        return self._role
+
+    def _spec(self, role: str) -> Role:
+        if role not in self.roles:
+            raise RoleError(
+                f"role={role!r} does not exist at stage {self.train_stage!r}; choose among {', '.join(self.roles)}."
+            )
+        return self.roles[role]
+
+    # -- passes ------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.architecture.output_embeddings.weight.device
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The Hugging Face model inside, adapters injected."""
+        return self.architecture.causal_lm
+
+    def hidden_states(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """Run the base in the current role.
+
+        Args:
+            input_ids: (B, T), padded on the right only, so that causal attention needs no mask.
+            options: attention_mask, position_ids, past_key_values as the Hugging Face backbone takes them.
+
+        Returns:
+            (B, T, H) final hidden states, after the last norm.
+        """
+        use_cache = options.get("past_key_values") is not None
+        return self.architecture.backbone(input_ids=input_ids, use_cache=use_cache, **options).last_hidden_state
+
+    def logprobs(self, sequences: Sequences, temperature: float = 1.0, entropy_grad: bool = False) -> TokenLogprobs:
+        """Compute log-probs and entropy of the response tokens in the current role, which must have the lm head.
+
+        Returns:
+            logprobs (B, R) and entropy (B, R), fp32 nats, of the distribution softmax(logits / temperature). Entries
+            outside the response mask are finite and mean nothing.
+
+        Raises:
+            RoleError: outside of a role with the lm head.
+        """
+        self._require_head("lm")
+        return self._logprobs(self.hidden_states(sequences.input_ids), sequences, temperature, entropy_grad)
+
+    def values(self, sequences: Sequences) -> Tensor:
+        """Return (B, R) values of the state before each response token, in the current role (critic or reward)."""
+        self._require_head("value", "reward")
+        hidden = _gather(self.hidden_states(sequences.input_ids), sequences.state_positions())
+        return self._scalar(hidden)
+
+    def scores(self, sequences: Sequences) -> Tensor:
+        """Return (B,) what the current role's scalar head says at the last response token."""
+        self._require_head("value", "reward")
+        hidden = _gather(self.hidden_states(sequences.input_ids), sequences.last_positions()[:, None])
+        return self._scalar(hidden)[:, 0]
+
+    def reference_and_reward(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Compute reference log-probs and scores, from one pass wherever the two roles share an adapter.
+
+        Returns:
+            ref_logprobs (B, R), nats, and scores (B,), both fp32.
+
+        Memory: one (B, T, H) hidden state and the chunks of `token_logprobs`.
+        """
+        with self.role("reference"):
+            hidden = self.hidden_states(sequences.input_ids)
+            ref_logprobs = self._logprobs(hidden, sequences, temperature, False).logprobs
+        with self.role("reward"):
+            if self.roles["reward"].adapter != self.roles["reference"].adapter:
+                return ref_logprobs, self.scores(sequences)
+            return ref_logprobs, self._scalar(_gather(hidden, sequences.last_positions()[:, None]))[:, 0]
+
+    def logprobs_and_scores(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Joint SFT's pass: `reference_and_reward` at temperature 1, with gradients to whatever is trainable."""
+        return self.reference_and_reward(sequences)
+
+    def _logprobs(self, hidden: Tensor, sequences: Sequences, temperature: float, entropy_grad: bool) -> TokenLogprobs:
+        states = _gather(hidden, sequences.state_positions())  # (B, R, H)
+        return token_logprobs(
+            states, sequences.response_ids, self.architecture.lm_head(), temperature=temperature, entropy_grad=entropy_grad
+        )
+
+    def _scalar(self, hidden: Tensor) -> Tensor:
+        assert self._role is not None
+        return self.heads[self.roles[self._role].head](hidden.float())[..., 0]
+
+    def _require_head(self, *heads: str) -> None:
+        head = self.roles[self._role].head if self._role is not None else None
+        if head not in heads:
+            raise RoleError(
+                f"role={self._role!r} has no {' or '.join(heads)} head; call this inside `with model.role(...)` of one that has."
+            )
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write adapters as PEFT folders, heads as safetensors, and `hydra.json`, which says which role uses what.
+
+        The base is written (to `base/`) only where it was itself trained. `PeftModel.from_pretrained(base, folder/actor)`
+        loads an adapter without this package.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        adapters = sorted({role.adapter for role in self.roles.values()} - {None})
+        for name in adapters:
+            (folder / name).mkdir(exist_ok=True)
+            state = get_peft_model_state_dict(self.base, adapter_name=name, save_embedding_layers=False)
+            save_file(
+                {k: v.contiguous() for k, v in state.items()}, folder / name / "adapter_model.safetensors", {"format": "pt"}
+            )
+            config = self.base.peft_config[name]
+            config.base_model_name_or_path = str(self.causal_lm.name_or_path)
+            config.inference_mode = True
+            config.save_pretrained(str(folder / name))
+            config.inference_mode = False
+        used = {role.head for role in self.roles.values()} - {"lm"}
+        save_file({f"{n}.{k}": v for n in sorted(used) for k, v in self.heads[n].state_dict().items()}, folder / HEADS)
+        if self.train_stage == "base":
+            self.causal_lm.save_pretrained(folder / "base")
+            base: dict[str, Any] = {"name_or_path": "base", "relative": True}
+        else:
+            base = _describe_base(str(self.causal_lm.name_or_path), folder)
+        manifest = {
+            "format": 1,
+            "base": base,
+            "roles": {name: asdict(role) for name, role in self.roles.items()},
+            "adapters": adapters,
+            "heads": sorted(used),
+            "reward_head_trained": self.reward_head_trained,
+            "trunk_layers": self.trunk_layers,
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _roles(train: Stage, saved: dict[str, Any]) -> dict[str, Role]:
+    """Return the role table of a stage, given that of the saved model it goes on from (empty: a plain base)."""
+    reference = saved.get("reference", {}).get("adapter")
+    reward = saved.get("reward", {}).get("adapter")
+    if train == "sft":
+        return {"reference": Role("sft", "lm"), "reward": Role("sft", "reward")}
+    if train == "reward":
+        return {"reference": Role(reference, "lm"), "reward": Role("reward", "reward")}
+    if train == "base":
+        if reference or reward:
+            raise ConfigError("method='full' would change the base under trained adapters; start from a plain base.")
+        return {"reference": Role(None, "lm"), "reward": Role(None, "reward")}
+    if train == "ppo":
+        return {
+            "actor": Role("actor", "lm"),
+            "critic": Role("critic", "value"),
+            "reference": Role(reference, "lm"),
+            "reward": Role(reward, "reward"),
+        }
+    raise ConfigError(f"train={train!r} is not a stage; choose ppo, sft, reward or base.")
+
+
+def _gather(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Return (B, R, H): the hidden states (B, T, H) at columns `positions` (B, R)."""
+    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        missing = {"base", "roles", "adapters", "heads", "reward_head_trained", "trunk_layers"} - manifest.keys()
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder / MANIFEST} is not a manifest of this program ({error}); save the model again.") from error
+    if missing:
+        raise ConfigError(f"{folder / MANIFEST} lacks {', '.join(sorted(missing))}; save the model again.")
+    return manifest
+
+
+def _base_of(folder: Path) -> str:
+    base = _read_manifest(folder)["base"]
+    if not base["relative"]:
+        return base["name_or_path"]
+    path = (folder / base["name_or_path"]).resolve()
+    if not path.is_dir():
+        raise ConfigError(
+            f"model.name_or_path={str(folder)!r} needs its base at {base['name_or_path']!r} beside it; put it back there."
+        )
+    return os.path.relpath(path)
+
+
+def _describe_base(name_or_path: str, folder: Path) -> dict[str, Any]:
+    """A local base is named relative to the folder, so that both can be moved together."""
+    if Path(name_or_path).is_dir():
+        return {"name_or_path": os.path.relpath(Path(name_or_path).resolve(), folder.resolve()), "relative": True}
+    return {"name_or_path": name_or_path, "relative": False}
+
+
+__all__ = ["HydraModel", "Role", "UnsupportedModelError"]
