@@ -208,12 +208,13 @@ class RolloutSettings:
     temperature: float = setting(1.0, "Sampling temperature; log-probs are those of the temperature-scaled policy.")
     top_k: int | None = setting(None, "Sample among this many most likely tokens; null is all.")
     top_p: float | None = setting(None, "Sample among the smallest set of tokens with this probability; null is all.")
+    score_batch_size: int = setting(16, "Most responses per scoring pass (reference, reward, critic), which keeps no graph.")
     recompute_logprobs: bool = setting(
         False, "Recompute the sampled tokens' log-probs in a pass of its own instead of keeping the sampler's."
     )
 
     def __post_init__(self) -> None:
-        _positive(self, "batch_size", "generation_batch_size", "max_new_tokens", "temperature", "top_k")
+        _positive(self, "batch_size", "generation_batch_size", "score_batch_size", "max_new_tokens", "temperature", "top_k")
         _check(self, "top_p", self.top_p is None or 0 < self.top_p <= 1, "must lie in (0, 1]", "choose for example 0.95")
 
 

@@ -50,6 +50,7 @@ class Experience:
         response_mask: (B, R) bool.
         prompt_lengths, response_lengths: the same on the host, so that cutting rows to size waits for no device.
         old_logprobs: (B, R) log-probs of the sampled tokens under the actor at sampling time, nats.
+        sampler_logprobs: (B, R) what the sampler had, where old_logprobs were recomputed in a pass of their own.
         ref_logprobs: (B, R) the same under the reference.
         old_values: (B, R) the critic's values of the state before each token.
         scores: (B,) scores of the responses.
@@ -65,6 +66,7 @@ class Experience:
     prompt_lengths: list[int]
     response_lengths: list[int]
     old_logprobs: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     old_values: Tensor | None = None
     scores: Tensor | None = None
@@ -125,7 +127,7 @@ class Experience:
             for start in range(0, len(order), size):
                 yield self.select(order[start : start + size])
 
-    def with_tensors(self, **tensors: Tensor) -> Experience:
+    def with_tensors(self, **tensors: Tensor | None) -> Experience:
         """Return a copy with the named tensors replaced."""
         return replace(self, **tensors)
 

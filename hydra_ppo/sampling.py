@@ -1,0 +1,158 @@
+"""Samples responses from the actor on a KV cache over the shared base.
+
+Prompts are padded on the right and run once without any mask: causal attention keeps the padding out. The padding's
+entries stay in the cache as holes; each decoding step masks them, and gives every row its own next position. So a row
+gets the same numbers whatever its neighbours are. Rows that have ended leave the batch and its cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+
+from hydra_ppo.config import RolloutSettings
+from hydra_ppo.experience import pad_rows, split_by_length
+from hydra_ppo.model import HydraModel
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sampled responses, in the order of their prompts.
+
+    Attributes:
+        responses: token ids of each, the end-of-sequence token included where it came.
+        logprobs: of each token under the temperature-scaled policy before top-k and top-p, nats.
+    """
+
+    responses: list[list[int]]
+    logprobs: list[list[float]]
+
+
+@torch.no_grad()
+def sample(
+    model: HydraModel,
+    prompts: Sequence[Sequence[int]],
+    settings: RolloutSettings,
+    eos_ids: Sequence[int],
+    generator: torch.Generator,
+    role: str = "actor",
+) -> Samples:
+    """Sample one response per prompt from a role with the lm head.
+
+    Args:
+        prompts: token ids, at least one each.
+        settings: temperature, top_k, top_p, max_new_tokens, generation_batch_size.
+        eos_ids: tokens that end a response.
+        generator: source of randomness, on the model's device.
+        role: `actor`, or `reference` for the policy that training started from.
+
+    Memory: the KV cache of one generation batch, up to max_new_tokens more columns than its longest prompt, and a few
+    (B, V) tensors.
+    """
+    was_training = model.training
+    model.eval()
+    responses: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    processors = LogitsProcessorList()
+    if settings.top_k is not None:
+        processors.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p is not None:
+        processors.append(TopPLogitsWarper(settings.top_p))
+    try:
+        with model.role(role), _decoding_attention(model):
+            for rows in split_by_length([len(p) for p in prompts], settings.generation_batch_size or len(prompts)):
+                batch = _Decoder(model, [prompts[i] for i in rows])
+                tokens, token_logprobs, lengths = batch.run(settings, processors, eos_ids, generator)
+                for row, ids, values, length in zip(
+                    rows, tokens.tolist(), token_logprobs.tolist(), lengths.tolist(), strict=True
+                ):
+                    responses[row] = ids[:length]
+                    logprobs[row] = values[:length]
+    finally:
+        model.train(was_training)
+    return Samples(responses, logprobs)
+
+
+class _Decoder:
+    """One generation batch: its cache, and the rows that are still running."""
+
+    def __init__(self, model: HydraModel, prompts: Sequence[Sequence[int]]) -> None:
+        self.model = model
+        self.head = model.architecture.lm_head()
+        self.windows = model.architecture.sliding_windows()
+        device = model.device
+        ids, self.key_mask = pad_rows(prompts, 0, "right", device)  # (B, P)
+        self.key_positions = torch.arange(ids.shape[1], device=device).expand_as(ids)  # (B, S)
+        self.positions = self.key_mask.sum(dim=1)  # (B,) where the next token goes
+        self.cache = DynamicCache()
+        hidden = model.hidden_states(ids, past_key_values=self.cache)
+        self.hidden = hidden[torch.arange(len(prompts), device=device), self.positions - 1]  # (B, H)
+        self.rows = torch.arange(len(prompts), device=device)
+
+    def run(
+        self, settings: RolloutSettings, processors: LogitsProcessorList, eos_ids: Sequence[int], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens (B, max_new_tokens), their log-probs (the same shape) and lengths (B,)."""
+        count, device = len(self.rows), self.rows.device
+        tokens = torch.zeros(count, settings.max_new_tokens, dtype=torch.long, device=device)
+        logprobs = torch.zeros(count, settings.max_new_tokens, device=device)
+        lengths = torch.full((count,), settings.max_new_tokens, device=device)
+        ends = torch.tensor(list(eos_ids), device=device)
+        for step in range(settings.max_new_tokens):
+            logits = self.head.logits(self.hidden, settings.temperature)  # (B, V)
+            log_p = logits.log_softmax(dim=-1)
+            weights = processors(None, logits).softmax(dim=-1) if processors else log_p.exp()
+            token = torch.multinomial(weights, 1, generator=generator)  # (B, 1)
+            tokens[self.rows, step] = token[:, 0]
+            logprobs[self.rows, step] = log_p.gather(1, token)[:, 0]
+            ended = torch.isin(token[:, 0], ends)
+            lengths[self.rows[ended]] = step + 1
+            if step + 1 == settings.max_new_tokens:
+                break
+            running = (~ended).nonzero()[:, 0]
+            if len(running) == 0:
+                break
+            if len(running) < len(ended):
+                self._keep(running)
+                token = token[running]
+            self._advance(token)
+        return tokens, logprobs, lengths
+
+    def _keep(self, running: Tensor) -> None:
+        """Drop every row that is not in `running`."""
+        self.cache.batch_select_indices(running)
+        self.rows, self.positions = self.rows[running], self.positions[running]
+        self.key_mask, self.key_positions = self.key_mask[running], self.key_positions[running]
+
+    def _advance(self, token: Tensor) -> None:
+        """Feed `token` (B, 1) and keep the hidden state that comes out."""
+        position = self.positions[:, None]  # (B, 1)
+        self.key_mask = torch.cat([self.key_mask, torch.ones_like(position, dtype=torch.bool)], dim=1)
+        self.key_positions = torch.cat([self.key_positions, position], dim=1)
+        masks = {}
+        for kind, window in self.windows.items():
+            seen = self.key_mask
+            if window is not None:
+                seen = seen & (position - self.key_positions < window)
+            masks[kind] = seen[:, None, None, :]  # (B, 1, 1, S)
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        hidden = self.model.hidden_states(token, past_key_values=self.cache, attention_mask=mask, position_ids=position)
+        self.hidden = hidden[:, 0]
+        self.positions = self.positions + 1
+
+
+@contextmanager
+def _decoding_attention(model: HydraModel) -> Iterator[None]:
+    """Decode with SDPA: flash-attention takes no mask for the holes, and has nothing to win on one query."""
+    config = model.architecture.config
+    before = config._attn_implementation
+    config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
