@@ -300,7 +300,7 @@ class PPOConfig:
     vf_coef: float = setting(0.5, "Weight of the value loss.")
     entropy_coef: float = setting(0.0, "Weight of the entropy bonus.")
     target_kl: float | None = setting(
-        None, "Stop a step's updates once the approximate KL to the rollout policy passes this (nats per token)."
+        None, "Stop updating the actor in a step once its approximate KL to the rollout policy passes this (nats per token)."
     )
     critic_warmup_steps: int = setting(0, "First steps in which only the critic is updated.")
     sample_every: int = setting(10, "Record samples every this many steps.")

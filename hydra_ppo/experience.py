@@ -28,6 +28,10 @@ class Sequences:
     response_ids: Tensor
     response_mask: Tensor
 
+    def first(self, rows: int | None) -> Sequences:
+        """Return the leading rows; all of them where `rows` is None."""
+        return Sequences(self.input_ids[:rows], self.prompt_lengths[:rows], self.response_ids[:rows], self.response_mask[:rows])
+
     def state_positions(self) -> Tensor:
         """Return (B, R) columns of the hidden state from which response token r is drawn: prompt_length - 1 + r."""
         steps = torch.arange(self.response_ids.shape[1], device=self.input_ids.device)
@@ -80,6 +84,15 @@ class Experience:
     def lengths(self) -> list[int]:
         """Tokens of each row, prompt and response."""
         return [p + r for p, r in zip(self.prompt_lengths, self.response_lengths, strict=True)]
+
+    def responses(self) -> list[list[int]]:
+        """Return the response tokens of each row on the host, padding left out."""
+        ids = self.response_ids.tolist()
+        return [row[:length] for row, length in zip(ids, self.response_lengths, strict=True)]
+
+    def ended(self, eos_ids: Sequence[int]) -> list[bool]:
+        """Return for each row whether its response ends with an end-of-sequence token."""
+        return [bool(row) and row[-1] in eos_ids for row in self.responses()]
 
     def select(self, rows: Sequence[int]) -> Experience:
         """Return the given rows, cut to the longest prompt and response among them."""

@@ -23,7 +23,7 @@ from hydra_ppo.architecture import check_head, disable_dropout, inspect_architec
 from hydra_ppo.config import LoraSettings
 from hydra_ppo.errors import ConfigError, RoleError, UnsupportedModelError
 from hydra_ppo.experience import Sequences
-from hydra_ppo.loading import base_from_config, load_base
+from hydra_ppo.loading import DTYPES, base_from_config, load_base
 from hydra_ppo.logprobs import TokenLogprobs, token_logprobs
 
 MANIFEST = "hydra.json"
@@ -63,6 +63,7 @@ class HydraModel(nn.Module):
             itself.
         trunk_layers: adapters sit on the decoder layers above this many.
         saved: folder that `save_pretrained` wrote, whose adapters and heads are taken over.
+        autocast: compute type of a base that is itself trained, whose weights stay in fp32.
 
     Memory: the base once; per adapter set 4 bytes a LoRA parameter; two heads of H numbers.
 
@@ -79,8 +80,10 @@ class HydraModel(nn.Module):
         train: Stage = "ppo",
         trunk_layers: int = 0,
         saved: Path | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.autocast_dtype = autocast
         self.architecture = inspect_architecture(causal_lm)
         manifest = _read_manifest(saved) if saved is not None else None
         self.train_stage = train
@@ -163,7 +166,8 @@ class HydraModel(nn.Module):
             device=device,
             trust_remote_code=trust_remote_code,
         )
-        return cls(causal_lm, lora=lora, train=train, trunk_layers=trunk_layers, saved=saved)
+        autocast = DTYPES.get(dtype) if train == "base" and dtype != "fp32" else None
+        return cls(causal_lm, lora=lora, train=train, trunk_layers=trunk_layers, saved=saved, autocast=autocast)
 
     @classmethod
     def from_config(
@@ -382,7 +386,8 @@ class HydraModel(nn.Module):
             (B, T, H) final hidden states, after the last norm.
         """
         use_cache = options.get("past_key_values") is not None
-        return self.architecture.backbone(input_ids=input_ids, use_cache=use_cache, **options).last_hidden_state
+        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.architecture.backbone(input_ids=input_ids, use_cache=use_cache, **options).last_hidden_state
 
     def logprobs(self, sequences: Sequences, temperature: float = 1.0, entropy_grad: bool = False) -> TokenLogprobs:
         """Compute log-probs and entropy of the response tokens in the current role, which must have the lm head.
@@ -409,25 +414,28 @@ class HydraModel(nn.Module):
         hidden = _gather(self.hidden_states(sequences.input_ids), sequences.last_positions()[:, None])
         return self._scalar(hidden)[:, 0]
 
-    def reference_and_reward(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def reference_and_reward(
+        self, sequences: Sequences, temperature: float = 1.0, lm_rows: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compute reference log-probs and scores, from one pass wherever the two roles share an adapter.
 
+        Args:
+            sequences: B rows.
+            temperature: divides the logits.
+            lm_rows: compute log-probs of only this many leading rows (joint SFT needs those of the chosen responses).
+
         Returns:
-            ref_logprobs (B, R), nats, and scores (B,), both fp32.
+            ref_logprobs (lm_rows, R), nats, and scores (B,), both fp32; with gradients to what is trainable.
 
         Memory: one (B, T, H) hidden state and the chunks of `token_logprobs`.
         """
         with self.role("reference"):
             hidden = self.hidden_states(sequences.input_ids)
-            ref_logprobs = self._logprobs(hidden, sequences, temperature, False).logprobs
+            ref_logprobs = self._logprobs(hidden[:lm_rows], sequences.first(lm_rows), temperature, False).logprobs
         with self.role("reward"):
             if self.roles["reward"].adapter != self.roles["reference"].adapter:
                 return ref_logprobs, self.scores(sequences)
             return ref_logprobs, self._scalar(_gather(hidden, sequences.last_positions()[:, None]))[:, 0]
-
-    def logprobs_and_scores(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Joint SFT's pass: `reference_and_reward` at temperature 1, with gradients to whatever is trainable."""
-        return self.reference_and_reward(sequences)
 
     def _logprobs(self, hidden: Tensor, sequences: Sequences, temperature: float, entropy_grad: bool) -> TokenLogprobs:
         states = _gather(hidden, sequences.state_positions())  # (B, R, H)

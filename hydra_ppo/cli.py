@@ -1,0 +1,183 @@
+"""The command line: ``hydra-ppo sft | ppo | export | quickstart | inspect``.
+
+Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted. Errors are one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from hydra_ppo import __version__
+from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedModelError
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        argv: Arguments after the program's name; None takes them from ``sys.argv``.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in arguments or os.environ.get("HYDRA_TRACEBACK", "") not in ("", "0")
+    try:
+        return _dispatch(arguments)
+    except (ConfigError, DataError, UnsupportedModelError) as error:
+        return _complain(error, BAD_INPUT, str(error), show_traceback)
+    except HydraError as error:
+        return _complain(error, FAILED, str(error), show_traceback)
+    except KeyboardInterrupt as error:
+        return _complain(error, INTERRUPTED, "interrupted", show_traceback)
+    except BrokenPipeError:
+        # Whoever read stdout has gone (`| head`); point it elsewhere so that the flush at exit does not fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        hint = "" if show_traceback else " (--traceback shows where)"
+        return _complain(error, FAILED, what + hint, show_traceback)
+
+
+def _complain(error: BaseException, code: int, text: str, show_traceback: bool) -> int:
+    if show_traceback:
+        traceback.print_exception(error)
+    print(" ".join(text.split()), file=sys.stderr)
+    return code
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments:
+        raise ConfigError(f"no command given; choose one of {', '.join(COMMANDS)}, or --help.")
+    name, rest = arguments[0], arguments[1:]
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+    elif name in ("-V", "--version"):
+        print(f"hydra-ppo {__version__}")
+    elif name in COMMANDS:
+        COMMANDS[name][1](rest)
+    else:
+        guess = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise ConfigError(
+            f"{name} is not a command; " + (f"did you mean {guess[0]}?" if guess else f"choose one of {', '.join(COMMANDS)}.")
+        )
+    return DONE
+
+
+def _overview() -> str:
+    lines = ["usage: hydra-ppo COMMAND ...", "", "PPO-based RLHF with four roles on one shared base.", ""]
+    lines += [f"  {name:<12}{text}" for name, (text, _) in COMMANDS.items()]
+    return "\n".join([*lines, "", "hydra-ppo COMMAND --help lists all settings of a command."])
+
+
+def _sft(arguments: list[str]) -> None:
+    from hydra_ppo.config import SFTConfig
+
+    _train("sft", SFTConfig, arguments)
+
+
+def _ppo(arguments: list[str]) -> None:
+    from hydra_ppo.config import PPOConfig
+
+    _train("ppo", PPOConfig, arguments)
+
+
+def _train(command: str, config_class: type, arguments: list[str]) -> None:
+    from hydra_ppo import cli_config
+
+    request = cli_config.parse(config_class, command, arguments)
+    if "--help" in request.options:
+        print(cli_config.format_help(config_class, command), end="")
+    elif "--print-config" in request.options:
+        print(cli_config.print_config(config_class, request), end="")
+    elif "--dry-run" in request.options:
+        from hydra_ppo.dry_run import dry_run
+
+        dry_run(request.config)
+    else:
+        from hydra_ppo import commands
+
+        getattr(commands, command)(request.config)
+
+
+def _export(arguments: list[str]) -> None:
+    parser = _Parser("export", "Write the actor of a run as a plain Hugging Face model.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="Run folder of ppo or sft.")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="Folder to write to.")
+    parser.add_argument("--adapter-only", action="store_true", help="Write the PEFT adapter alone, without the base.")
+    options = parser.parse_args(arguments)
+    if not options.run.is_dir():
+        raise ConfigError(f"{options.run} is not a folder; name a run folder of ppo or sft.")
+    from hydra_ppo import commands
+
+    commands.export(options.run, options.output, options.adapter_only)
+
+
+def _quickstart(arguments: list[str]) -> None:
+    parser = _Parser("quickstart", "Run the whole pipeline on a tiny model and corpus, in minutes, on a CPU.")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="Folder to write to.")
+    parser.add_argument("--seed", type=_seed, default=0, help="Seed of every random source.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace what an earlier quickstart left there.")
+    options = parser.parse_args(arguments)
+    from hydra_ppo import commands
+
+    commands.quickstart(options.output, options.seed, options.overwrite)
+
+
+def _inspect(arguments: list[str]) -> None:
+    parser = _Parser("inspect", "Show state, settings, last metrics and checkpoints of a run.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="Run folder.")
+    parser.add_argument("--json", action="store_true", help="Write JSON; null stands for what was not measured.")
+    options = parser.parse_args(arguments)
+    from hydra_ppo import commands
+
+    commands.inspect(options.run, options.json)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are a ConfigError with the nearest option."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"hydra-ppo {command}", description=description, allow_abbrev=False)
+        self.add_argument("--traceback", action="store_true", help="Show where an error arose.")
+
+    def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
+        known = [option for action in self._actions for option in action.option_strings]
+        for argument in arguments:
+            option = argument.split("=", 1)[0]
+            if option.startswith("-") and not option[1:].isdecimal() and option not in known:
+                guess = difflib.get_close_matches(option, known, n=1)
+                raise ConfigError(
+                    f"{option} is not an option; "
+                    + (f"did you mean {guess[0]}?" if guess else f"{self.prog} --help lists all options.")
+                )
+        return super().parse_args(arguments)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {self.prog} --help shows the usage.")
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "sft": ("train the SFT model and the reward model jointly, on preference pairs", _sft),
+    "ppo": ("train actor and critic with PPO", _ppo),
+    "export": ("write the actor of a run as a plain Hugging Face model", _export),
+    "quickstart": ("run the whole pipeline on a tiny model, on a CPU", _quickstart),
+    "inspect": ("show state, settings, last metrics and checkpoints of a run", _inspect),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Joint supervised fine-tuning and reward modelling (the paper's Hydra-SFT).
+
+On preference pairs (x, y_w, y_l), one pass over chosen and rejected serves both heads:
+
+    L = sft_coef * mean over tokens of y_w of -log p(token)  +  reward_coef * mean over pairs of -log sigmoid(r_w - r_l).
+
+Source: Santacroce et al. 2023 (arXiv 2309.00754), section 3.1. `reward_coef` = 0 is plain SFT, `sft_coef` = 0 plain reward
+modelling; each then makes only the passes that it needs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hydra_ppo.config import SFTConfig
+from hydra_ppo.data import PreferenceRow
+from hydra_ppo.errors import ConfigError, NonFiniteError
+from hydra_ppo.experience import Experience, split_by_length
+from hydra_ppo.functional import ranking_loss
+from hydra_ppo.memory import PhaseMemory
+from hydra_ppo.model import HydraModel
+from hydra_ppo.optim import build_optimizer, clip_gradients, state_tensors
+from hydra_ppo.recorder import Recorder, Silent
+
+
+class PairSums(NamedTuple):
+    """Sums over the pairs of one pass, each (): what was not computed is 0."""
+
+    nll: Tensor
+    ranking: Tensor
+    correct: Tensor
+
+
+class JointSFTTrainer:
+    """Trains the reference and reward roles of a HydraModel at stage `sft`, `reward` or `base`.
+
+    Args:
+        model: at the stage that fits `config.method` and `config.adapter`.
+        config: coefficients, batch sizes, optimizer.
+        train_rows, eval_rows: tokenised preference pairs; without eval_rows nothing is evaluated and the last model is saved.
+        pad_token_id: fills up rows.
+        run: takes metrics and progress.
+        save: called whenever the held-out loss is the best so far.
+
+    Memory: gradients and two fp32 moments per trained parameter; the activations of 2 * microbatch_size rows.
+    """
+
+    def __init__(
+        self,
+        model: HydraModel,
+        config: SFTConfig,
+        train_rows: Sequence[PreferenceRow],
+        eval_rows: Sequence[PreferenceRow] = (),
+        *,
+        pad_token_id: int,
+        run: Recorder | None = None,
+        save: Callable[[], None] = lambda: None,
+    ) -> None:
+        stage = "base" if config.method == "full" else config.adapter
+        if model.train_stage != stage:
+            raise ConfigError(
+                f"method={config.method!r} with adapter={config.adapter!r} needs a model at stage {stage!r}, not "
+                f"{model.train_stage!r}; build it with train={stage!r}."
+            )
+        if not train_rows:
+            raise ConfigError("data.train holds no preference pair after the held-out ones are taken; give more rows.")
+        self.model, self.config = model, config
+        self.train_rows, self.eval_rows = list(train_rows), list(eval_rows)[: config.eval_pairs]
+        self.pad_token_id = pad_token_id
+        self.run = run or Silent()
+        self.save = save
+        per_epoch = math.ceil(len(self.train_rows) / config.batch_size)
+        self.total_steps = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
+        groups = [(model.role_parameters(role), config.optimizer.learning_rate) for role in model.trainable_roles]
+        self.optimizer, self.schedule = build_optimizer(groups, config.optimizer, self.total_steps)
+        self.memory = PhaseMemory(model, model.device, config.run.memory)
+        # fp16 gradients underflow without a scaled loss; with every other type the scaler does nothing.
+        half = model.causal_lm.dtype == torch.float16 or model.autocast_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)
+
+    def train(self) -> dict[str, Any]:
+        """Run all epochs; return the summary: steps, seconds, and the evaluation at the best step, if there was one."""
+        started = time.perf_counter()
+        best: dict[str, float] | None = None
+        best_step = None
+        if self.config.reward_coef > 0:
+            self.model.reward_head_trained = True
+        with self.run.progress(self.total_steps, "SFT") as advance:
+            for step, rows in enumerate(self._batches()):
+                with self.memory.step(step, state_tensors(self.optimizer)):
+                    metrics = self.step(step, rows)
+                last = step + 1 == self.total_steps
+                if self.eval_rows and (last or (step + 1) % self.config.eval_every == 0):
+                    metrics |= (found := self.evaluate())
+                    if best is None or found["eval/loss"] < best["eval/loss"]:
+                        best, best_step = found, step + 1
+                        self.save()
+                if last or step % self.config.run.log_every == 0 or "eval/loss" in metrics:
+                    self.run.log(step + 1, metrics | self.memory.metrics())
+                advance(1, f"loss {metrics['loss/total']:.3f}")
+        if best is None:
+            self.save()
+        return {
+            "steps": self.total_steps,
+            "best_step": best_step,
+            "seconds": time.perf_counter() - started,
+            "pairs": len(self.train_rows),
+            **(best or {}),
+        }
+
+    def _batches(self) -> Any:
+        """Yield `total_steps` batches of pairs, each epoch in a fresh order."""
+        generator = torch.Generator().manual_seed(self.config.run.seed)
+        done = 0
+        while True:
+            order = torch.randperm(len(self.train_rows), generator=generator).tolist()
+            for start in range(0, len(order), self.config.batch_size):
+                if done == self.total_steps:
+                    return
+                done += 1
+                yield [self.train_rows[i] for i in order[start : start + self.config.batch_size]]
+
+    def step(self, step: int, rows: Sequence[PreferenceRow]) -> dict[str, float]:
+        """Take one optimizer step; the result does not depend on the micro-batch size."""
+        config = self.config
+        self.model.train()
+        tokens = sum(len(row.chosen_ids) for row in rows)
+        totals = torch.zeros(3, device=self.model.device)
+        for group in split_by_length([_length(row) for row in rows], config.microbatch_size):
+            self.memory("update")
+            sums = self.pass_over([rows[i] for i in group])
+            loss = config.sft_coef * sums.nll / tokens + config.reward_coef * sums.ranking / len(rows)
+            self.scaler.scale(loss).backward()
+            totals += torch.stack([s.detach() for s in sums])
+        self.memory("optimizer")
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grad_norm = clip_gradients(parameters, config.optimizer.max_grad_norm)
+        # The one wait for the device in a step, before anything is changed.
+        nll, ranking, correct, norm = torch.cat([totals, grad_norm[None]]).tolist()
+        for name, value in (("loss/sft", nll), ("loss/reward", ranking), ("grad_norm", norm)):
+            if not math.isfinite(value) and not (name == "grad_norm" and self.scaler.is_enabled()):
+                raise NonFiniteError(
+                    f"step={step + 1} phase=update: {name} is {value}; lower optimizer.learning_rate or look at the data. "
+                    "The last saved model is intact."
+                )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        rate = self.schedule.get_last_lr()[0]
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return _metrics(config, nll / tokens, ranking / len(rows), correct / len(rows), "train/reward_accuracy") | {
+            "grad_norm": norm,
+            "lr": rate,
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return held-out perplexity (per response token, None without SFT), pair accuracy (None without reward) and loss."""
+        self.model.eval()
+        rows = self.eval_rows
+        totals = torch.zeros(3, device=self.model.device)
+        for group in split_by_length([_length(row) for row in rows], 4 * self.config.microbatch_size):
+            totals += torch.stack(list(self.pass_over([rows[i] for i in group])))
+        nll, ranking, correct = totals.tolist()
+        nll /= sum(len(row.chosen_ids) for row in rows)
+        found = _metrics(self.config, nll, ranking / len(rows), correct / len(rows), "eval/reward_accuracy")
+        return {
+            "eval/loss": found["loss/total"],
+            "eval/perplexity": math.exp(min(nll, 80.0)) if self.config.sft_coef else None,
+            "eval/reward_accuracy": found["eval/reward_accuracy"],
+        }
+
+    def pass_over(self, rows: Sequence[PreferenceRow]) -> PairSums:
+        """Run chosen and rejected responses of the pairs through the base once; return the sums of both losses."""
+        config, model = self.config, self.model
+        zero = torch.zeros((), device=model.device)
+        ranked = config.reward_coef > 0
+        responses = [row.chosen_ids for row in rows] + ([row.rejected_ids for row in rows] if ranked else [])
+        prompts = [row.prompt_ids for row in rows] * (2 if ranked else 1)
+        sequences = Experience.from_lists(prompts, responses, self.pad_token_id, model.device).sequences()
+        nll = ranking = correct = zero
+        logprobs, scores = None, None
+        if config.sft_coef > 0 and ranked:
+            logprobs, scores = model.reference_and_reward(sequences, lm_rows=len(rows))
+        elif ranked:
+            with model.role("reward"):
+                scores = model.scores(sequences)
+        else:
+            with model.role("reference"):
+                logprobs = model.logprobs(sequences).logprobs
+        if logprobs is not None:
+            nll = -logprobs.masked_fill(~sequences.response_mask[: len(rows)], 0.0).sum()
+        if scores is not None:
+            chosen, rejected = scores[: len(rows)], scores[len(rows) :]
+            ranking = ranking_loss(chosen, rejected).sum()
+            correct = (chosen > rejected).float().sum()
+        return PairSums(nll, ranking, correct)
+
+
+def _length(row: PreferenceRow) -> int:
+    return len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids))
+
+
+def _metrics(config: SFTConfig, nll: float, ranking: float, accuracy: float, accuracy_name: str) -> dict[str, Any]:
+    """Name the numbers; what was not computed is None."""
+    return {
+        "loss/total": config.sft_coef * nll + config.reward_coef * ranking,
+        "loss/sft": nll if config.sft_coef else None,
+        "loss/reward": ranking if config.reward_coef else None,
+        accuracy_name: accuracy if config.reward_coef else None,
+    }
