@@ -90,8 +90,8 @@ class HydraModel(nn.Module):
         self.trunk_layers = manifest["trunk_layers"] if manifest else trunk_layers
         if not 0 <= self.trunk_layers < len(self.architecture.layers):
             raise ConfigError(
-                f"model.trunk_layers={self.trunk_layers} must be at least 0 and below the model's {len(self.architecture.layers)} "
-                "decoder layers; choose fewer."
+                f"model.trunk_layers={self.trunk_layers} must be at least 0 and below the {len(self.architecture.layers)} decoder "
+                "layers of the model; choose fewer."
             )
         disable_dropout(causal_lm)
         check_head(self.architecture)
@@ -157,7 +157,7 @@ class HydraModel(nn.Module):
         """
         path = Path(name_or_path)
         saved = path if (path / MANIFEST).is_file() else None
-        base = _base_of(path) if saved is not None else str(name_or_path)
+        base = base_folder(path) if saved is not None else str(name_or_path)
         causal_lm = load_base(
             base,
             quantization=quantization,
@@ -451,7 +451,8 @@ class HydraModel(nn.Module):
         head = self.roles[self._role].head if self._role is not None else None
         if head not in heads:
             raise RoleError(
-                f"role={self._role!r} has no {' or '.join(heads)} head; call this inside `with model.role(...)` of one that has."
+                f"role={self._role!r} has no {' or '.join(heads)} head; call this inside `with model.role(...)` of one "
+                "that has."
             )
 
     # -- saving ------------------------------------------------------------------------------------------------------
@@ -533,7 +534,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _base_of(folder: Path) -> str:
+def base_folder(folder: Path) -> str:
+    """Return the name or path of the base that a saved model stands on."""
     base = _read_manifest(folder)["base"]
     if not base["relative"]:
         return base["name_or_path"]

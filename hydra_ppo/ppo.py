@@ -356,13 +356,15 @@ def rollout_metrics(
     """Return what the rollout shows, with one wait for the device."""
     assert experience.old_logprobs is not None
     assert experience.ref_logprobs is not None
+    assert experience.old_values is not None
     rows = len(experience)
     kl = (experience.old_logprobs - experience.ref_logprobs).sum() / rows
     surprise = -experience.old_logprobs.sum() / rows
     drift = kl.new_zeros(())
     if experience.sampler_logprobs is not None:
         drift = (experience.sampler_logprobs - experience.old_logprobs).abs().max()
-    kl_value, entropy, drift_value = torch.stack([kl, surprise, drift]).tolist()
+    value_mean = masked_mean(experience.old_values, experience.response_mask)
+    kl_value, entropy, drift_value, value = torch.stack([kl, surprise, drift, value_mean]).tolist()
     mean = sum(raw) / rows
     return {
         "objective/scores": mean,
@@ -370,6 +372,7 @@ def rollout_metrics(
         "objective/rlhf_reward": sum(shaped) / rows - kl_coef * kl_value,
         "objective/kl": kl_value,
         "objective/entropy": entropy,
+        "value/mean": value,
         "rollout/response_length": sum(experience.response_lengths) / rows,
         "rollout/eos_rate": sum(experience.ended(eos_ids)) / rows,
         "rollout/logprob_drift": drift_value if experience.sampler_logprobs is not None else None,
