@@ -20,12 +20,23 @@ from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedMode
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
+def quieten() -> None:
+    """Keep other libraries' progress bars and notices out of the output; warnings about the user's input stay.
+
+    Set through the environment, so that it holds without importing them.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     Args:
         argv: Arguments after the program's name; None takes them from ``sys.argv``.
     """
+    quieten()
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments or os.environ.get("HYDRA_TRACEBACK", "") not in ("", "0")
     try:

@@ -88,10 +88,11 @@ class HydraModel(nn.Module):
         manifest = _read_manifest(saved) if saved is not None else None
         self.train_stage = train
         self.trunk_layers = manifest["trunk_layers"] if manifest else trunk_layers
-        if not 0 <= self.trunk_layers < len(self.architecture.layers):
+        depth = len(self.architecture.layers)
+        if not 0 <= self.trunk_layers < depth:
             raise ConfigError(
-                f"model.trunk_layers={self.trunk_layers} must be at least 0 and below the {len(self.architecture.layers)} decoder "
-                "layers of the model; choose fewer."
+                f"model.trunk_layers={self.trunk_layers} must be at least 0 and below the {depth} decoder layers of the model; "
+                "choose fewer."
             )
         disable_dropout(causal_lm)
         check_head(self.architecture)

@@ -52,6 +52,11 @@ if TYPE_CHECKING:
 EVAL_SEED = 1_000_003
 """Held-out prompts are sampled with this seed, so that evaluations differ by the policy alone."""
 
+COMPARED = (
+    *("eval_scores_before", "eval_scores_after", "eval_scores_gain_se", "eval_kl"),
+    *("eval_repeated_4grams_before", "eval_repeated_4grams_after"),
+)
+
 
 class PPOTrainer:
     """Trains actor and critic of a HydraModel.
@@ -266,8 +271,8 @@ class PPOTrainer:
         """Sample the held-out prompts and score them; {} without held-out prompts.
 
         Returns:
-            eval/scores (mean), eval/kl (nats per response), eval/response_length, eval/eos_rate; and `scores`, `responses`
-            row by row.
+            eval/scores (mean), eval/kl (nats per response), eval/response_length, eval/eos_rate, eval/repeated_4grams; and
+            `scores`, `responses` row by row.
         """
         if not self.eval_prompts:
             return {}
@@ -287,6 +292,7 @@ class PPOTrainer:
             "eval/kl": found["objective/kl"],
             "eval/response_length": found["rollout/response_length"],
             "eval/eos_rate": found["rollout/eos_rate"],
+            "eval/repeated_4grams": found["rollout/repeated_4grams"],
             "scores": raw,
             "responses": self._texts(experience),
         }
@@ -375,14 +381,25 @@ def rollout_metrics(
         "value/mean": value,
         "rollout/response_length": sum(experience.response_lengths) / rows,
         "rollout/eos_rate": sum(experience.ended(eos_ids)) / rows,
+        "rollout/repeated_4grams": repeated_ngrams(experience.responses(), 4),
         "rollout/logprob_drift": drift_value if experience.sampler_logprobs is not None else None,
     }
+
+
+def repeated_ngrams(responses: Sequence[Sequence[int]], n: int) -> float:
+    """Return the share of n-grams that stood in the same response before; a policy that games its reward repeats itself."""
+    total = repeated = 0
+    for response in responses:
+        grams = [tuple(response[i : i + n]) for i in range(len(response) - n + 1)]
+        total += len(grams)
+        repeated += len(grams) - len(set(grams))
+    return repeated / total if total else 0.0
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Return held-out scores before and after, and the standard error of the mean difference, prompt by prompt."""
     if not before:
-        return {"eval_scores_before": None, "eval_scores_after": None, "eval_scores_gain_se": None, "eval_kl": None}
+        return dict.fromkeys(COMPARED)
     gains = [b - a for a, b in zip(before["scores"], after["scores"], strict=True)]
     mean = sum(gains) / len(gains)
     variance = sum((g - mean) ** 2 for g in gains) / max(len(gains) - 1, 1)
@@ -391,6 +408,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         "eval_scores_after": after["eval/scores"],
         "eval_scores_gain_se": math.sqrt(variance / len(gains)),
         "eval_kl": after["eval/kl"],
+        "eval_repeated_4grams_before": before["eval/repeated_4grams"],
+        "eval_repeated_4grams_after": after["eval/repeated_4grams"],
     }
 
 

@@ -9,7 +9,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hydra_ppo.config import DataSettings, KLSettings, ModelSettings, OptimizerSettings, PPOConfig, RolloutSettings, RunSettings, SFTConfig
+from hydra_ppo.config import (
+    DataSettings,
+    KLSettings,
+    ModelSettings,
+    OptimizerSettings,
+    PPOConfig,
+    RolloutSettings,
+    RunSettings,
+    SFTConfig,
+)
 from hydra_ppo.data import PreferenceRow, PromptRow
 from hydra_ppo.model import HydraModel
 

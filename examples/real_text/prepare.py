@@ -60,10 +60,10 @@ class Passage:
 class Training:
     """How the base is pretrained: 1 step sees `batch_size` rows of `length` tokens."""
 
-    steps: int = 3400
-    batch_size: int = 4
+    steps: int = 1600
+    batch_size: int = 8
     length: int = 128  # tokens
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.1
     warmup_fraction: float = 0.05
 

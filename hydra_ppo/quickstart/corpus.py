@@ -140,7 +140,9 @@ PLANS = {
 # Few are positive, so that the policy after SFT on the better of two leaves room for PPO.
 MOODS, MOOD_WEIGHTS = ("positive", "mixed", "negative"), (0.22, 0.4, 0.38)
 
-DAMAGED_SHARE = 0.2  # of the pairs: one of the two continuations is damaged
+# Of the pairs, one of whose continuations is damaged; in half of them the other is the same text undamaged. With few of
+# them the reward model learns sentiment alone, and PPO finds out: it says its best sentence twice.
+DAMAGED_SHARE = 0.4
 SMALLEST_GAP = 0.25  # of the gold scores within a pair
 HELD_OUT_EVERY = 8  # one opening in this many is kept for evaluation
 WORDS = (6, 26)  # shortest and longest response without a penalty, in words
@@ -227,14 +229,19 @@ def _continuation(opening: str, mood: str, rng: random.Random) -> list[str]:
 
 
 def _damage(words: list[str], rng: random.Random) -> list[str]:
-    """Break the grammar of a continuation: stutter, shuffle, cut it off or say it twice."""
-    kind = rng.choice(("stutter", "shuffle", "cut", "twice"))
+    """Break a continuation: stutter, shuffle, cut it off, say it twice or say one of its sentences again."""
+    kind = rng.choice(("stutter", "shuffle", "cut", "twice", "echo", "echo", "echo"))
     if kind == "shuffle":
         return rng.sample(words, len(words))
     if kind == "cut":
         return words[: rng.randint(2, len(words) - 2)]
     if kind == "twice":
         return words + words
+    if kind == "echo":
+        ends = [i + 1 for i, word in enumerate(words) if word == "."]
+        sentences = [words[start:end] for start, end in pairwise([0, *ends])]
+        again = rng.choice(sentences)
+        return words + again * rng.choice((1, 1, 2))
     weighty = [i for i, word in enumerate(words) if word in POLARITY] or [len(words) // 2]
     i = rng.choice(weighty)
     return words[:i] + [words[i]] * rng.randint(2, 5) + words[i + 1 :]
@@ -246,7 +253,7 @@ def _pair(opening: str, rng: random.Random) -> dict[str, str]:
         moods = rng.choices(MOODS, MOOD_WEIGHTS, k=2)
         texts = [_continuation(opening, mood, rng) for mood in moods]
         if rng.random() < DAMAGED_SHARE:
-            texts[0] = _damage(texts[0], rng)
+            texts[0] = _damage(rng.choice(texts), rng)
         better, worse = [join_words(words) for words in texts]
         gap = gold_score(opening, better) - gold_score(opening, worse)
         if gap < 0:

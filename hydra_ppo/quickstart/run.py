@@ -101,7 +101,7 @@ def sft_config(folder: Path, seed: int) -> SFTConfig:
         optimizer=OptimizerSettings(learning_rate=1e-3, weight_decay=0.01, schedule="cosine", warmup_fraction=0.05),
         method="full",
         reward_coef=0.5,
-        epochs=3,
+        epochs=2,
         batch_size=32,
         microbatch_size=32,
         eval_every=100,

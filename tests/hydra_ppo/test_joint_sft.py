@@ -64,9 +64,7 @@ def test_loss_equals_plain_hugging_face_code():
     assert sums.ranking.item() == pytest.approx(ranking, rel=CLOSE)
 
 
-@pytest.mark.parametrize(
-    "coefs", [{}, {"sft_coef": 0.0}, {"reward_coef": 0.0}], ids=["joint", "reward only", "sft only"]
-)
+@pytest.mark.parametrize("coefs", [{}, {"sft_coef": 0.0}, {"reward_coef": 0.0}], ids=["joint", "reward only", "sft only"])
 def test_a_step_does_not_depend_on_the_microbatch_size(coefs):
     gradients = []
     for size in (1, 3, 8):

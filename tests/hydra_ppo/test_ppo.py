@@ -10,7 +10,7 @@ import torch
 
 from hydra_ppo.config import KLSettings, OptimizerSettings, RewardSettings, RewardSource, RolloutSettings
 from hydra_ppo.errors import ConfigError, NonFiniteError
-from hydra_ppo.ppo import PPOTrainer, with_advantages
+from hydra_ppo.ppo import COMPARED, PPOTrainer, compare, repeated_ngrams, with_advantages
 from hydra_ppo.rollout import collect_experience
 from tests.families import randomise
 from tests.hydra_ppo.test_joint_sft import Memo
@@ -110,7 +110,7 @@ def test_ppo_raises_the_reward_and_leaves_the_base_alone(options):
     assert summary["eval_scores_after"] > 0.6  # a random policy gets about 8 / 28
     for name, value in frozen.items():
         assert torch.equal(value, dict(model.named_parameters())[name]), name
-    assert METRICS <= memo.steps[0][1].keys()
+    assert memo.steps[0][1].keys() >= METRICS
     assert memo.steps[-1][0] == 25
 
 
@@ -175,7 +175,9 @@ def test_recomputed_logprobs_report_the_drift():
 
 
 def test_the_learning_rate_follows_its_schedule_over_all_optimizer_steps():
-    config = ppo_config(reward=LOW_WORDS, optimizer=OptimizerSettings(learning_rate=1e-3, schedule="linear", warmup_fraction=0.25))
+    config = ppo_config(
+        reward=LOW_WORDS, optimizer=OptimizerSettings(learning_rate=1e-3, schedule="linear", warmup_fraction=0.25)
+    )
     memo = Memo()
     trainer(config=config, run=memo).train()
     # 2 steps x 2 epochs x 2 minibatches = 8 optimizer steps, 2 of warm-up; after 4: 1e-3 * (8 - 4) / (8 - 2); after 8: 0
@@ -251,12 +253,17 @@ def test_only_one_roles_graph_is_alive_at_a_time():
 
 
 def test_summary_compares_prompt_by_prompt():
-    from hydra_ppo.ppo import compare
-
-    before = {"scores": [0.0, 1.0, 2.0], "eval/scores": 1.0, "eval/kl": 0.0}
-    after = {"scores": [1.0, 2.0, 6.0], "eval/scores": 3.0, "eval/kl": 4.0}
+    before = {"scores": [0.0, 1.0, 2.0], "eval/scores": 1.0, "eval/kl": 0.0, "eval/repeated_4grams": 0.1}
+    after = {"scores": [1.0, 2.0, 6.0], "eval/scores": 3.0, "eval/kl": 4.0, "eval/repeated_4grams": 0.2}
     found = compare(before, after)
+    assert found.keys() == compare({}, {}).keys() == set(COMPARED)
     # gains 1, 1, 4: mean 2, variance (1 + 1 + 4) / 2 = 3, standard error sqrt(3 / 3) = 1
     assert found["eval_scores_gain_se"] == pytest.approx(1.0)
     assert found["eval_kl"] == 4.0
     assert math.isclose(found["eval_scores_after"] - found["eval_scores_before"], 2.0)
+
+
+def test_repeated_ngrams_by_hand():
+    # 1 2 3 4 1 2 3 4: 4-grams 1234 2341 3412 4123 1234: one of five stood before; 5 6 7 has none
+    assert repeated_ngrams([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7]], 4) == pytest.approx(1 / 5)
+    assert repeated_ngrams([[1]], 4) == 0.0
