@@ -100,11 +100,11 @@ def sft_config(folder: Path, seed: int) -> SFTConfig:
         run=RunSettings(output=str(folder / "sft"), seed=seed, memory="never", log_every=10),
         optimizer=OptimizerSettings(learning_rate=1e-3, weight_decay=0.01, schedule="cosine", warmup_fraction=0.05),
         method="full",
-        reward_coef=0.5,
+        reward_coef=1.0,
         epochs=2,
-        batch_size=32,
-        microbatch_size=32,
-        eval_every=100,
+        batch_size=16,
+        microbatch_size=16,
+        eval_every=150,
     )
 
 
@@ -112,19 +112,20 @@ def ppo_config(folder: Path, seed: int) -> PPOConfig:
     """Settings of the second stage."""
     return PPOConfig(
         model=ModelSettings(
-            name_or_path=str(folder / "sft"), gradient_checkpointing=False, device="auto", lora=LoraSettings(r=16, alpha=32)
+            name_or_path=str(folder / "sft"), device="auto", lora=LoraSettings(r=16, alpha=32)
         ),
         data=DataSettings(
             train=str(folder / "data" / "prompts.jsonl"), eval=str(folder / "data" / "eval_prompts.jsonl"), max_prompt_tokens=24
         ),
         run=RunSettings(output=str(folder / "ppo"), seed=seed, save_every=0),
-        rollout=RolloutSettings(batch_size=64, max_new_tokens=40, score_batch_size=64),
-        kl=KLSettings(coef=0.05),
+        rollout=RolloutSettings(batch_size=64, max_new_tokens=40, score_batch_size=16),
+        kl=KLSettings(coef=0.04),
         optimizer=OptimizerSettings(learning_rate=1e-3, schedule="linear"),
         steps=40,
         ppo_epochs=2,
         minibatch_size=32,
-        microbatch_size=32,
+        microbatch_size=16,
+        entropy_coef=0.01,
         sample_every=10,
         eval_prompts=200,
     )
