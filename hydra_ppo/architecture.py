@@ -144,3 +144,23 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if isinstance(value, float) and ("drop" in name or name.endswith("pdrop")):
                 setattr(module, name, 0.0)
+
+
+def keep_quantised_layers_trainable(model: nn.Module) -> None:
+    """Leave bitsandbytes layers in training mode for good.
+
+    In evaluation mode their CPU kernel repacks 4-bit weights on first use. Results then differ in the sixth digit, and a
+    later backward pass goes through a kernel that has none: gradients are silently wrong.
+
+    Raises:
+        UnsupportedModelError: when that has happened already.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("bitsandbytes."):
+            module.training = True
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                raise UnsupportedModelError(
+                    f"model layer {name!r} was repacked by an evaluation pass and has no gradient any more; load the model "
+                    "afresh and hand it over before its first pass."
+                )

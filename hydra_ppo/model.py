@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hydra_ppo.adapters import AdapterSwitch, adapter_parameters, copy_adapter
-from hydra_ppo.architecture import check_head, disable_dropout, inspect_architecture
+from hydra_ppo.architecture import check_head, disable_dropout, inspect_architecture, keep_quantised_layers_trainable
 from hydra_ppo.config import LoraSettings
 from hydra_ppo.errors import ConfigError, RoleError, UnsupportedModelError
 from hydra_ppo.experience import Sequences
@@ -95,6 +95,7 @@ class HydraModel(nn.Module):
                 "choose fewer."
             )
         disable_dropout(causal_lm)
+        keep_quantised_layers_trainable(causal_lm)
         check_head(self.architecture)
         causal_lm.requires_grad_(train == "base")
 
@@ -324,13 +325,10 @@ class HydraModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Switch between training (checkpointing works) and evaluation; both give the same numbers.
 
-        Dropout is off in both. Quantised layers stay in training mode: in evaluation mode the CPU kernels of bitsandbytes
-        repack their weights on first use, and results before and after differ in the sixth digit.
+        Dropout is off in both. Quantised layers stay in training mode; `keep_quantised_layers_trainable` says why.
         """
         super().train(mode)
-        for module in self.modules():
-            if type(module).__module__.startswith("bitsandbytes."):
-                module.training = True
+        keep_quantised_layers_trainable(self)
         return self
 
     # -- roles -------------------------------------------------------------------------------------------------------

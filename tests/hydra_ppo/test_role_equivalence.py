@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from hydra_ppo.errors import UnsupportedModelError
 from hydra_ppo.functional import masked_mean
 from hydra_ppo.loading import quantize_linears
 from hydra_ppo.model import HydraModel
@@ -144,3 +146,30 @@ def test_roles_equal_separate_models(family, checkpointing):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_roles_equal_separate_models_on_a_quantised_base(family, quantization, checkpointing):
     check_roles(*build(family, quantization), checkpointing)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_gradients_on_a_quantised_base_that_was_loaded_from_a_folder(quantization, tmp_path):
+    """from_pretrained leaves models in evaluation mode, where bitsandbytes would repack weights and lose the gradient."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(
+        load_in_4bit=quantization == "nf4",
+        load_in_8bit=quantization == "int8",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32).train()
+    hydra = HydraModel.from_pretrained(tmp_path, quantization=quantization)
+    randomise(hydra)
+    check_roles(hydra, Separate(plain, hydra), checkpointing=False)
+
+
+def test_a_base_that_was_repacked_already_is_refused(tmp_path):
+    torch.manual_seed(0)
+    base = HydraModel.from_config(FAMILIES["llama"], quantization="nf4").causal_lm
+    layer = next(module for module in base.modules() if type(module).__name__ == "Linear4bit")
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(UnsupportedModelError, match="was repacked by an evaluation pass"):
+        HydraModel(base)
