@@ -86,6 +86,12 @@ def load_base(
     from transformers import AutoConfig
 
     place = resolve_device(device)
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model.name_or_path={name_or_path!r} holds no config.json; name a folder with config.json and safetensors "
+            "weights, or a model on the hub."
+        )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name_or_path, **options)
@@ -124,9 +130,14 @@ def base_from_config(
     """Build a causal LM with random weights (of torch's global generator), quantised where asked."""
     place = resolve_device(device)
     compute = resolve_dtype(dtype, place, None)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=compute, attn_implementation=resolve_attention(attention, place, compute)
-    ).to(place)
+    kernel = resolve_attention(attention, place, compute)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=compute, attn_implementation=kernel).to(place)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"config={type(config).__name__} is not of a causal LM that can be built: {_first_line(error)[:160]}; "
+            "use one of the supported families."
+        ) from error
     if quantization is not None:
         quantize_linears(model, quantization, compute)
     return model

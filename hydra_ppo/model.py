@@ -242,11 +242,14 @@ class HydraModel(nn.Module):
                 raise ConfigError(
                     f"model.name_or_path={str(saved)!r} lacks {name}/adapter_model.safetensors; save the adapter again."
                 )
-            result = set_peft_model_state_dict(self.base, load_file(weights), adapter_name=name)
-            if result.unexpected_keys:
+            try:
+                strangers = set_peft_model_state_dict(self.base, load_file(weights), adapter_name=name).unexpected_keys
+            except RuntimeError as error:  # a shape that differs
+                strangers = [str(error).strip().splitlines()[-1].strip()]
+            if strangers:
                 raise ConfigError(
-                    f"adapter {str(folder)!r} does not fit this base (for example {result.unexpected_keys[0]}); "
-                    "load it on the base that it was trained on."
+                    f"adapter {str(folder)!r} does not fit this base ({strangers[0]}); load it on the base that it was "
+                    "trained on."
                 )
 
     def _start_from(self, manifest: dict[str, Any] | None) -> None:

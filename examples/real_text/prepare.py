@@ -60,7 +60,7 @@ class Passage:
 class Training:
     """How the base is pretrained: 1 step sees `batch_size` rows of `length` tokens."""
 
-    steps: int = 1600
+    steps: int = 1400
     batch_size: int = 8
     length: int = 128  # tokens
     learning_rate: float = 2e-3

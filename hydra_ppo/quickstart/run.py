@@ -111,9 +111,7 @@ def sft_config(folder: Path, seed: int) -> SFTConfig:
 def ppo_config(folder: Path, seed: int) -> PPOConfig:
     """Settings of the second stage."""
     return PPOConfig(
-        model=ModelSettings(
-            name_or_path=str(folder / "sft"), device="auto", lora=LoraSettings(r=16, alpha=32)
-        ),
+        model=ModelSettings(name_or_path=str(folder / "sft"), device="auto", lora=LoraSettings(r=16, alpha=32)),
         data=DataSettings(
             train=str(folder / "data" / "prompts.jsonl"), eval=str(folder / "data" / "eval_prompts.jsonl"), max_prompt_tokens=24
         ),

@@ -91,7 +91,9 @@ def test_the_first_update_starts_at_ratio_1():
     assert metrics["policy/clip_frac"] == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"quantization": "nf4"}, {"trunk_layers": 1}, {"dtype": "bf16"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"quantization": "nf4"}, {"trunk_layers": 1}, {"dtype": "bf16"}, {"dtype": "fp16"}], ids=str
+)
 def test_ppo_raises_the_reward_and_leaves_the_base_alone(options):
     model = hydra(**options)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
