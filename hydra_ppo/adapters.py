@@ -1,13 +1,22 @@
-"""Switches LoRA adapters on a base without ever touching `requires_grad` or a weight."""
+"""LoRA adapters: their shape, putting them on a base, and switching them without touching `requires_grad` or a weight."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from hydra_ppo.architecture import Architecture
+from hydra_ppo.config import LoraSettings
 from hydra_ppo.errors import ConfigError
 
 
@@ -20,8 +29,6 @@ class AdapterSwitch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         self.active: str | None = None
         self.set(None)
@@ -70,3 +77,68 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
         )
     for name, parameter in copy.items():
         parameter.copy_(origin[name])
+
+
+def lora_config(architecture: Architecture, lora: LoraConfig | LoraSettings | None, trunk_layers: int) -> LoraConfig:
+    """Return the PEFT config of new adapters, target modules spelled out and the trunk left out."""
+    if not isinstance(lora, LoraConfig):
+        lora = lora or LoraSettings()
+        lora = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, use_rslora=lora.use_rslora)
+    if lora.lora_dropout:
+        raise ConfigError(f"lora_dropout={lora.lora_dropout} would add noise to the ratio of PPO; set lora_dropout=0.")
+    if lora.modules_to_save:
+        raise ConfigError(f"modules_to_save={lora.modules_to_save} would train a copy of base layers; leave it out.")
+    available = architecture.linear_names()
+    targets = lora.target_modules
+    if targets is None or targets == "all-linear":
+        targets = available
+    elif isinstance(targets, str):
+        targets = [targets]
+    unknown = sorted(set(targets) - set(available))
+    if unknown:
+        raise ConfigError(
+            f"lora.target_modules={unknown} are not linear layers of this model; choose among {', '.join(available)}."
+        )
+    options: dict[str, Any] = {}
+    if trunk_layers:
+        above = list(range(trunk_layers, len(architecture.layers)))
+        options = {"layers_to_transform": above, "layers_pattern": architecture.layers_name}
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        target_modules=sorted(targets),
+        use_rslora=lora.use_rslora,
+        init_lora_weights=lora.init_lora_weights,
+        fan_in_fan_out=architecture.config.model_type == "gpt2",
+        task_type="CAUSAL_LM",
+        **options,
+    )
+
+
+def put_adapter(base: PreTrainedModel | PeftModel, name: str, shape: LoraConfig, folder: Path | None) -> PeftModel:
+    """Put adapter `name` on the base: read from `folder`, or new and of `shape` where that is None.
+
+    Raises:
+        ConfigError: when the folder has no safetensors, or does not fit the base.
+    """
+    config = deepcopy(shape) if folder is None else PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    if isinstance(base, PeftModel):
+        base.add_adapter(name, config)
+    else:
+        base = PeftModel(base, config, adapter_name=name)
+    if folder is not None:
+        weights = folder / "adapter_model.safetensors"
+        if not weights.is_file():
+            raise ConfigError(
+                f"model.name_or_path={str(folder.parent)!r} lacks {name}/adapter_model.safetensors; save the adapter again."
+            )
+        try:
+            strangers = set_peft_model_state_dict(base, load_file(weights), adapter_name=name).unexpected_keys
+        except RuntimeError as error:  # a shape that differs
+            strangers = [str(error).strip().splitlines()[-1].strip()]
+        if strangers:
+            raise ConfigError(
+                f"adapter {str(folder)!r} does not fit this base ({strangers[0]}); load it on the base that it was trained on."
+            )
+    return base

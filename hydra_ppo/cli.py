@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -28,6 +30,9 @@ def quieten() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # bitsandbytes looks for an optional kernel package, PEFT asks transformers a question that was renamed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_traceback = "--traceback" in arguments or os.environ.get("HYDRA_TRACEBACK", "") not in ("", "0")
     try:
         return _dispatch(arguments)
+    except SystemExit as stop:  # argparse, after it has printed its help
+        return int(stop.code or DONE)
     except (ConfigError, DataError, UnsupportedModelError) as error:
         return _complain(error, BAD_INPUT, str(error), show_traceback)
     except HydraError as error:
@@ -137,9 +144,9 @@ def _quickstart(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=_seed, default=0, help="Seed of every random source.")
     parser.add_argument("--overwrite", action="store_true", help="Replace what an earlier quickstart left there.")
     options = parser.parse_args(arguments)
-    from hydra_ppo import commands
+    from hydra_ppo.quickstart import run
 
-    commands.quickstart(options.output, options.seed, options.overwrite)
+    run.main(options.output, options.seed, options.overwrite)
 
 
 def _inspect(arguments: list[str]) -> None:

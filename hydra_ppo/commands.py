@@ -78,13 +78,6 @@ def export(run: Path, output: Path, adapter_only: bool) -> None:
     export_actor(run, output, adapter_only=adapter_only)
 
 
-def quickstart(output: Path, seed: int, overwrite: bool) -> None:
-    """Run the whole pipeline on a tiny model and corpus."""
-    from hydra_ppo.quickstart.run import main
-
-    main(output, seed, overwrite)
-
-
 def inspect(folder: Path, as_json: bool) -> None:
     """Print what a run folder holds."""
     from hydra_ppo.inspect_run import inspect_run, print_inspection

@@ -8,31 +8,22 @@ reason, the reasons are counted over the whole source, and only then is there an
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from hydra_ppo.config import DataSettings
 from hydra_ppo.errors import ConfigError, DataError
+from hydra_ppo.row_formats import Conversation, Messages, checked_pair, checked_prompt, checked_unicode
+from hydra_ppo.sources import DataSource, Rejected, Source, one_line, open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = TypeVar("Row")
-Messages = list[dict[str, Any]]
-Conversation = str | Messages
-DataSource = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
-
-_HUB_NAME = re.compile(r"([\w-]+|[\w-][\w.-]*/[\w.-]+)(:[\w.-]+)?")
-_HH_TURN = "\n\nAssistant:"
-_COLUMNS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -64,24 +55,6 @@ class Loaded(Generic[Row]):
     reasons: dict[str, int]
 
 
-class _Rejected(Exception):
-    """A row that cannot be used; one that is not malformed is dropped without an error."""
-
-    def __init__(self, reason: str, *, malformed: bool = True) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.malformed = malformed
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A source being read: rows with their numbers, a row that could not be decoded as a `_Rejected`."""
-
-    name: str
-    unit: Literal["line", "row"]
-    rows: Iterator[tuple[int, Any]]
-
-
 def load_preferences(
     source: DataSource, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, split: str | None = None
 ) -> Loaded[PreferenceRow]:
@@ -99,7 +72,7 @@ def load_preferences(
     _require_eos(tokenizer)
 
     def convert(raw: Any, place: str) -> tuple[PreferenceRow, list[str]]:
-        prompt, chosen, rejected = _checked_pair(raw)
+        prompt, chosen, rejected = checked_pair(raw)
         prompt_text, prompt_ids, notes = _encode_prompt(prompt, tokenizer, settings, place)
         texts, ids = [], []
         for name, response in (("chosen", chosen), ("rejected", rejected)):
@@ -110,10 +83,10 @@ def load_preferences(
             texts.append(text)
             ids.append(tuple(response_ids[: settings.max_response_tokens]))
         if ids[0] == ids[1]:
-            raise _Rejected("chosen and rejected have the same tokens", malformed=False)
+            raise Rejected("chosen and rejected have the same tokens", malformed=False)
         return PreferenceRow(prompt_text, *texts, prompt_ids, *ids), notes
 
-    return _collect(_open(source, split or settings.split), convert, settings.skip_bad_rows)
+    return _collect(open_source(source, split or settings.split), convert, settings.skip_bad_rows)
 
 
 def load_prompts(
@@ -127,10 +100,10 @@ def load_prompts(
     _require_eos(tokenizer)
 
     def convert(raw: Any, place: str) -> tuple[PromptRow, list[str]]:
-        text, ids, notes = _encode_prompt(_checked_prompt(raw), tokenizer, settings, place)
+        text, ids, notes = _encode_prompt(checked_prompt(raw), tokenizer, settings, place)
         return PromptRow(text, ids), notes
 
-    return _collect(_open(source, split or settings.split), convert, settings.skip_bad_rows)
+    return _collect(open_source(source, split or settings.split), convert, settings.skip_bad_rows)
 
 
 def check_source(
@@ -145,8 +118,8 @@ def check_source(
 
     An iterator is consumed by as many rows. Raises DataError as `load_preferences` does.
     """
-    check = {"preferences": _checked_pair, "prompts": _checked_prompt}[kind]
-    opened = _open(source, split)
+    check = {"preferences": checked_pair, "prompts": checked_prompt}[kind]
+    opened = open_source(source, split)
     first = replace(opened, rows=islice(opened.rows, limit))
     loaded = _collect(first, lambda raw, place: (check(raw), []), skip_bad_rows)
     return len(loaded.rows) + loaded.skipped
@@ -186,7 +159,7 @@ def _require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 # Counting
 
 
-def _collect(source: _Opened, convert: Callable[[Any, str], tuple[Row, list[str]]], skip_bad_rows: bool) -> Loaded[Row]:
+def _collect(source: Source, convert: Callable[[Any, str], tuple[Row, list[str]]], skip_bad_rows: bool) -> Loaded[Row]:
     rows: list[Row] = []
     reasons: Counter[str] = Counter()
     skipped = bad = 0
@@ -194,10 +167,10 @@ def _collect(source: _Opened, convert: Callable[[Any, str], tuple[Row, list[str]
     for number, raw in source.rows:
         place = f"{source.unit} {number}"
         try:
-            if isinstance(raw, _Rejected):
+            if isinstance(raw, Rejected):
                 raise raw
             row, notes = convert(raw, f"{source.name}: {place}")
-        except _Rejected as rejected:
+        except Rejected as rejected:
             skipped += 1
             reasons[rejected.reason] += 1
             if rejected.malformed:
@@ -220,227 +193,6 @@ def _collect(source: _Opened, convert: Callable[[Any, str], tuple[Row, list[str]
     return Loaded(rows, skipped, dict(reasons))
 
 
-# Reading
-
-
-def _open(source: DataSource, split: str) -> _Opened:
-    if not isinstance(source, (str, os.PathLike)):
-        if not isinstance(source, Iterable):
-            raise DataError(f"source={source!r} holds no rows; give a file, a hub dataset or an iterable of dicts.")
-        return _Opened("examples", "row", enumerate(source, 1))
-    name = os.fspath(source)
-    path = Path(name).expanduser()
-    readers = {".json": _read_json, ".parquet": _read_parquet}
-    if not name or not path.exists():
-        if path.suffix in (".jsonl", *readers) or not _HUB_NAME.fullmatch(name):
-            raise DataError(f"{name or repr(name)}: no such file; check the path.")
-        hub_path, _, config = name.partition(":")
-        return _Opened(name, "row", enumerate(_read_dataset(name, hub_path, config or None, split), 1))
-    if path.is_dir():
-        return _Opened(name, "row", enumerate(_read_dataset(name, str(path), None, split), 1))
-    if path.suffix == ".jsonl":
-        return _Opened(name, "line", _read_jsonl(name, path))
-    if path.suffix in readers:
-        return _Opened(name, "row", enumerate(readers[path.suffix](name, path), 1))
-    raise DataError(f"{name}: files of type {path.suffix!r} are not supported; use .jsonl, {' or '.join(readers)}.")
-
-
-def _unreadable(name: str, error: Exception) -> DataError:
-    return DataError(f"{name}: cannot be read ({_one_line(error)}); check or rewrite the file.")
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-
-
-def _not_utf8(name: str, line: int) -> DataError:
-    return DataError(f"{name}: line {line} is not valid UTF-8; save the file as UTF-8.")
-
-
-def _read_jsonl(name: str, path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError:
-                    raise _not_utf8(name, number) from None
-                if text.strip():
-                    yield number, _parse_json(text)
-    except OSError as error:
-        raise _unreadable(name, error) from error
-
-
-def _parse_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # ValueError also for integers of thousands of digits
-        return _Rejected("not valid JSON")
-
-
-def _read_json(name: str, path: Path) -> Iterator[Any]:
-    try:
-        content = path.read_bytes()
-        rows = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise _not_utf8(name, content.count(b"\n", 0, error.start) + 1) from None
-    except OSError as error:
-        raise _unreadable(name, error) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{name}: is not valid JSON ({_one_line(error)}); fix it, or name it .jsonl if it holds one object per line."
-        ) from None
-    if not isinstance(rows, list):
-        raise DataError(f"{name}: does not hold a list; write a list of objects, or one object per line in a .jsonl file.")
-    yield from rows
-
-
-def _read_parquet(name: str, path: Path) -> Iterator[Any]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [column for column in file.schema_arrow.names if column in _COLUMNS]
-            if not columns:
-                raise DataError(f"{name}: has none of the columns {', '.join(_COLUMNS)}; rename its columns.")
-            for batch in file.iter_batches(batch_size=1000, columns=columns):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _unreadable(name, error) from error
-
-
-def _read_dataset(name: str, path: str, config: str | None, split: str) -> Iterator[Any]:
-    from datasets import load_dataset
-
-    try:
-        yield from load_dataset(path, config, split=split)
-    except Exception as error:  # what the hub client, the builders and the readers raise has no common base
-        raise DataError(
-            f"{name}: cannot be loaded as a dataset with split {split!r} ({_one_line(error)}); "
-            "check the path or name, the split and the connection."
-        ) from error
-
-
-# Formats
-
-
-def _checked_pair(row: Any) -> tuple[Conversation, Conversation, Conversation]:
-    prompt, chosen, rejected = _split_pair(row)
-    _check_prompt(prompt)
-    _check_response("chosen", chosen)
-    _check_response("rejected", rejected)
-    if chosen == rejected:
-        raise _Rejected("chosen equals rejected")
-    return prompt, chosen, rejected
-
-
-def _checked_prompt(row: Any) -> Conversation:
-    is_pair = isinstance(row, Mapping) and row.get("chosen") is not None and row.get("rejected") is not None
-    prompt = _split_pair(row)[0] if is_pair else _field(row, "prompt")
-    _check_prompt(prompt)
-    return prompt
-
-
-def _split_pair(row: Any) -> tuple[Conversation, Conversation, Conversation]:
-    """Take prompt and responses apart; all three come out of one kind, text or messages."""
-    chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
-    if type(chosen) is not type(rejected):
-        raise _Rejected("one of chosen and rejected is text, the other messages")
-    if row.get("prompt") is None:  # Parquet and hub datasets hold null for an absent key
-        return _split_implicit(chosen, rejected)
-    prompt = _field(row, "prompt")
-    if isinstance(prompt, list) and isinstance(chosen, str):
-        return prompt, [{"role": "assistant", "content": chosen}], [{"role": "assistant", "content": rejected}]
-    if isinstance(prompt, str) and isinstance(chosen, list):
-        if chosen[0]["role"] != "assistant":  # UltraFeedback: whole conversations beside the text of the question
-            return _split_implicit(chosen, rejected)
-        return [{"role": "user", "content": prompt}], chosen, rejected
-    if isinstance(prompt, list):
-        return prompt, _without_prefix(chosen, prompt), _without_prefix(rejected, prompt)
-    # A response may begin like its prompt by accident ("Hi" - "Hi there"); both do only where the prompt is repeated.
-    if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
-        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-    return prompt, chosen, rejected
-
-
-def _without_prefix(messages: Messages, prefix: Messages) -> Messages:
-    return messages[len(prefix) :] if messages[: len(prefix)] == prefix else messages
-
-
-def _split_implicit(chosen: Conversation, rejected: Conversation) -> tuple[Conversation, Conversation, Conversation]:
-    if isinstance(chosen, str):
-        cut = _text_boundary(chosen[: _common_length(chosen, rejected)])
-    else:  # the last message is never the prompt's
-        cut = _common_length(chosen[:-1], rejected[:-1])
-    if not chosen[:cut]:
-        raise _Rejected("prompt is missing, and chosen and rejected share none")
-    return chosen[:cut], chosen[cut:], rejected[cut:]
-
-
-def _common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _text_boundary(common: str) -> int:
-    """Return where the prompt ends: after HH's last "Assistant:", else at the last whitespace."""
-    turn = common.rfind(_HH_TURN)
-    if turn >= 0:
-        return turn + len(_HH_TURN)
-    end = next((i for i in range(len(common), 0, -1) if common[i - 1].isspace()), 0)
-    # Tokenizers count a space to the word after it.
-    return end - 1 if end and common[end - 1] == " " else end
-
-
-def _field(row: Any, name: str) -> Conversation:
-    if not isinstance(row, Mapping):
-        raise _Rejected("not an object")
-    value = row.get(name)
-    if value is None:
-        raise _Rejected(f"{name} is missing")
-    if isinstance(value, str):
-        return _unicode(name, value)
-    if not isinstance(value, (list, tuple)):
-        raise _Rejected(f"{name} is neither text nor a list of messages")
-    if not value:
-        raise _Rejected(f"{name} is empty")
-    return [_message(name, message) for message in value]
-
-
-def _message(name: str, message: Any) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise _Rejected(f"{name} has a message that is not an object")
-    for key in ("role", "content"):
-        if not isinstance(message.get(key), str):
-            raise _Rejected(f"{name} has a message without a text {key}")
-        _unicode(name, message[key])
-    # Parquet and hub datasets hold null for keys that only some messages have.
-    return {key: value for key, value in message.items() if value is not None}
-
-
-def _unicode(name: str, text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        raise _Rejected(f"{name} is not valid Unicode") from None
-    return text
-
-
-def _check_prompt(prompt: Conversation) -> None:
-    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    if not any(text.strip() for text in texts):
-        raise _Rejected("prompt is empty")
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise _Rejected("prompt ends with an assistant message")
-
-
-def _check_response(name: str, response: Conversation) -> None:
-    if not response or not (response if isinstance(response, str) else response[-1]["content"]).strip():
-        raise _Rejected(f"{name} is empty")
-    if isinstance(response, list) and not response[0]["role"] == response[-1]["role"] == "assistant":
-        raise _Rejected(f"{name} does not start and end with an assistant message")
-
-
 # Tokens
 
 
@@ -460,12 +212,12 @@ def _encode_prompt(
         ids.pop()
     start = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
     if ids == start:
-        raise _Rejected("prompt has no tokens")
+        raise Rejected("prompt has no tokens")
     limit = settings.max_prompt_tokens
     if len(ids) <= limit:
         return text, tuple(ids), []
     if settings.long_prompts != "truncate":
-        raise _Rejected(
+        raise Rejected(
             f"prompt is over data.max_prompt_tokens={limit} (data.long_prompts={settings.long_prompts})",
             malformed=settings.long_prompts == "error",
         )
@@ -481,7 +233,7 @@ def _render_response(
         return response
     whole = _render(tokenizer, [*prompt, *response], add_generation_prompt=False)
     if not whole.startswith(prompt_text):
-        raise _Rejected(f"the chat template does not render {name} as a continuation of its prompt")
+        raise Rejected(f"the chat template does not render {name} as a continuation of its prompt")
     return whole[len(prompt_text) :]
 
 
@@ -492,7 +244,7 @@ def _encode_response(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -
     while ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     if not ids:
-        raise _Rejected(f"{name} has no tokens")
+        raise Rejected(f"{name} has no tokens")
     return [*ids, tokenizer.eos_token_id]
 
 
@@ -500,9 +252,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_gener
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template is a program of its own and may raise anything
-        raise _Rejected(f"the chat template refuses the messages ({_one_line(error)})") from error
+        raise Rejected(f"the chat template refuses the messages ({one_line(error)})") from error
 
 
 def _encode(name: str, text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> list[int]:
-    _unicode(name, text)
+    checked_unicode(name, text)
     return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.model import MANIFEST, base_folder
+from hydra_ppo.manifest import MANIFEST, base_folder
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),

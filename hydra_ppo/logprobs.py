@@ -58,7 +58,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     entropy_grad: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> TokenLogprobs:
     """Compute log-probabilities of `tokens` and entropies without a tensor of size N x V.
 
@@ -68,7 +68,7 @@ def token_logprobs(
         head: the output head; its weight may require gradients.
         temperature: divides the logits.
         entropy_grad: let gradients flow through the entropy as well as through the log-probabilities.
-        chunk_bytes: size of the largest fp32 temporary.
+        chunk_bytes: size of the largest fp32 temporary; `CHUNK_BYTES` when None.
 
     Returns:
         logprobs (...) and entropy (...), fp32 nats.
@@ -79,7 +79,7 @@ def token_logprobs(
     shape = tokens.shape
     flat = hidden.reshape(-1, hidden.shape[-1])
     logprobs, entropy = _TokenLogprobs.apply(
-        flat, head.weight, head.bias, tokens.reshape(-1), head.softcap, temperature, entropy_grad, chunk_bytes
+        flat, head.weight, head.bias, tokens.reshape(-1), head.softcap, temperature, entropy_grad, chunk_bytes or CHUNK_BYTES
     )
     return TokenLogprobs(logprobs.view(shape), entropy.view(shape))
 

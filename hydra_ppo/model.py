@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hydra_ppo.adapters import AdapterSwitch, adapter_parameters, copy_adapter
+from hydra_ppo.adapters import AdapterSwitch, adapter_parameters, copy_adapter, lora_config, put_adapter
 from hydra_ppo.architecture import check_head, disable_dropout, inspect_architecture, keep_quantised_layers_trainable
 from hydra_ppo.config import LoraSettings
-from hydra_ppo.errors import ConfigError, RoleError, UnsupportedModelError
+from hydra_ppo.errors import ConfigError, RoleError
 from hydra_ppo.experience import Sequences
 from hydra_ppo.loading import DTYPES, base_from_config, load_base
 from hydra_ppo.logprobs import TokenLogprobs, token_logprobs
+from hydra_ppo.manifest import MANIFEST, base_folder, describe_base, read_manifest
 
-MANIFEST = "hydra.json"
 HEADS = "heads.safetensors"
 
 Stage = Literal["ppo", "sft", "reward", "base"]
@@ -85,7 +85,7 @@ class HydraModel(nn.Module):
         super().__init__()
         self.autocast_dtype = autocast
         self.architecture = inspect_architecture(causal_lm)
-        manifest = _read_manifest(saved) if saved is not None else None
+        manifest = read_manifest(saved) if saved is not None else None
         self.train_stage = train
         self.trunk_layers = manifest["trunk_layers"] if manifest else trunk_layers
         depth = len(self.architecture.layers)
@@ -102,12 +102,8 @@ class HydraModel(nn.Module):
         self.base: PreTrainedModel | PeftModel = causal_lm
         self.reward_head_trained = bool(manifest and manifest["reward_head_trained"])
         self.roles = _roles(train, manifest["roles"] if manifest else {})
-        frozen = {self.roles[r].adapter for r in ("reference", "reward")} - {None}
-        shape = self._lora_config(lora)
-        for name in sorted(frozen | {r.adapter for r in self.roles.values()} - {None}):
-            self._add_adapter(name, shape, saved)
+        self._put_adapters(lora_config(self.architecture, lora, self.trunk_layers), saved)
         self.adapters = AdapterSwitch(self.base)
-        self._start_from(manifest)
 
         weight = self.architecture.output_embeddings.weight
         self.heads = nn.ModuleDict(
@@ -188,79 +184,20 @@ class HydraModel(nn.Module):
         causal_lm = base_from_config(config, quantization=quantization, attention=attention, dtype=dtype, device=device)
         return cls(causal_lm, lora=lora, train=train, trunk_layers=trunk_layers)
 
-    def _lora_config(self, lora: LoraConfig | LoraSettings | None) -> LoraConfig:
-        """Return the PEFT config of new adapters, target modules spelled out and the trunk left out."""
-        if not isinstance(lora, LoraConfig):
-            lora = lora or LoraSettings()
-            lora = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, use_rslora=lora.use_rslora)
-        if lora.lora_dropout:
-            raise ConfigError(f"lora_dropout={lora.lora_dropout} would add noise to the ratio of PPO; set lora_dropout=0.")
-        if lora.modules_to_save:
-            raise ConfigError(f"modules_to_save={lora.modules_to_save} would train a copy of base layers; leave it out.")
-        available = self.architecture.linear_names()
-        targets = lora.target_modules
-        if targets is None or targets == "all-linear":
-            targets = available
-        elif isinstance(targets, str):
-            targets = [targets]
-        unknown = sorted(set(targets) - set(available))
-        if unknown:
-            raise ConfigError(
-                f"lora.target_modules={unknown} are not linear layers of this model; choose among {', '.join(available)}."
-            )
-        options: dict[str, Any] = {}
-        if self.trunk_layers:
-            above = list(range(self.trunk_layers, len(self.architecture.layers)))
-            options = {"layers_to_transform": above, "layers_pattern": self.architecture.layers_name}
-        return LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.lora_alpha,
-            target_modules=sorted(targets),
-            use_rslora=lora.use_rslora,
-            init_lora_weights=lora.init_lora_weights,
-            fan_in_fan_out=self.architecture.config.model_type == "gpt2",
-            task_type="CAUSAL_LM",
-            **options,
-        )
+    def _put_adapters(self, shape: LoraConfig, saved: Path | None) -> None:
+        """Put the adapters of all roles on the base: saved ones as they were, new ones as exact copies of a saved one.
 
-    def _add_adapter(self, name: str, shape: LoraConfig, saved: Path | None) -> None:
-        """Put adapter `name` on the base: read from the saved folder where it is there, new otherwise."""
-        folder = saved / name if saved is not None and (saved / name / "adapter_config.json").is_file() else None
-        source = folder
-        if saved is not None and source is None:
-            # A new adapter next to saved ones is a copy of one of them, so it has their shape.
-            source = next((p.parent for p in sorted(saved.glob("*/adapter_config.json"))), None)
-        config = PeftConfig.from_pretrained(str(source)) if source is not None else shape
-        config.inference_mode = False
-        if isinstance(self.base, PeftModel):
-            self.base.add_adapter(name, config)
-        else:
-            self.base = PeftModel(self.base, config, adapter_name=name)
-        if folder is not None:
-            weights = folder / "adapter_model.safetensors"
-            if not weights.is_file():
-                raise ConfigError(
-                    f"model.name_or_path={str(saved)!r} lacks {name}/adapter_model.safetensors; save the adapter again."
-                )
-            try:
-                strangers = set_peft_model_state_dict(self.base, load_file(weights), adapter_name=name).unexpected_keys
-            except RuntimeError as error:  # a shape that differs
-                strangers = [str(error).strip().splitlines()[-1].strip()]
-            if strangers:
-                raise ConfigError(
-                    f"adapter {str(folder)!r} does not fit this base ({strangers[0]}); load it on the base that it was "
-                    "trained on."
-                )
-
-    def _start_from(self, manifest: dict[str, Any] | None) -> None:
-        """Make new trainable adapters exact copies of the frozen ones they start from."""
-        known = set(manifest["adapters"]) if manifest else set()
-        starts = {"actor": self.roles["reference"].adapter, "critic": self.roles["reward"].adapter}
-        if self.train_stage == "reward":
-            starts = {"reward": self.roles["reference"].adapter}
-        present = {role.adapter for role in self.roles.values()}
-        for name, source in starts.items():
-            if name in present and name not in known and source is not None and source != name:
+        Actor and critic start as reference and reward; a reward adapter of its own starts as the reference.
+        """
+        reference, reward = self.roles["reference"].adapter, self.roles["reward"].adapter
+        starts = {"reward": reference} if self.train_stage == "reward" else {"actor": reference, "critic": reward}
+        used = {role.adapter for role in self.roles.values()} - {None}
+        for name in sorted(used, key=lambda name: (name in starts, name)):  # what is copied comes first
+            folder = saved / name if saved is not None and (saved / name / "adapter_config.json").is_file() else None
+            source = starts.get(name)
+            like = self.base.peft_config[source] if source is not None else shape
+            self.base = put_adapter(self.base, name, like, folder)
+            if folder is None and source is not None:
                 copy_adapter(self.base, source, name)
 
     def _load_heads(self, saved: Path, manifest: dict[str, Any]) -> None:
@@ -485,7 +422,7 @@ class HydraModel(nn.Module):
             self.causal_lm.save_pretrained(folder / "base")
             base: dict[str, Any] = {"name_or_path": "base", "relative": True}
         else:
-            base = _describe_base(str(self.causal_lm.name_or_path), folder)
+            base = describe_base(str(self.causal_lm.name_or_path), folder)
         manifest = {
             "format": 1,
             "base": base,
@@ -523,37 +460,3 @@ def _roles(train: Stage, saved: dict[str, Any]) -> dict[str, Role]:
 def _gather(hidden: Tensor, positions: Tensor) -> Tensor:
     """Return (B, R, H): the hidden states (B, T, H) at columns `positions` (B, R)."""
     return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        missing = {"base", "roles", "adapters", "heads", "reward_head_trained", "trunk_layers"} - manifest.keys()
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{folder / MANIFEST} is not a manifest of this program ({error}); save the model again.") from error
-    if missing:
-        raise ConfigError(f"{folder / MANIFEST} lacks {', '.join(sorted(missing))}; save the model again.")
-    return manifest
-
-
-def base_folder(folder: Path) -> str:
-    """Return the name or path of the base that a saved model stands on."""
-    base = _read_manifest(folder)["base"]
-    if not base["relative"]:
-        return base["name_or_path"]
-    path = (folder / base["name_or_path"]).resolve()
-    if not path.is_dir():
-        raise ConfigError(
-            f"model.name_or_path={str(folder)!r} needs its base at {base['name_or_path']!r} beside it; put it back there."
-        )
-    return os.path.relpath(path)
-
-
-def _describe_base(name_or_path: str, folder: Path) -> dict[str, Any]:
-    """A local base is named relative to the folder, so that both can be moved together."""
-    if Path(name_or_path).is_dir():
-        return {"name_or_path": os.path.relpath(Path(name_or_path).resolve(), folder.resolve()), "relative": True}
-    return {"name_or_path": name_or_path, "relative": False}
-
-
-__all__ = ["HydraModel", "Role", "UnsupportedModelError"]

@@ -179,11 +179,13 @@ class PPOTrainer:
         metrics = rollout_metrics(experience, raw, shaped, self.kl_coef, self.eos_ids)
         self._check(step, "rollout", metrics)
         experience = with_advantages(experience, torch.tensor(shaped, device=self.model.device), self.config, self.kl_coef)
-        metrics["value/explained_variance"] = explained_variance(
-            experience.old_values, experience.returns, experience.response_mask
-        ).item()
+        explained = explained_variance(experience.old_values, experience.returns, experience.response_mask)
         metrics |= self.update(experience, train_actor=step > self.config.critic_warmup_steps, step=step)
-        metrics |= {"kl_coef": self.kl_coef, "lr": self.schedule.get_last_lr()[0]}
+        metrics |= {
+            "value/explained_variance": explained.item(),
+            "kl_coef": self.kl_coef,
+            "lr": self.schedule.get_last_lr()[0],
+        }
         if self.config.kl.adaptive:
             kl = self.config.kl
             self.kl_coef = adaptive_kl_coef(self.kl_coef, metrics["objective/kl"], kl.target, kl.horizon, len(experience))
@@ -335,8 +337,7 @@ class PPOTrainer:
     def _check(self, step: int, phase: str, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
             overflow = name.endswith("grad_norm") and self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-            undefined = name == "value/explained_variance"
-            if value is not None and not math.isfinite(value) and not overflow and not undefined:
+            if value is not None and not math.isfinite(value) and not overflow:
                 raise NonFiniteError(
                     f"step={step} phase={phase}: {name} is {value}; lower optimizer.learning_rate or use a wider model.dtype. "
                     "The last checkpoint is intact."

@@ -101,10 +101,10 @@ def sft_config(folder: Path, seed: int) -> SFTConfig:
         optimizer=OptimizerSettings(learning_rate=1e-3, weight_decay=0.01, schedule="cosine", warmup_fraction=0.05),
         method="full",
         reward_coef=1.0,
-        epochs=2,
+        epochs=1,  # many pairs once: a second pass learns the wrong labels by heart
         batch_size=16,
-        microbatch_size=16,
-        eval_every=150,
+        microbatch_size=8,
+        eval_every=300,
     )
 
 
@@ -117,10 +117,10 @@ def ppo_config(folder: Path, seed: int) -> PPOConfig:
         ),
         run=RunSettings(output=str(folder / "ppo"), seed=seed, save_every=0),
         rollout=RolloutSettings(batch_size=64, max_new_tokens=40, score_batch_size=16),
-        kl=KLSettings(coef=0.04),
+        kl=KLSettings(coef=0.1),
         optimizer=OptimizerSettings(learning_rate=1e-3, schedule="linear"),
-        steps=40,
-        ppo_epochs=2,
+        steps=32,
+        ppo_epochs=3,
         minibatch_size=32,
         microbatch_size=16,
         entropy_coef=0.01,

@@ -14,6 +14,7 @@ from hydra_ppo.cli_config import parse
 from hydra_ppo.config import DataSettings, ModelSettings, PPOConfig, RolloutSettings, RunSettings, SFTConfig
 from hydra_ppo.dry_run import Quantity, check_model, ppo_arithmetic, sft_arithmetic
 from hydra_ppo.errors import ConfigError, DataError, NonFiniteError, RewardError, UnsupportedModelError
+from hydra_ppo.quickstart import run as quickstart
 from hydra_ppo.run import Run
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "accelerate")
@@ -99,8 +100,8 @@ def test_exit_codes(error, code, line, capsys, inputs, monkeypatch):
 
 def test_commands_get_what_was_parsed(capsys, inputs, monkeypatch, tmp_path):
     seen = []
-    for name in ("sft", "ppo", "export", "quickstart"):
-        monkeypatch.setattr(commands, name, lambda *arguments, name=name: seen.append((name, *arguments)))
+    for module, name in ((commands, "sft"), (commands, "ppo"), (commands, "export"), (quickstart, "main")):
+        monkeypatch.setattr(module, name, lambda *arguments, name=name: seen.append((name, *arguments)))
     assert call(capsys, "sft", *inputs, "--epochs", "3")[0] == 0
     assert call(capsys, "ppo", *inputs, "--rollout.batch_size", "32")[0] == 0
     assert call(capsys, "export", "model", "--output", "plain", "--adapter-only")[0] == 0
@@ -109,8 +110,8 @@ def test_commands_get_what_was_parsed(capsys, inputs, monkeypatch, tmp_path):
     assert (seen[0][1].epochs, seen[1][1].rollout.batch_size) == (3, 32)
     assert seen[2:] == [
         ("export", Path("model"), Path("plain"), True),
-        ("quickstart", Path("runs/quickstart"), 0, False),
-        ("quickstart", Path("q"), 3, True),
+        ("main", Path("runs/quickstart"), 0, False),
+        ("main", Path("q"), 3, True),
     ]
 
 

@@ -185,7 +185,6 @@ class TestMemoryRules:
         model = HydraModel.from_config(config)
         model.train().enable_checkpointing()
         monkeypatch.setattr(logprobs, "CHUNK_BYTES", 4 * vocabulary * 8)
-        monkeypatch.setitem(logprobs.token_logprobs.__kwdefaults__, "chunk_bytes", 4 * vocabulary * 8)
         ids = [list(range(10, 10 + length // 2))] * rows
         batch = Experience.from_lists(ids, ids, 0, torch.device("cpu")).sequences()
         with self.Largest() as largest:

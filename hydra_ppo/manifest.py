@@ -1,0 +1,44 @@
+"""`hydra.json`: which base a saved model stands on, and which role uses which adapter and head."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra_ppo.errors import ConfigError
+
+MANIFEST = "hydra.json"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what `hydra.json` of a saved model says; raises ConfigError where it says too little."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        missing = {"base", "roles", "adapters", "heads", "reward_head_trained", "trunk_layers"} - manifest.keys()
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder / MANIFEST} is not a manifest of this program ({error}); save the model again.") from error
+    if missing:
+        raise ConfigError(f"{folder / MANIFEST} lacks {', '.join(sorted(missing))}; save the model again.")
+    return manifest
+
+
+def base_folder(folder: Path) -> str:
+    """Return the name or path of the base that a saved model stands on."""
+    base = read_manifest(folder)["base"]
+    if not base["relative"]:
+        return base["name_or_path"]
+    path = (folder / base["name_or_path"]).resolve()
+    if not path.is_dir():
+        raise ConfigError(
+            f"model.name_or_path={str(folder)!r} needs its base at {base['name_or_path']!r} beside it; put it back there."
+        )
+    return os.path.relpath(path)
+
+
+def describe_base(name_or_path: str, folder: Path) -> dict[str, Any]:
+    """A local base is named relative to the folder, so that both can be moved together."""
+    if Path(name_or_path).is_dir():
+        return {"name_or_path": os.path.relpath(Path(name_or_path).resolve(), folder.resolve()), "relative": True}
+    return {"name_or_path": name_or_path, "relative": False}

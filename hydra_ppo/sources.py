@@ -1,0 +1,137 @@
+"""Opens a source of rows: JSONL, JSON, Parquet, a hub dataset or any iterable of dicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra_ppo.errors import DataError
+
+DataSource = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+
+_HUB_NAME = re.compile(r"([\w-]+|[\w-][\w.-]*/[\w.-]+)(:[\w.-]+)?")
+_COLUMNS = ("prompt", "chosen", "rejected")
+
+
+class Rejected(Exception):
+    """A row that cannot be used; one that is not malformed is dropped without an error."""
+
+    def __init__(self, reason: str, *, malformed: bool = True) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.malformed = malformed
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source being read: rows with their numbers, a row that could not be decoded as a `Rejected`."""
+
+    name: str
+    unit: Literal["line", "row"]
+    rows: Iterator[tuple[int, Any]]
+
+
+def open_source(source: DataSource, split: str) -> Source:
+    """Open a file, dataset folder, hub dataset (`name` or `name:config`) or iterable; raises DataError where that fails."""
+    if not isinstance(source, (str, os.PathLike)):
+        if not isinstance(source, Iterable):
+            raise DataError(f"source={source!r} holds no rows; give a file, a hub dataset or an iterable of dicts.")
+        return Source("examples", "row", enumerate(source, 1))
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    readers = {".json": _read_json, ".parquet": _read_parquet}
+    if not name or not path.exists():
+        if path.suffix in (".jsonl", *readers) or not _HUB_NAME.fullmatch(name):
+            raise DataError(f"{name or repr(name)}: no such file; check the path.")
+        hub_path, _, config = name.partition(":")
+        return Source(name, "row", enumerate(_read_dataset(name, hub_path, config or None, split), 1))
+    if path.is_dir():
+        return Source(name, "row", enumerate(_read_dataset(name, str(path), None, split), 1))
+    if path.suffix == ".jsonl":
+        return Source(name, "line", _read_jsonl(name, path))
+    if path.suffix in readers:
+        return Source(name, "row", enumerate(readers[path.suffix](name, path), 1))
+    raise DataError(f"{name}: files of type {path.suffix!r} are not supported; use .jsonl, {' or '.join(readers)}.")
+
+
+def _unreadable(name: str, error: Exception) -> DataError:
+    return DataError(f"{name}: cannot be read ({one_line(error)}); check or rewrite the file.")
+
+
+def one_line(error: Exception) -> str:
+    """Return type and message of an exception on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _not_utf8(name: str, line: int) -> DataError:
+    return DataError(f"{name}: line {line} is not valid UTF-8; save the file as UTF-8.")
+
+
+def _read_jsonl(name: str, path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    raise _not_utf8(name, number) from None
+                if text.strip():
+                    yield number, _parse_json(text)
+    except OSError as error:
+        raise _unreadable(name, error) from error
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # ValueError also for integers of thousands of digits
+        return Rejected("not valid JSON")
+
+
+def _read_json(name: str, path: Path) -> Iterator[Any]:
+    try:
+        content = path.read_bytes()
+        rows = json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _not_utf8(name, content.count(b"\n", 0, error.start) + 1) from None
+    except OSError as error:
+        raise _unreadable(name, error) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{name}: is not valid JSON ({one_line(error)}); fix it, or name it .jsonl if it holds one object per line."
+        ) from None
+    if not isinstance(rows, list):
+        raise DataError(f"{name}: does not hold a list; write a list of objects, or one object per line in a .jsonl file.")
+    yield from rows
+
+
+def _read_parquet(name: str, path: Path) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = [column for column in file.schema_arrow.names if column in _COLUMNS]
+            if not columns:
+                raise DataError(f"{name}: has none of the columns {', '.join(_COLUMNS)}; rename its columns.")
+            for batch in file.iter_batches(batch_size=1000, columns=columns):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _unreadable(name, error) from error
+
+
+def _read_dataset(name: str, path: str, config: str | None, split: str) -> Iterator[Any]:
+    from datasets import load_dataset
+
+    try:
+        yield from load_dataset(path, config, split=split)
+    except Exception as error:  # what the hub client, the builders and the readers raise has no common base
+        raise DataError(
+            f"{name}: cannot be loaded as a dataset with split {split!r} ({one_line(error)}); "
+            "check the path or name, the split and the connection."
+        ) from error
