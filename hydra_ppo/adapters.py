@@ -19,6 +19,23 @@ from hydra_ppo.architecture import Architecture
 from hydra_ppo.config import LoraSettings
 from hydra_ppo.errors import ConfigError
 
+REFUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "lora_dropout": ((0.0,), "would add noise to the ratio of PPO", "set lora_dropout=0"),
+    "modules_to_save": ((None, []), "would train a copy of base layers", "leave it out"),
+    "bias": (("none",), "would train biases of the base that all roles share", "use bias='none'"),
+    "init_lora_weights": (
+        (True, "gaussian"),
+        "changes the base that all roles share, or gives the actor a start other than the reference",
+        "use True or 'gaussian'",
+    ),
+    "use_dora": ((False,), "rounds, so that the actor would not start as the reference to the last bit", "leave it out"),
+    "layers_to_transform": ((None, []), "is what trunk_layers sets", "use trunk_layers"),
+    "layer_replication": ((None, []), "would give each role a depth of its own", "leave it out"),
+    "trainable_token_indices": ((None, []), "would train embeddings that all roles share", "leave it out"),
+    "target_parameters": ((None, []), "is not supported", "use target_modules"),
+}
+"""PEFT options that a shared base cannot take: values that are fine, the rule that others break, what to do."""
+
 
 class AdapterSwitch:
     """Says which one adapter of a base is active, or none.
@@ -80,16 +97,22 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
 
 
 def lora_config(architecture: Architecture, lora: LoraConfig | LoraSettings | None, trunk_layers: int) -> LoraConfig:
-    """Return the PEFT config of new adapters, target modules spelled out and the trunk left out."""
-    if not isinstance(lora, LoraConfig):
+    """Return the PEFT config of new adapters: target modules spelled out, the trunk left out, all else as given.
+
+    Raises:
+        ConfigError: for what a base shared by four roles cannot take.
+    """
+    if isinstance(lora, LoraConfig):
+        config = deepcopy(lora)
+    else:
         lora = lora or LoraSettings()
-        lora = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, use_rslora=lora.use_rslora)
-    if lora.lora_dropout:
-        raise ConfigError(f"lora_dropout={lora.lora_dropout} would add noise to the ratio of PPO; set lora_dropout=0.")
-    if lora.modules_to_save:
-        raise ConfigError(f"modules_to_save={lora.modules_to_save} would train a copy of base layers; leave it out.")
+        config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, use_rslora=lora.use_rslora)
+    for name, (allowed, why, remedy) in REFUSED.items():
+        value = getattr(config, name, allowed[0])
+        if value not in allowed:
+            raise ConfigError(f"lora.{name}={value!r} {why}; {remedy}.")
     available = architecture.linear_names()
-    targets = lora.target_modules
+    targets = config.target_modules
     if targets is None or targets == "all-linear":
         targets = available
     elif isinstance(targets, str):
@@ -99,20 +122,13 @@ def lora_config(architecture: Architecture, lora: LoraConfig | LoraSettings | No
         raise ConfigError(
             f"lora.target_modules={unknown} are not linear layers of this model; choose among {', '.join(available)}."
         )
-    options: dict[str, Any] = {}
+    config.target_modules = set(targets)
+    config.fan_in_fan_out = architecture.config.model_type == "gpt2"
+    config.task_type = "CAUSAL_LM"
     if trunk_layers:
-        above = list(range(trunk_layers, len(architecture.layers)))
-        options = {"layers_to_transform": above, "layers_pattern": architecture.layers_name}
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        target_modules=sorted(targets),
-        use_rslora=lora.use_rslora,
-        init_lora_weights=lora.init_lora_weights,
-        fan_in_fan_out=architecture.config.model_type == "gpt2",
-        task_type="CAUSAL_LM",
-        **options,
-    )
+        config.layers_to_transform = list(range(trunk_layers, len(architecture.layers)))
+        config.layers_pattern = architecture.layers_name
+    return config
 
 
 def put_adapter(base: PreTrainedModel | PeftModel, name: str, shape: LoraConfig, folder: Path | None) -> PeftModel:

@@ -64,6 +64,7 @@ class PhaseMemory:
         self.peaks: dict[str, int] = {}
         self._phase: str | None = None
         self._live: LiveBytes | None = None
+        self._on = False
 
     @contextmanager
     def step(self, number: int, others: Iterable[Tensor] = ()) -> Iterator[None]:
@@ -82,10 +83,11 @@ class PhaseMemory:
         with self._live or nullcontext():
             yield
         self("end")
+        self._on = False
 
     def __call__(self, phase: str) -> None:
         """Begin `phase`; the one before it ends here."""
-        if not getattr(self, "_on", False):
+        if not self._on:
             return
         if self._phase is not None:
             peak = self._live.peak if self._live is not None else torch.cuda.max_memory_allocated(self.device)

@@ -118,7 +118,7 @@ class HydraModel(nn.Module):
             self._load_heads(saved, manifest)
         self._own_gradients()
         self._role: str | None = None
-        self._checkpointing = False
+        self.enable_checkpointing(False)  # whatever the model came with may be reentrant
         self.eval()
 
     # -- construction ------------------------------------------------------------------------------------------------
@@ -257,7 +257,6 @@ class HydraModel(nn.Module):
         for layer in self.architecture.layers:
             layer._gradient_checkpointing_func = function
             layer.gradient_checkpointing = enabled
-        self._checkpointing = enabled
 
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), self.adapters.using(self.adapters.active)

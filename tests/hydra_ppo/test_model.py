@@ -375,13 +375,24 @@ class TestRefused:
         [
             (
                 {"lora": LoraConfig(lora_dropout=0.1)},
-                "lora_dropout=0.1 would add noise to the ratio of PPO; set lora_dropout=0",
+                "lora.lora_dropout=0.1 would add noise to the ratio of PPO; set lora_dropout=0",
             ),
             (
                 {"lora": LoraConfig(target_modules=["nope"])},
                 r"lora.target_modules=\['nope'\] are not linear layers .* choose among",
             ),
             ({"lora": LoraConfig(modules_to_save=["lm_head"])}, "modules_to_save"),
+            (
+                {"lora": LoraConfig(bias="all")},
+                "lora.bias='all' would train biases of the base that all roles share; use bias='none'",
+            ),
+            ({"lora": LoraConfig(init_lora_weights="pissa")}, "lora.init_lora_weights='pissa' changes the base"),
+            (
+                {"lora": LoraConfig(init_lora_weights=False)},
+                "lora.init_lora_weights=False changes the base .*, or gives the actor",
+            ),
+            ({"lora": LoraConfig(use_dora=True)}, "lora.use_dora=True rounds"),
+            ({"lora": LoraConfig(layers_to_transform=[0])}, "is what trunk_layers sets; use trunk_layers"),
             ({"trunk_layers": 2}, "model.trunk_layers=2 must be at least 0 and below the 2 decoder layers"),
             ({"train": "both"}, "train='both' is not a stage"),
         ],
@@ -425,6 +436,20 @@ class TestRefused:
         with pytest.raises((ConfigError, UnsupportedModelError)):
             HydraModel.from_pretrained(base)
         assert not Path(marker).exists()
+
+
+def test_options_of_a_peft_config_are_kept():
+    given = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}, use_rslora=True)
+    kept = HydraModel.from_config(llama(), lora=given).base.peft_config["critic"]
+    assert (kept.r, kept.lora_alpha, kept.rank_pattern, kept.use_rslora) == (4, 4, {"v_proj": 2}, True)
+    assert kept.target_modules == {"q_proj", "v_proj"}
+
+
+def test_checkpointing_that_a_model_came_with_is_switched_off():
+    causal_lm = AutoModelForCausalLM.from_config(llama())
+    causal_lm.gradient_checkpointing_enable({"use_reentrant": True})
+    model = HydraModel(causal_lm)
+    assert not any(layer.gradient_checkpointing for layer in model.architecture.layers)
 
 
 def test_auto_attention_is_logged(caplog):
