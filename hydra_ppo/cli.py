@@ -22,11 +22,22 @@ from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedMode
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
-def quieten() -> None:
-    """Keep other libraries' progress bars and notices out of the output; warnings about the user's input stay.
+class _Stderr(logging.Handler):
+    """Prints log lines to whatever stderr is at that time."""
 
-    Set through the environment, so that it holds without importing them.
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def set_up_output() -> None:
+    """Show this program's own log lines, and keep other libraries' progress bars and notices out of the output.
+
+    The latter through the environment where possible, so that it holds without importing them.
     """
+    own = logging.getLogger("hydra_ppo")
+    own.setLevel(logging.INFO)
+    if not own.handlers:
+        own.addHandler(_Stderr())
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -41,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments after the program's name; None takes them from ``sys.argv``.
     """
-    quieten()
+    set_up_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments or os.environ.get("HYDRA_TRACEBACK", "") not in ("", "0")
     try:

@@ -324,7 +324,9 @@ class HydraModel(nn.Module):
             (B, T, H) final hidden states, after the last norm.
         """
         use_cache = options.get("past_key_values") is not None
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        # None leaves a caller's own autocast alone.
+        cast = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype is not None else nullcontext()
+        with cast:
             return self.architecture.backbone(input_ids=input_ids, use_cache=use_cache, **options).last_hidden_state
 
     def logprobs(self, sequences: Sequences, temperature: float = 1.0, entropy_grad: bool = False) -> TokenLogprobs:

@@ -81,7 +81,9 @@ def test_sft_then_ppo_then_inspect_then_export(project, method, tmp_path, capsys
     assert main(["sft", write(tmp_path / "sft.yaml", sft)]) == 0
     assert json.loads((tmp_path / "sft" / "summary.json").read_text())["eval/reward_accuracy"] > 0.7
     assert main(["ppo", write(tmp_path / "ppo.yaml", ppo), "--dry-run"]) == 0
+    capsys.readouterr()
     assert main(["ppo", write(tmp_path / "ppo.yaml", ppo), "--kl.coef", "0.1"]) == 0
+    assert "attention=auto takes sdpa" in capsys.readouterr().err
 
     run = tmp_path / "ppo"
     assert [m["step"] for m in metrics(run)] == [1, 2, 3]
