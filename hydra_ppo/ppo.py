@@ -139,10 +139,11 @@ class PPOTrainer:
                     "seconds": totals["seconds"] + seconds,
                 }
                 last = step == self.config.steps
-                if last or (self.config.eval_every and step % self.config.eval_every == 0):
+                evaluated = last or (self.config.eval_every > 0 and step % self.config.eval_every == 0)
+                if evaluated:
                     after = self.evaluate(step)
                     metrics |= {k: v for k, v in after.items() if not isinstance(v, list)}
-                if last or step % self.config.run.log_every == 0:
+                if evaluated or step % self.config.run.log_every == 0:
                     self.run.log(step, metrics)
                 if self.config.run.save_every and step % self.config.run.save_every == 0:
                     self.save(step)

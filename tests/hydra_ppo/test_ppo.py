@@ -269,3 +269,11 @@ def test_repeated_ngrams_by_hand():
     # 1 2 3 4 1 2 3 4: 4-grams 1234 2341 3412 4123 1234: one of five stood before; 5 6 7 has none
     assert repeated_ngrams([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7]], 4) == pytest.approx(1 / 5)
     assert repeated_ngrams([[1]], 4) == 0.0
+
+
+def test_an_evaluation_is_logged_whatever_the_interval():
+    memo = Memo()
+    config = ppo_config(reward=LOW_WORDS, steps=4, eval_every=2)
+    config = replace(config, run=replace(config.run, log_every=3))
+    trainer(config=config, run=memo, eval_prompts=prompts(4)).train()
+    assert [(step, "eval/scores" in m) for step, m in memo.steps] == [(2, True), (3, False), (4, True)]
