@@ -143,6 +143,9 @@ def put_adapter(base: PreTrainedModel | PeftModel, name: str, shape: LoraConfig,
         base.add_adapter(name, config)
     else:
         base = PeftModel(base, config, adapter_name=name)
+    # In bf16 a small step of the optimizer rounds to nothing. PEFT 0.18 casts the first adapter only.
+    for parameter in adapter_parameters(base, name).values():
+        parameter.data = parameter.data.float()
     if folder is not None:
         weights = folder / "adapter_model.safetensors"
         if not weights.is_file():

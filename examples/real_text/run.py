@@ -27,7 +27,7 @@ NATS = 30.0
 
 def command(*words: object) -> None:
     line = [str(word) for word in words]
-    print("$", " ".join(line), flush=True)
+    print("$ python", " ".join(line), flush=True)
     subprocess.run([sys.executable, *line], check=True)
 
 

@@ -445,6 +445,13 @@ def test_options_of_a_peft_config_are_kept():
     assert kept.target_modules == {"q_proj", "v_proj"}
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_adapters_and_heads_stay_in_fp32(dtype):
+    model = HydraModel.from_config(llama(), dtype=dtype)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model.causal_lm.dtype != torch.float32
+
+
 def test_checkpointing_that_a_model_came_with_is_switched_off():
     causal_lm = AutoModelForCausalLM.from_config(llama())
     causal_lm.gradient_checkpointing_enable({"use_reentrant": True})
