@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hydra_ppo.logprobs import LMHead, token_logprobs
+from tests.allocations import LargestAllocation
 
 TOLERANCE = 1e-5
 N, H, V = 37, 16, 101
@@ -72,25 +71,12 @@ def test_hand_computed_two_words():
     assert out.entropy.item() == pytest.approx(0.5623351, abs=1e-6)
 
 
-class _LargestAllocation(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
-        return out
-
-
 @pytest.mark.parametrize("train_head", [False, True])
 def test_no_tensor_of_size_n_by_v_forward_or_backward(train_head):
     vocabulary, count = 4096, 512
     hidden = torch.randn(count, 8, requires_grad=True)
     head = LMHead(torch.randn(vocabulary, 8, requires_grad=train_head))
-    with _LargestAllocation() as largest:
+    with LargestAllocation() as largest:
         logprobs, _ = token_logprobs(hidden, torch.randint(vocabulary, (count,)), head, chunk_bytes=4 * vocabulary * 16)
         logprobs.sum().backward()
     assert largest.elements <= max(16 * vocabulary, vocabulary * 8)

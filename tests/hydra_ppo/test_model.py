@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, T5Config
 
 from hydra_ppo.config import LoraSettings
 from hydra_ppo.errors import ConfigError, RoleError, UnsupportedModelError
 from hydra_ppo.experience import Experience
 from hydra_ppo.model import HydraModel
+from tests.allocations import LargestAllocation
 from tests.families import FAMILIES, experience, randomise, sequences
 from tests.training import hydra, llama, write_model
 
@@ -161,18 +160,6 @@ class TestGradients:
 
 
 class TestMemoryRules:
-    class Largest(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for leaf in tree_leaves(out):
-                if isinstance(leaf, torch.Tensor):
-                    self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
-            return out
-
     @pytest.mark.parametrize("family", ["llama", "gemma3-softcap"])
     def test_no_tensor_of_size_b_t_v_and_no_t_by_t(self, family, monkeypatch):
         import copy
@@ -187,7 +174,7 @@ class TestMemoryRules:
         monkeypatch.setattr(logprobs, "CHUNK_BYTES", 4 * vocabulary * 8)
         ids = [list(range(10, 10 + length // 2))] * rows
         batch = Experience.from_lists(ids, ids, 0, torch.device("cpu")).sequences()
-        with self.Largest() as largest:
+        with LargestAllocation() as largest:
             with model.role("actor"):
                 model.logprobs(batch, entropy_grad=True).logprobs.sum().backward()
             with model.role("critic"):
@@ -203,7 +190,7 @@ class TestMemoryRules:
         model = hydra(vocab_size=64, max_position_embeddings=2048)
         ids = [list(range(4, 36)) * (length // 64)] * 2
         batch = Experience.from_lists(ids, [ids[0], ids[0][:7]], 0, torch.device("cpu")).sequences()
-        with self.Largest() as largest:
+        with LargestAllocation() as largest:
             with model.role("critic"):
                 model.values(batch).sum().backward()
             model.reference_and_reward(batch)
