@@ -54,7 +54,7 @@ class HydraModel(nn.Module):
     reward    what reward training left, or the same   reward
     ========= ======================================== ======
 
-    Actor and critic start as exact copies of reference and reward, so PPO starts at KL 0.
+    Actor and critic start as exact copies of reference and reward: the same numbers, to the last bit, from the same pass.
 
     Args:
         causal_lm: the base, in memory; it is modified in place (adapters are injected, dropout goes to 0).
@@ -87,7 +87,14 @@ class HydraModel(nn.Module):
         self.architecture = inspect_architecture(causal_lm)
         manifest = read_manifest(saved) if saved is not None else None
         self.train_stage = train
-        self.trunk_layers = manifest["trunk_layers"] if manifest else trunk_layers
+        self.trunk_layers = trunk_layers
+        if manifest and manifest["adapters"]:  # adapters bring their trunk with them; a tuned base alone does not
+            self.trunk_layers = manifest["trunk_layers"]
+            if trunk_layers not in (0, self.trunk_layers):
+                raise ConfigError(
+                    f"model.trunk_layers={trunk_layers} differs from the {self.trunk_layers} that the saved adapters were "
+                    f"trained with; use {self.trunk_layers}, or start again from the base."
+                )
         depth = len(self.architecture.layers)
         if not 0 <= self.trunk_layers < depth:
             raise ConfigError(
@@ -153,6 +160,8 @@ class HydraModel(nn.Module):
         Raises:
             ConfigError, UnsupportedModelError: one line that says what to do.
         """
+        if train == "base" and quantization is not None:
+            raise ConfigError(f"model.quantization={quantization!r} leaves no weights that train='base' can train; use None.")
         path = Path(name_or_path)
         saved = path if (path / MANIFEST).is_file() else None
         base = base_folder(path) if saved is not None else str(name_or_path)

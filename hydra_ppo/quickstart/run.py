@@ -101,7 +101,7 @@ def sft_config(folder: Path, seed: int) -> SFTConfig:
         optimizer=OptimizerSettings(learning_rate=1e-3, weight_decay=0.01, schedule="cosine", warmup_fraction=0.05),
         method="full",
         reward_coef=1.0,
-        epochs=1,  # many pairs once: a second pass learns the wrong labels by heart
+        epochs=1,  # many pairs once; docs/notes.md has what several passes over fewer gave
         batch_size=16,
         microbatch_size=8,
         eval_every=300,

@@ -273,6 +273,20 @@ class TestSaving:
         )
         assert ppo.roles["reference"].adapter is None
 
+    def test_a_tuned_base_takes_the_trunk_that_is_asked_for_and_adapters_keep_theirs(self, tmp_path):
+        base = write_model(tmp_path / "base", vocab_size=64)
+        HydraModel.from_pretrained(base, train="base").save_pretrained(tmp_path / "full")
+        assert HydraModel.from_pretrained(tmp_path / "full", trunk_layers=1).trunk_layers == 1
+        HydraModel.from_pretrained(base, train="sft", trunk_layers=1).save_pretrained(tmp_path / "sft")
+        assert HydraModel.from_pretrained(tmp_path / "sft").trunk_layers == 1
+        HydraModel.from_pretrained(base, train="sft").save_pretrained(tmp_path / "whole")
+        with pytest.raises(ConfigError, match=r"model.trunk_layers=1 differs from the 0 that the saved adapters"):
+            HydraModel.from_pretrained(tmp_path / "whole", trunk_layers=1)
+
+    def test_a_quantised_base_cannot_be_trained(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"model\.quantization='nf4' leaves no weights"):
+            HydraModel.from_pretrained(write_model(tmp_path / "base"), train="base", quantization="nf4")
+
     def test_nothing_is_pickled(self, tmp_path):
         model = HydraModel.from_pretrained(write_model(tmp_path / "base", vocab_size=64))
         model.save_pretrained(tmp_path / "run")
