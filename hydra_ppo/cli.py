@@ -1,4 +1,7 @@
-"""The command line: ``hydra-ppo sft | ppo | export | quickstart | inspect``.
+"""The command line: ``hydra-ppo sft | ppo | export | quickstart | inspect | doctor``, and what is installed beside it.
+
+Other packages add commands as entry points of the group ``hydra_ppo.commands``: each a pair of one line of help and a
+function over the arguments.
 
 Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted. Errors are one line on stderr.
 """
@@ -12,7 +15,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +24,10 @@ from hydra_ppo import __version__
 from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedModelError
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+Command = tuple[str, Callable[[list[str]], int | None]]
+"""One line of help, and what runs it; an exit code, where it is not 0."""
 
 
 class _Stderr(logging.Handler):
@@ -83,26 +91,31 @@ def _complain(error: BaseException, code: int, text: str, show_traceback: bool) 
 
 
 def _dispatch(arguments: list[str]) -> int:
+    commands = COMMANDS | {entry.name: entry for entry in entry_points(group="hydra_ppo.commands")}
     if not arguments:
-        raise ConfigError(f"no command given; choose one of {', '.join(COMMANDS)}, or --help.")
+        raise ConfigError(f"no command given; choose one of {', '.join(commands)}, or --help.")
     name, rest = arguments[0], arguments[1:]
     if name in ("-h", "--help", "help"):
-        print(_overview())
+        print(_overview(commands))
     elif name in ("-V", "--version"):
         print(f"hydra-ppo {__version__}")
-    elif name in COMMANDS:
-        COMMANDS[name][1](rest)
+    elif name in commands:
+        return _command(commands[name])[1](rest) or DONE
     else:
-        guess = difflib.get_close_matches(name, COMMANDS, n=1)
+        guess = difflib.get_close_matches(name, commands, n=1)
         raise ConfigError(
-            f"{name} is not a command; " + (f"did you mean {guess[0]}?" if guess else f"choose one of {', '.join(COMMANDS)}.")
+            f"{name} is not a command; " + (f"did you mean {guess[0]}?" if guess else f"choose one of {', '.join(commands)}.")
         )
     return DONE
 
 
-def _overview() -> str:
+def _command(found: Command | EntryPoint) -> Command:
+    return found.load() if isinstance(found, EntryPoint) else found
+
+
+def _overview(commands: Mapping[str, Command | EntryPoint]) -> str:
     lines = ["usage: hydra-ppo COMMAND ...", "", "PPO-based RLHF with four roles on one shared base.", ""]
-    lines += [f"  {name:<12}{text}" for name, (text, _) in COMMANDS.items()]
+    lines += [f"  {name:<12}{_command(found)[0]}" for name, found in commands.items()]
     return "\n".join([*lines, "", "hydra-ppo COMMAND --help lists all settings of a command."])
 
 
@@ -137,7 +150,7 @@ def _train(command: str, config_class: type, arguments: list[str]) -> None:
 
 
 def _export(arguments: list[str]) -> None:
-    parser = _Parser("export", "Write the actor of a run as a plain Hugging Face model.")
+    parser = Parser("export", "Write the actor of a run as a plain Hugging Face model.")
     parser.add_argument("run", metavar="RUN", type=Path, help="Run folder of ppo or sft.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="Folder to write to.")
     parser.add_argument("--adapter-only", action="store_true", help="Write the PEFT adapter alone, without the base.")
@@ -150,7 +163,7 @@ def _export(arguments: list[str]) -> None:
 
 
 def _quickstart(arguments: list[str]) -> None:
-    parser = _Parser("quickstart", "Run the whole pipeline on a tiny model and corpus, in minutes, on a CPU.")
+    parser = Parser("quickstart", "Run the whole pipeline on a tiny model and corpus, in minutes, on a CPU.")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="Folder to write to.")
     parser.add_argument("--seed", type=_seed, default=0, help="Seed of every random source.")
     parser.add_argument("--overwrite", action="store_true", help="Replace what an earlier quickstart left there.")
@@ -161,7 +174,7 @@ def _quickstart(arguments: list[str]) -> None:
 
 
 def _inspect(arguments: list[str]) -> None:
-    parser = _Parser("inspect", "Show state, settings, last metrics and checkpoints of a run.")
+    parser = Parser("inspect", "Show state, settings, last metrics and checkpoints of a run.")
     parser.add_argument("run", metavar="RUN", type=Path, help="Run folder.")
     parser.add_argument("--json", action="store_true", help="Write JSON; null stands for what was not measured.")
     options = parser.parse_args(arguments)
@@ -170,13 +183,22 @@ def _inspect(arguments: list[str]) -> None:
     commands.inspect(options.run, options.json)
 
 
+def _doctor(arguments: list[str]) -> int:
+    parser = Parser("doctor", "Say what this machine offers and what stands in the way; exit code 1 where something does.")
+    parser.add_argument("--json", action="store_true", help="Write JSON.")
+    options = parser.parse_args(arguments)
+    from hydra_ppo.doctor import doctor
+
+    return doctor(as_json=options.json)
+
+
 def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse whose complaints are a ConfigError with the nearest option."""
 
     def __init__(self, command: str, description: str) -> None:
@@ -199,11 +221,12 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; {self.prog} --help shows the usage.")
 
 
-COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+COMMANDS: dict[str, Command] = {
     "sft": ("train the SFT model and the reward model jointly, on preference pairs", _sft),
     "ppo": ("train actor and critic with PPO", _ppo),
     "export": ("write the actor of a run as a plain Hugging Face model", _export),
     "quickstart": ("run the whole pipeline on a tiny model, on a CPU", _quickstart),
+    "doctor": ("say what this machine offers and what stands in the way", _doctor),
     "inspect": ("show state, settings, last metrics and checkpoints of a run", _inspect),
 }
 

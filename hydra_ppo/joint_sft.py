@@ -47,6 +47,7 @@ class JointSFTTrainer:
         pad_token_id: fills up rows.
         run: takes metrics and progress.
         save: called whenever the held-out loss is the best so far.
+        on_phase: told update and optimizer as they begin.
 
     Memory: gradients and two fp32 moments per trained parameter; the activations of 2 * microbatch_size rows.
     """
@@ -61,6 +62,7 @@ class JointSFTTrainer:
         pad_token_id: int,
         run: Recorder | None = None,
         save: Callable[[], None] = lambda: None,
+        on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
         stage = "base" if config.method == "full" else config.adapter
         if model.train_stage != stage:
@@ -74,7 +76,7 @@ class JointSFTTrainer:
         self.train_rows, self.eval_rows = list(train_rows), list(eval_rows)[: config.eval_pairs]
         self.pad_token_id = pad_token_id
         self.run = run or Silent()
-        self.save = save
+        self.save, self.on_phase = save, on_phase
         per_epoch = math.ceil(len(self.train_rows) / config.batch_size)
         self.total_steps = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
         groups = [(model.role_parameters(role), config.optimizer.learning_rate) for role in model.trainable_roles]
@@ -133,12 +135,12 @@ class JointSFTTrainer:
         tokens = sum(len(row.chosen_ids) for row in rows)
         totals = torch.zeros(3, device=self.model.device)
         for group in split_by_length([_length(row) for row in rows], config.microbatch_size):
-            self.memory("update")
+            self._announce("update")
             sums = self.pass_over([rows[i] for i in group])
             loss = config.sft_coef * sums.nll / tokens + config.reward_coef * sums.ranking / len(rows)
             self.scaler.scale(loss).backward()
             totals += torch.stack([s.detach() for s in sums])
-        self.memory("optimizer")
+        self._announce("optimizer")
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = clip_gradients(parameters, config.optimizer.max_grad_norm)
@@ -159,6 +161,10 @@ class JointSFTTrainer:
             "grad_norm": norm,
             "lr": rate,
         }
+
+    def _announce(self, phase: str) -> None:
+        self.memory(phase)
+        self.on_phase(phase)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

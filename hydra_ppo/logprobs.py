@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hydra_ppo.announce import allocating
+
 CHUNK_BYTES = 64 * 2**20
 """Size of one chunk of fp32 logits. About three such chunks are alive at once."""
 
@@ -43,6 +45,7 @@ class LMHead:
     softcap: float | None = None
 
     @torch.no_grad()
+    @allocating("log-probs")
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Return fp32 logits (..., V) divided by `temperature`, without a graph. Memory: all of them; for few rows only."""
         raw = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
@@ -77,10 +80,11 @@ def token_logprobs(
     and recomputes the logits by chunk with a trained one. A few chunks of `chunk_bytes` besides.
     """
     shape = tokens.shape
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logprobs, entropy = _TokenLogprobs.apply(
-        flat, head.weight, head.bias, tokens.reshape(-1), head.softcap, temperature, entropy_grad, chunk_bytes or CHUNK_BYTES
-    )
+    flat, size = hidden.reshape(-1, hidden.shape[-1]), chunk_bytes or CHUNK_BYTES
+    with allocating("log-probs"):
+        logprobs, entropy = _TokenLogprobs.apply(
+            flat, head.weight, head.bias, tokens.reshape(-1), head.softcap, temperature, entropy_grad, size
+        )
     return TokenLogprobs(logprobs.view(shape), entropy.view(shape))
 
 
@@ -125,6 +129,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
+    @allocating("log-probs")
     def backward(ctx: Any, g_logprob: Tensor, g_entropy: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.train_head:
             return (*_recompute_gradients(ctx, g_logprob, g_entropy), None, None, None, None, None)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,19 +25,11 @@ from hydra_ppo.errors import ConfigError, RoleError
 from hydra_ppo.experience import Sequences
 from hydra_ppo.loading import DTYPES, base_from_config, load_base
 from hydra_ppo.logprobs import TokenLogprobs, token_logprobs
+from hydra_ppo.lora import use_lean_lora
 from hydra_ppo.manifest import MANIFEST, base_folder, describe_base, read_manifest
+from hydra_ppo.stages import Role, Stage, StageName, build_stage
 
 HEADS = "heads.safetensors"
-
-Stage = Literal["ppo", "sft", "reward", "base"]
-
-
-@dataclass(frozen=True)
-class Role:
-    """What the base is in one role: the adapter that is on (None: none) and the head that reads it."""
-
-    adapter: str | None
-    head: Literal["lm", "value", "reward"]
 
 
 class HydraModel(nn.Module):
@@ -60,7 +52,7 @@ class HydraModel(nn.Module):
         causal_lm: the base, in memory; it is modified in place (adapters are injected, dropout goes to 0).
         lora: shape of new adapters.
         train: what is trainable: `ppo` actor and critic, `sft` or `reward` the adapter of that name, `base` the base
-            itself.
+            itself; or a role table of its own.
         trunk_layers: adapters sit on the decoder layers above this many.
         saved: folder that `save_pretrained` wrote, whose adapters and heads are taken over.
         autocast: compute type of a base that is itself trained, whose weights stay in fp32.
@@ -77,7 +69,7 @@ class HydraModel(nn.Module):
         causal_lm: PreTrainedModel,
         *,
         lora: LoraConfig | LoraSettings | None = None,
-        train: Stage = "ppo",
+        train: StageName | Stage = "ppo",
         trunk_layers: int = 0,
         saved: Path | None = None,
         autocast: torch.dtype | None = None,
@@ -86,7 +78,7 @@ class HydraModel(nn.Module):
         self.autocast_dtype = autocast
         self.architecture = inspect_architecture(causal_lm)
         manifest = read_manifest(saved) if saved is not None else None
-        self.train_stage = train
+        self.stage = train if isinstance(train, Stage) else build_stage(train, manifest["roles"] if manifest else {})
         self.trunk_layers = trunk_layers
         if manifest and manifest["adapters"]:  # adapters bring their trunk with them; a tuned base alone does not
             self.trunk_layers = manifest["trunk_layers"]
@@ -104,12 +96,12 @@ class HydraModel(nn.Module):
         disable_dropout(causal_lm)
         keep_quantised_layers_trainable(causal_lm)
         check_head(self.architecture)
-        causal_lm.requires_grad_(train == "base")
 
         self.base: PreTrainedModel | PeftModel = causal_lm
         self.reward_head_trained = bool(manifest and manifest["reward_head_trained"])
-        self.roles = _roles(train, manifest["roles"] if manifest else {})
+        self.roles = dict(self.stage.roles)
         self._put_adapters(lora_config(self.architecture, lora, self.trunk_layers), saved)
+        use_lean_lora(self.base)
         self.adapters = AdapterSwitch(self.base)
 
         weight = self.architecture.output_embeddings.weight
@@ -142,7 +134,7 @@ class HydraModel(nn.Module):
         trunk_layers: int = 0,
         device: str = "auto",
         trust_remote_code: bool = False,
-        train: Stage = "ppo",
+        train: StageName | Stage = "ppo",
     ) -> Self:
         """Load a causal LM (folder or hub name), or a folder that `save_pretrained` wrote.
 
@@ -160,7 +152,8 @@ class HydraModel(nn.Module):
         Raises:
             ConfigError, UnsupportedModelError: one line that says what to do.
         """
-        if train == "base" and quantization is not None:
+        tunes_base = train == "base" or (isinstance(train, Stage) and train.tunes_base)
+        if tunes_base and quantization is not None:
             raise ConfigError(f"model.quantization={quantization!r} leaves no weights that train='base' can train; use None.")
         path = Path(name_or_path)
         saved = path if (path / MANIFEST).is_file() else None
@@ -169,11 +162,11 @@ class HydraModel(nn.Module):
             base,
             quantization=quantization,
             attention=attention,
-            dtype="fp32" if train == "base" else dtype,
+            dtype="fp32" if tunes_base else dtype,
             device=device,
             trust_remote_code=trust_remote_code,
         )
-        autocast = DTYPES.get(dtype) if train == "base" and dtype != "fp32" else None
+        autocast = DTYPES.get(dtype) if tunes_base and dtype != "fp32" else None
         return cls(causal_lm, lora=lora, train=train, trunk_layers=trunk_layers, saved=saved, autocast=autocast)
 
     @classmethod
@@ -187,7 +180,7 @@ class HydraModel(nn.Module):
         dtype: str = "auto",
         trunk_layers: int = 0,
         device: str = "auto",
-        train: Stage = "ppo",
+        train: StageName | Stage = "ppo",
     ) -> Self:
         """Build a model with random weights from a Hugging Face config; arguments as in `from_pretrained`."""
         causal_lm = base_from_config(config, quantization=quantization, attention=attention, dtype=dtype, device=device)
@@ -198,12 +191,9 @@ class HydraModel(nn.Module):
 
         Actor and critic start as reference and reward; a reward adapter of its own starts as the reference.
         """
-        reference, reward = self.roles["reference"].adapter, self.roles["reward"].adapter
-        starts = {"reward": reference} if self.train_stage == "reward" else {"actor": reference, "critic": reward}
-        used = {role.adapter for role in self.roles.values()} - {None}
-        for name in sorted(used, key=lambda name: (name in starts, name)):  # what is copied comes first
+        for name in self.stage.adapters:
             folder = saved / name if saved is not None and (saved / name / "adapter_config.json").is_file() else None
-            source = starts.get(name)
+            source = self.stage.starts.get(name)
             like = self.base.peft_config[source] if source is not None else shape
             self.base = put_adapter(self.base, name, like, folder)
             if folder is None and source is not None:
@@ -225,14 +215,14 @@ class HydraModel(nn.Module):
     # -- gradients and checkpointing ---------------------------------------------------------------------------------
 
     @property
+    def train_stage(self) -> str:
+        """Name of the stage."""
+        return self.stage.name
+
+    @property
     def trainable_roles(self) -> tuple[str, ...]:
         """Roles whose adapters receive gradients, by stage."""
-        return {
-            "ppo": ("actor", "critic"),
-            "sft": ("reference", "reward"),
-            "reward": ("reward",),
-            "base": ("reference", "reward"),
-        }[self.train_stage]
+        return self.stage.trained
 
     def _own_gradients(self) -> None:
         """Decide once which parameters receive gradients; no role switch changes it."""
@@ -246,7 +236,7 @@ class HydraModel(nn.Module):
         if spec.adapter is not None:
             named = adapter_parameters(self.base, spec.adapter)
         else:
-            named = dict(self.base.named_parameters()) if self.train_stage == "base" else {}
+            named = dict(self.base.named_parameters()) if self.stage.tunes_base else {}
         named = {f"{role}.{name}": p for name, p in named.items()}
         if spec.head != "lm":
             named |= {f"{role}.{spec.head}_head.{name}": p for name, p in self.heads[spec.head].named_parameters()}
@@ -414,7 +404,7 @@ class HydraModel(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        adapters = sorted({role.adapter for role in self.roles.values()} - {None})
+        adapters = sorted(self.stage.adapters)
         for name in adapters:
             (folder / name).mkdir(exist_ok=True)
             state = get_peft_model_state_dict(self.base, adapter_name=name, save_embedding_layers=False)
@@ -428,7 +418,7 @@ class HydraModel(nn.Module):
             config.inference_mode = False
         used = {role.head for role in self.roles.values()} - {"lm"}
         save_file({f"{n}.{k}": v for n in sorted(used) for k, v in self.heads[n].state_dict().items()}, folder / HEADS)
-        if self.train_stage == "base":
+        if self.stage.tunes_base:
             self.causal_lm.save_pretrained(folder / "base")
             base: dict[str, Any] = {"name_or_path": "base", "relative": True}
         else:
@@ -443,28 +433,6 @@ class HydraModel(nn.Module):
             "trunk_layers": self.trunk_layers,
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def _roles(train: Stage, saved: dict[str, Any]) -> dict[str, Role]:
-    """Return the role table of a stage, given that of the saved model it goes on from (empty: a plain base)."""
-    reference = saved.get("reference", {}).get("adapter")
-    reward = saved.get("reward", {}).get("adapter")
-    if train == "sft":
-        return {"reference": Role("sft", "lm"), "reward": Role("sft", "reward")}
-    if train == "reward":
-        return {"reference": Role(reference, "lm"), "reward": Role("reward", "reward")}
-    if train == "base":
-        if reference or reward:
-            raise ConfigError("method='full' would change the base under trained adapters; start from a plain base.")
-        return {"reference": Role(None, "lm"), "reward": Role(None, "reward")}
-    if train == "ppo":
-        return {
-            "actor": Role("actor", "lm"),
-            "critic": Role("critic", "value"),
-            "reference": Role(reference, "lm"),
-            "reward": Role(reward, "reward"),
-        }
-    raise ConfigError(f"train={train!r} is not a stage; choose ppo, sft, reward or base.")
 
 
 def _gather(hidden: Tensor, positions: Tensor) -> Tensor:

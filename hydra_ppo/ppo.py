@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hydra_ppo.announce import allocating
 from hydra_ppo.config import PPOConfig
 from hydra_ppo.data import PromptRow
 from hydra_ppo.errors import ConfigError, NonFiniteError
@@ -45,6 +46,7 @@ from hydra_ppo.optim import build_optimizer, clip_gradients, state_tensors
 from hydra_ppo.recorder import Recorder, Silent
 from hydra_ppo.rewards import Scorer
 from hydra_ppo.rollout import collect_experience
+from hydra_ppo.sampling import Samples, sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,6 +70,8 @@ class PPOTrainer:
         prompts, eval_prompts: tokenised prompts; without eval_prompts nothing is evaluated.
         run: takes metrics, samples and progress.
         save: called with the step number every `config.run.save_every` steps.
+        sampler: samples the responses; called as `hydra_ppo.sampling.sample` is.
+        on_phase: told rollout, score, update-actor, update-critic and optimizer as they begin.
 
     Memory: beyond the model, gradients and two fp32 moments per parameter of the two adapters and the value head.
     """
@@ -82,6 +86,8 @@ class PPOTrainer:
         *,
         run: Recorder | None = None,
         save: Callable[[int], None] = lambda step: None,
+        sampler: Callable[..., Samples] = sample,
+        on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
         if model.train_stage != "ppo":
             raise ConfigError(f"model is at stage {model.train_stage!r}, PPO needs 'ppo'; build it with train='ppo'.")
@@ -91,6 +97,7 @@ class PPOTrainer:
         self.prompts, self.eval_prompts = list(prompts), list(eval_prompts)[: config.eval_prompts]
         self.run = run or Silent()
         self.save = save
+        self.sampler, self.on_phase = sampler, on_phase
         self.scorer = Scorer(config.reward, model.device)
         if self.scorer.needs_head and not model.reward_head_trained:
             raise ConfigError(
@@ -100,7 +107,7 @@ class PPOTrainer:
         self.eos_ids = end_tokens(model, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self.kl_coef = config.kl.coef
-        self.sampler = torch.Generator(model.device).manual_seed(config.run.seed)
+        self.generator = torch.Generator(model.device).manual_seed(config.run.seed)
         self.shuffler = torch.Generator().manual_seed(config.run.seed)
         self.batches = self._prompt_batches()
         minibatches = config.rollout.batch_size // config.minibatch_size
@@ -171,15 +178,18 @@ class PPOTrainer:
             self.config.rollout,
             eos_ids=self.eos_ids,
             pad_id=self.pad_id,
-            generator=self.sampler,
-            on_phase=self.memory,
+            generator=self.generator,
+            on_phase=self._announce,
+            sampler=self.sampler,
         )
         raw, shaped = self._score(experience, rows, f"step={step} phase=score")
         if step % self.config.sample_every == 0 or step == 1:
             self.run.samples(step, self._samples(experience, rows, raw))
         metrics = rollout_metrics(experience, raw, shaped, self.kl_coef, self.eos_ids)
         self._check(step, "rollout", metrics)
-        experience = with_advantages(experience, torch.tensor(shaped, device=self.model.device), self.config, self.kl_coef)
+        with allocating("experience"):
+            scores = torch.tensor(shaped, device=self.model.device)
+            experience = with_advantages(experience, scores, self.config, self.kl_coef)
         explained = explained_variance(experience.old_values, experience.returns, experience.response_mask)
         metrics |= self.update(experience, train_actor=step > self.config.critic_warmup_steps, step=step)
         metrics |= {
@@ -204,19 +214,20 @@ class PPOTrainer:
             policy = torch.zeros(5, device=model.device)
             value = torch.zeros(2, device=model.device)
             for rows in minibatch.split(config.microbatch_size, config.microbatch_tokens):
-                micro = minibatch.select(rows)
+                with allocating("experience"):
+                    micro = minibatch.select(rows)
                 if train_actor and not stopped:
-                    self.memory("update-actor")
+                    self._announce("update-actor")
                     policy += self.actor_backward(micro, count)
-                self.memory("update-critic")
+                self._announce("update-critic")
                 value += self.critic_backward(micro, count)
             # Reading the KL waits for the device, so only who asks for the early stop pays for it.
             if config.target_kl is not None and train_actor and not stopped and policy[1].item() > config.target_kl:
                 stopped = True
                 for parameter in self.actor_parameters:
                     parameter.grad = None
-            self.memory("optimizer")
-            norms = self._optimizer_step()
+            self._announce("optimizer")
+            norms = self.optimizer_step()
             if train_actor and not stopped:
                 actor_stats.append(torch.cat([policy, norms[:1]]))
             critic_stats.append(torch.cat([value, norms[1:]]))
@@ -255,7 +266,7 @@ class PPOTrainer:
             self.scaler.scale(config.vf_coef * out.loss).backward()
         return torch.stack([out.loss.detach(), out.clip_frac])
 
-    def _optimizer_step(self) -> Tensor:
+    def optimizer_step(self) -> Tensor:
         """Clip, step, and return the gradient norms (2,) of actor and critic before the clip."""
         self.scaler.unscale_(self.optimizer)
         limit = self.config.optimizer.max_grad_norm
@@ -267,6 +278,10 @@ class PPOTrainer:
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norms
+
+    def _announce(self, phase: str) -> None:
+        self.memory(phase)
+        self.on_phase(phase)
 
     # -- around the loop ---------------------------------------------------------------------------------------------
 
@@ -287,6 +302,7 @@ class PPOTrainer:
             eos_ids=self.eos_ids,
             pad_id=self.pad_id,
             generator=generator,
+            sampler=self.sampler,
         )
         raw, _ = self._score(experience, self.eval_prompts, f"step={step} phase=evaluation", shape=False)
         found = rollout_metrics(experience, raw, raw, 0.0, self.eos_ids)

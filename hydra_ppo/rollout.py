@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hydra_ppo.announce import allocating
 from hydra_ppo.config import RolloutSettings
 from hydra_ppo.experience import Experience
 from hydra_ppo.model import HydraModel
-from hydra_ppo.sampling import sample
+from hydra_ppo.sampling import Samples, sample
 
 
 def collect_experience(
@@ -22,6 +23,7 @@ def collect_experience(
     pad_id: int,
     generator: torch.Generator,
     on_phase: Callable[[str], None] = lambda phase: None,
+    sampler: Callable[..., Samples] = sample,
 ) -> Experience:
     """Sample a response to each prompt and score it in the three other roles.
 
@@ -32,6 +34,7 @@ def collect_experience(
         pad_id: fills up the rows; never seen by a row that counts.
         generator: source of randomness, on the model's device.
         on_phase: told "rollout" and "score" as they begin.
+        sampler: called as `sample` is.
 
     Returns:
         Experience with old_logprobs, ref_logprobs, old_values (B, R) and scores (B,) of the reward head.
@@ -39,9 +42,10 @@ def collect_experience(
     Memory: the KV cache while sampling; afterwards five (B, R) tensors.
     """
     on_phase("rollout")
-    samples = sample(model, prompts, settings, eos_ids, generator)
-    experience = Experience.from_lists(prompts, samples.responses, pad_id, model.device)
-    experience.old_logprobs = _pad(samples.logprobs, experience)
+    samples = sampler(model, prompts, settings, eos_ids, generator)
+    with allocating("experience"):
+        experience = Experience.from_lists(prompts, samples.responses, pad_id, model.device)
+        experience.old_logprobs = _pad(samples.logprobs, experience)
     on_phase("score")
     return score(model, experience, settings)
 
@@ -51,11 +55,13 @@ def score(model: HydraModel, experience: Experience, settings: RolloutSettings) 
     """Fill in reference log-probs, scores and values: two passes over the base (three where log-probs are recomputed)."""
     model.eval()
     shape = experience.response_mask.shape
-    ref_logprobs, old_values, recomputed = (torch.zeros(shape, device=model.device) for _ in range(3))
-    scores = torch.zeros(shape[0], device=model.device)
+    with allocating("experience"):
+        ref_logprobs, old_values, recomputed = (torch.zeros(shape, device=model.device) for _ in range(3))
+        scores = torch.zeros(shape[0], device=model.device)
     for rows in experience.split(settings.score_batch_size):
-        part = experience.select(rows)
-        sequences = part.sequences()
+        with allocating("experience"):
+            part = experience.select(rows)
+            sequences = part.sequences()
         index = torch.tensor(rows, device=model.device)
         width = part.response_ids.shape[1]
         ref_logprobs[index, :width], scores[index] = model.reference_and_reward(sequences, settings.temperature)
@@ -64,14 +70,15 @@ def score(model: HydraModel, experience: Experience, settings: RolloutSettings) 
         if settings.recompute_logprobs:
             with model.role("actor"):
                 recomputed[index, :width] = model.logprobs(sequences, settings.temperature).logprobs
-    outside = ~experience.response_mask
-    return experience.with_tensors(
-        old_logprobs=recomputed.masked_fill(outside, 0.0) if settings.recompute_logprobs else experience.old_logprobs,
-        sampler_logprobs=experience.old_logprobs if settings.recompute_logprobs else None,
-        ref_logprobs=ref_logprobs.masked_fill(outside, 0.0),
-        old_values=old_values.masked_fill(outside, 0.0),
-        scores=scores,
-    )
+    with allocating("experience"):
+        outside = ~experience.response_mask
+        return experience.with_tensors(
+            old_logprobs=recomputed.masked_fill(outside, 0.0) if settings.recompute_logprobs else experience.old_logprobs,
+            sampler_logprobs=experience.old_logprobs if settings.recompute_logprobs else None,
+            ref_logprobs=ref_logprobs.masked_fill(outside, 0.0),
+            old_values=old_values.masked_fill(outside, 0.0),
+            scores=scores,
+        )
 
 
 def _pad(rows: Sequence[Sequence[float]], experience: Experience) -> Tensor:

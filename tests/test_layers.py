@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [
     {"errors", "recorder"},
-    {"config", "functional", "experience", "logprobs", "memory", "sources", "row_formats"},
+    {"config", "functional", "experience", "logprobs", "memory", "sources", "row_formats", "announce", "stages", "lora"},
     {"architecture", "config_io", "data"},
     {"loading", "optim", "rewards", "adapters", "manifest"},
     {"model"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"rollout"},
     {"joint_sft", "ppo"},
     {"run", "plots", "inspect_run"},
-    {"dry_run"},
+    {"dry_run", "doctor"},
     {"cli_config", "commands"},
     {"quickstart.corpus", "quickstart.run", "quickstart"},
     {"cli"},

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +32,9 @@ from hydra_ppo.config import (
 )
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.quickstart.corpus import build_llama_config, gold_score, make_corpus, train_tokenizer
+
+if TYPE_CHECKING:
+    from hydra_ppo.model import HydraModel
 
 SUMMARY = "summary.json"
 PARTS = ("data", "base", "sft", "ppo", SUMMARY)
@@ -62,7 +65,7 @@ def main(output: str | Path, seed: int = 0, overwrite: bool = False) -> dict[str
     _prepare(folder, overwrite)
     console = Console(stderr=True)
     console.print(f"[bold]1/4[/bold] Corpus, tokenizer and a small Llama in {folder}", highlight=False)
-    texts = _write_inputs(folder, seed)
+    texts = write_inputs(folder, seed)
     console.print("[bold]2/4[/bold] Joint SFT and reward modelling", highlight=False)
     commands.sft(sft_config(folder, seed))
     console.print("[bold]3/4[/bold] PPO against the learned reward head", highlight=False)
@@ -154,7 +157,7 @@ def _prepare(folder: Path, overwrite: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _write_inputs(folder: Path, seed: int) -> list[str]:
+def write_inputs(folder: Path, seed: int) -> list[str]:
     """Write data, tokenizer and a base with random weights; return the held-out prompts."""
     from transformers import AutoModelForCausalLM, set_seed
 
@@ -183,22 +186,16 @@ def _write_jsonl(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
 
 def _judge(folder: Path, prompts: Sequence[str], seed: int) -> Judgement:
     """Sample every held-out prompt from the SFT policy and from the actor, and let the gold scorer compare."""
-    import torch
     from transformers import AutoTokenizer
 
     from hydra_ppo.model import HydraModel
-    from hydra_ppo.ppo import end_tokens
-    from hydra_ppo.sampling import sample
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "ppo")
     model = HydraModel.from_pretrained(folder / "ppo")
-    settings = ppo_config(folder, seed).rollout
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    rollout = ppo_config(folder, seed).rollout
     texts, gold = {}, {}
     for role in ("reference", "actor"):
-        generator = torch.Generator(model.device).manual_seed(seed)
-        sampled = sample(model, ids, settings, end_tokens(model, tokenizer), generator, role=role)
-        texts[role] = tokenizer.batch_decode(sampled.responses, skip_special_tokens=True)
+        texts[role] = sample_texts(model, tokenizer, prompts, rollout, seed, role)
         gold[role] = [gold_score(prompt, text) for prompt, text in zip(prompts, texts[role], strict=True)]
     before, after = gold["reference"], gold["actor"]
     count = len(prompts)
@@ -213,6 +210,21 @@ def _judge(folder: Path, prompts: Sequence[str], seed: int) -> Judgement:
         base_bytes=sum(p.numel() * p.element_size() for n, p in model.base.named_parameters() if "lora_" not in n),
         samples=[(prompts[i], texts["reference"][i], before[i], texts["actor"][i], after[i]) for i in shown],
     )
+
+
+def sample_texts(
+    model: HydraModel, tokenizer: Any, prompts: Sequence[str], rollout: RolloutSettings, seed: int, role: str
+) -> list[str]:
+    """Sample a response to each prompt from `actor` or `reference`."""
+    import torch
+
+    from hydra_ppo.ppo import end_tokens
+    from hydra_ppo.sampling import sample
+
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    generator = torch.Generator(model.device).manual_seed(seed)
+    sampled = sample(model, ids, rollout, end_tokens(model, tokenizer), generator, role=role)
+    return tokenizer.batch_decode(sampled.responses, skip_special_tokens=True)
 
 
 def _memory(ppo: Mapping[str, Any], base_bytes: int) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""Worker of `hydra` and `hydra-trunk`: this package's own trainer."""
+
+from __future__ import annotations
+
+from itertools import count
+from types import SimpleNamespace
+
+from torch import nn
+from transformers import LlamaConfig
+from worker import Session
+from workloads import KL_COEF, LEARNING_RATE, LORA_ALPHA, LORA_RANK
+
+from hydra_ppo.config import (
+    DataSettings,
+    KLSettings,
+    LoraSettings,
+    ModelSettings,
+    OptimizerSettings,
+    PPOConfig,
+    RolloutSettings,
+    RunSettings,
+)
+from hydra_ppo.data import PromptRow
+from hydra_ppo.model import HydraModel
+from hydra_ppo.ppo import PPOTrainer
+
+
+def main() -> None:
+    """Build the trainer and do updates until told to stop."""
+    session = Session()
+    workload = session.workload
+    model = HydraModel.from_config(
+        LlamaConfig(**workload.llama()),
+        dtype=session.dtype,
+        device="cpu",
+        lora=LoraSettings(r=LORA_RANK, alpha=LORA_ALPHA),
+        trunk_layers=session.options["trunk_layers"],
+    )
+    for head in model.heads.values():
+        nn.init.normal_(head.weight, std=0.02)
+    model.reward_head_trained = True
+    config = PPOConfig(
+        model=ModelSettings(name_or_path="unused"),
+        data=DataSettings(train="unused"),
+        run=RunSettings(output="unused", memory="never"),
+        rollout=RolloutSettings(batch_size=workload.rows, max_new_tokens=workload.response_tokens),
+        kl=KLSettings(coef=KL_COEF),
+        optimizer=OptimizerSettings(learning_rate=LEARNING_RATE),
+        steps=session.updates,
+        ppo_epochs=workload.epochs,
+        minibatch_size=workload.rows,
+        microbatch_size=workload.microbatch,
+    )
+    prompts = [PromptRow("", tuple(ids)) for ids in workload.prompts(workload.rows * session.updates)]
+    trainer = PPOTrainer(model, _tokenizer(workload.end_token), config, prompts)
+    for step in count(1):
+        session.begin()
+        metrics = trainer.step(step)
+        session.end()
+        session.check_lengths([metrics["rollout/response_length"]])  # the mean, of which none may fall short
+
+
+def _tokenizer(end_token: int) -> SimpleNamespace:
+    """Stand in for a tokenizer: texts are needed for reward functions only, and the reward here is the head's."""
+    return SimpleNamespace(
+        eos_token_id=end_token, pad_token_id=0, batch_decode=lambda rows, skip_special_tokens: [""] * len(rows)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Models whose tensors have shapes but no memory, so that the real code can run on any of them, anywhere.
+
+torch refuses fake CUDA tensors where it has no CUDA, so these say they are on the CPU. They take part in everything that
+the trainer does; what it reads back to the host comes as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from hydra_ppo.announce import allocating
+from hydra_ppo.architecture import inspect_architecture, is_linear
+from hydra_ppo.experience import Experience
+from hydra_ppo.sampling import Decoder
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Any:
+    if not shape:
+        return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
+    return [_zeros(shape[1:], dtype) for _ in range(shape[0])]
+
+
+HOST_READS: dict[str, Any] = {
+    "item": lambda tensor: _zeros((), tensor.dtype),
+    "tolist": lambda tensor: _zeros(tensor.shape, tensor.dtype),
+    "__bool__": lambda tensor: False,
+    "__int__": lambda tensor: 0,
+    "__float__": lambda tensor: 0.0,
+}
+"""What a fake tensor answers when its values are read: zeros of the right shape."""
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Make every tensor that is created inside the block a fake one.
+
+    A table that bitsandbytes keeps for the whole process is filled first, so that no fake one stays in it.
+    """
+    import bitsandbytes.functional as bnb
+
+    bnb.quantize_blockwise(torch.zeros(256))
+    with ExitStack() as stack:
+        # `nn.Module.to` cannot move fake parameters, not even to where they are, and PEFT calls it on every new adapter. All
+        # tensors are on one device here, and adapters are made in fp32, as they stay.
+        stack.enter_context(patch.object(nn.Module, "to", lambda module, *args, **kwargs: module))
+        for name, answer in HOST_READS.items():
+            stack.enter_context(patch.object(FakeTensor, name, answer, create=True))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # bitsandbytes' tables: 1 KiB of real tensors
+        yield
+
+
+@contextmanager
+def no_repetition() -> Iterator[None]:
+    """Leave out passes that can add no new peak, for rows that all have one length.
+
+    Of the micro-batches of a pass the first two are run (the second meets the gradients of the first) and of the minibatches
+    of an update the first.
+    """
+    split, minibatches = Experience.split, Experience.minibatches
+
+    def two_groups(self: Experience, *args: Any, **kwargs: Any) -> list[list[int]]:
+        return split(self, *args, **kwargs)[:2]
+
+    def one_minibatch(self: Experience, *args: Any, **kwargs: Any) -> Iterator[Experience]:
+        yield next(minibatches(self, *args, **kwargs))
+
+    with patch.object(Experience, "split", two_groups), patch.object(Experience, "minibatches", one_minibatch):
+        yield
+
+
+def fake_base(config: PretrainedConfig, quantization: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a causal LM of fake tensors, layer by layer, as `from_pretrained` loads one: quantised as they arrive.
+
+    Must be called within `fake_tensors`.
+    """
+    model = meta_model(config, dtype)
+    made: dict[int, nn.Parameter] = {}
+    for layer in inspect_architecture(model).layers:
+        _materialise(layer, made)
+        if quantization is not None:
+            for name, linear in list(layer.named_modules()):
+                if is_linear(linear):
+                    layer.set_submodule(name, _quantised(linear, quantization, dtype))
+    _materialise(model, made)
+    if quantization is not None:
+        setattr(model, "is_loaded_in_8bit" if quantization == "int8" else "is_loaded_in_4bit", True)
+    return model
+
+
+def _materialise(module: nn.Module, made: dict[int, nn.Parameter]) -> None:
+    """Give what is on the meta device storage of its own, in place; `nn.Module.to_empty` cannot with fake tensors.
+
+    Args:
+        made: new parameters by the id of the old one, so that tied ones stay tied.
+    """
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.device.type == "meta":
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+                    made[id(parameter)].meta = parameter  # keeps the id in use
+                part._parameters[name] = made[id(parameter)]
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.device.type == "meta":
+                part._buffers[name] = torch.empty_like(buffer, device="cpu")
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a causal LM on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
+def _quantised(linear: nn.Module, quantization: str, compute: torch.dtype) -> nn.Module:
+    """Return a quantised layer of fake tensors."""
+    import bitsandbytes as bnb
+
+    weight = linear.weight.data if isinstance(linear, nn.Linear) else linear.weight.data.T.contiguous()
+    out_features, in_features = weight.shape
+    with unset_fake_temporarily():  # a shell: bitsandbytes' parameters cannot be made of fake tensors
+        if quantization == "int8":
+            new: nn.Module = bnb.nn.Linear8bitLt(1, 1, bias=False, has_fp16_weights=False, threshold=6.0)
+        else:
+            new = bnb.nn.Linear4bit(1, 1, False, compute, quant_type=quantization)
+    new.in_features, new.out_features = in_features, out_features
+    if quantization == "int8":
+        values, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+        parameter = nn.Parameter(values, requires_grad=False)
+        parameter.CB, parameter.SCB, parameter.has_fp16_weights = parameter.data, scales, False
+    else:
+        values, state = bnb.functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type=quantization)
+        parameter = nn.Parameter(values, requires_grad=False)
+        parameter.quant_state, parameter.quant_type, parameter.compress_statistics = state, quantization, True
+        parameter.bnb_quantized, parameter.blocksize = True, 64
+    new.weight = parameter
+    if linear.bias is not None:
+        new.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+    return new
+
+
+class LeapingDecoder(Decoder):
+    """Decodes only the last step before a row ends; the cache is filled with empty columns up to there.
+
+    For given lengths. Cache and temporaries are of the sizes that a step at that place has.
+    """
+
+    def _advance(self, token: Tensor, step: int, given: Sequence[int] | None) -> int:
+        assert given is not None
+        leap = min(given[row] for row in self.rows) - 2 - step  # the next token to be sampled is the last of its row
+        if leap > 0:
+            self._leap(leap)
+        return super()._advance(token, step + max(leap, 0), given)
+
+    def _leap(self, steps: int) -> None:
+        rows = len(self.rows)
+        with allocating("kv cache"):
+            for layer in self.cache.layers:
+                shape = (rows, layer.keys.shape[1], steps, layer.keys.shape[3])
+                layer.keys = torch.cat([layer.keys, layer.keys.new_empty(shape)], dim=-2)
+                layer.values = torch.cat([layer.values, layer.values.new_empty(shape)], dim=-2)
+        more = torch.arange(steps, device=self.positions.device)
+        self.key_positions = torch.cat([self.key_positions, self.positions[:, None] + more], dim=1)
+        self.key_mask = torch.cat([self.key_mask, self.key_mask.new_ones(rows, steps)], dim=1)
+        self.positions = self.positions + steps
