@@ -25,6 +25,7 @@ from hydra_ppo.profiling.shapes import model_config
 from hydra_ppo.profiling.subjects import Builder, Models
 from hydra_ppo.profiling.tracker import Tracker
 from hydra_ppo.profiling.workload import Workload
+from hydra_ppo.sampling import Decoder
 
 
 def capture(
@@ -39,6 +40,7 @@ def capture(
     timed_steps: int = 0,
     on_model: Callable[[Models], None] = lambda model: None,
     tracker: Tracker | None = None,
+    decoder: type[Decoder] | None = None,
 ) -> Profile:
     """Profile one step, after the optimizer has made its state.
 
@@ -53,6 +55,7 @@ def capture(
         timed_steps: of a real run, more steps without the tracker, for responses per second.
         on_model: called with the models once they are built.
         tracker: takes the counts; a fresh one where None.
+        decoder: what decodes; None is the usual one, in a simulation the one that leaps.
 
     Raises:
         ConfigError: when the method cannot be had with this workload.
@@ -61,15 +64,19 @@ def capture(
     workload.check_method(method)
     config = config if config is not None else model_config(workload.model)
     place = torch.device("cpu") if simulate else resolve_device(device)
-    builder = Builder(workload, config, method, stage, place, simulate)
+    builder = Builder(workload, config, method, stage, place, simulate, decoder)
     tracker = tracker or Tracker()
     allocator = Allocator(place)
+    roles: dict[str, list[nn.Parameter]] = {}
     silent = False
 
     def on_phase(phase: str) -> None:
-        if not silent:
-            tracker.phase(phase)
-            allocator(phase)
+        if silent:
+            return
+        tracker.phase(phase)
+        allocator(phase)
+        if simulate and phase.startswith("update"):
+            _make_gradients(tracker, roles)
 
     with ExitStack() as stack:
         if simulate:
@@ -80,7 +87,7 @@ def capture(
         model = builder.models()
         on_model(model)
         tracker.role = lambda: model.current_role
-        roles = label_weights(tracker, model)
+        roles.update(label_weights(tracker, model))
         subject = builder.subject(model, on_phase)
         tracker.watch(roles)
         subject.warm_up()
@@ -110,6 +117,15 @@ def capture(
         responses_per_second=rate,
         seconds=seconds,
     )
+
+
+def _make_gradients(tracker: Tracker, roles: dict[str, list[nn.Parameter]]) -> None:
+    """Give every trained parameter the gradient that all but the first micro-batch of a minibatch find."""
+    for role, parameters in roles.items():
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+                tracker.label([parameter.grad], "gradients", role)
 
 
 def label_weights(tracker: Tracker, model: Models) -> dict[str, list[nn.Parameter]]:

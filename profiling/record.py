@@ -51,7 +51,7 @@ class Peak:
 
     Attributes:
         by_role: bytes by role and kind; all of them add up to `bytes`.
-        largest: the biggest storages of that moment, biggest first.
+        largest: the biggest storages of that moment besides the base's weights, biggest first.
     """
 
     bytes: int

@@ -51,6 +51,22 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Hugging Face config fields by name."""
 
 
+HUB_NAMES = {
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5-32b": "Qwen/Qwen2.5-32B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "opt-1.3b": "facebook/opt-1.3b",
+    "gpt2": "openai-community/gpt2",
+}
+"""Where the weights of these are."""
+
+
 def model_config(name: str) -> Any:
     """Return the Hugging Face config of a shipped name, a local folder or a config.json.
 

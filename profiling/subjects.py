@@ -56,7 +56,7 @@ class Builder:
         stage: ppo or reward.
         place: device of a real run.
         simulate: use fake tensors.
-        decoder: what decodes; None is the usual one, or in a simulation the one that leaps.
+        decoder: what decodes; None is the usual one, in a simulation the one that leaps.
     """
 
     workload: Workload
@@ -135,7 +135,7 @@ class Builder:
         prompt, response = _tokens(workload.prompt), _tokens(workload.response)
         rows = [PreferenceRow("", "", "", prompt, response, response)] * workload.rollout_batch
         trainer = JointSFTTrainer(model, settings, rows, pad_token_id=0, on_phase=on_phase)
-        taken = rows[: 2 * workload.microbatch] if self.simulate else rows
+        taken = rows[: workload.microbatch] if self.simulate else rows
 
         def warm_up() -> None:
             _zero_gradients(trainer.optimizer)

@@ -172,20 +172,25 @@ class Tracker(TorchDispatchMode):
 
     def peaks(self) -> dict[str, Peak]:
         """Return for each phase, in the order in which they first came, its peak and what was alive then."""
-        highest: dict[str, tuple[int, int]] = {}  # phase: (bytes, number of events up to and including the peak)
+        highest: dict[str, Peak] = {}
+        for phase, peak in self.stretch_peaks():
+            if phase not in highest or peak.bytes > highest[phase].bytes:
+                highest[phase] = peak
+        return highest
+
+    def stretch_peaks(self) -> list[tuple[str, Peak]]:
+        """Return (phase, its peak) for every time that a phase was announced, in order."""
         total = 0
+        found = []
         for phase, first, end in self._stretches():
-            best = highest.get(phase, (-1, 0))
-            if total > best[0]:
-                best = (total, first)
+            best = (total, first)  # bytes, number of events up to and including that moment
             for position in range(first, end):
                 total += self._size(self.events[position])
                 if total > best[0]:
                     best = (total, position + 1)
-            highest[phase] = best
-        wanted = {position: phase for phase, (_, position) in highest.items()}
-        found = self._compositions(set(wanted))
-        return {phase: found[position] for phase, (_, position) in highest.items()}
+            found.append((phase, best[1]))
+        compositions = self._compositions({position for _, position in found})
+        return [(phase, compositions[position]) for phase, position in found]
 
     def _compositions(self, positions: set[int]) -> dict[int, Peak]:
         live: set[int] = set()
@@ -240,7 +245,8 @@ def _peak(live: list[Storage]) -> Peak:
     for storage in live:
         kinds = by_role.setdefault(storage.role, {})
         kinds[storage.kind] = kinds.get(storage.kind, 0) + storage.bytes
-    largest = sorted(live, key=lambda storage: -storage.bytes)[:LARGEST]
+    # The weights of the base are no news.
+    largest = sorted((s for s in live if s.kind != "base weights"), key=lambda storage: -storage.bytes)[:LARGEST]
     return Peak(
         sum(storage.bytes for storage in live),
         by_role,

@@ -1,0 +1,355 @@
+"""Finds settings with which PPO on a model fits a GPU, and says what each of them costs.
+
+Every set-up that the search looks at is simulated (`shallow`); what set-ups have in common is simulated once: sampling
+depends on the rollout batch, scoring and updates on the micro-batch, all on how the base is held; adapters, their gradients
+and optimizer state are in proportion to the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from hydra_ppo.profiling.report import format_bytes
+from hydra_ppo.profiling.shallow import Stretch, predict, simulate_stretches
+from hydra_ppo.profiling.shapes import HUB_NAMES, model_config
+from hydra_ppo.profiling.workload import Workload
+
+CONTEXT_BYTES, FRAGMENTATION = round(0.4 * 2**30), 0.03
+"""What a GPU loses to the CUDA context and to gaps in the allocator: a constant, and a share. Rules of thumb."""
+
+HOLDS = (None, "int8", "nf4")
+ROLLOUT_BATCHES = (4, 8, 16, 32, 64)
+MICROBATCHES = (1, 2, 4, 8, 16)
+RANKS = (8, 16, 32, 64)
+BASE_RANK = 16
+
+POINTS_OF_HOLD = {None: 2.0, "int8": 0.5, "nf4": 0.0}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One set-up that fits.
+
+    Attributes:
+        settings: quantization, rank, trunk_layers, checkpointing, microbatch, rollout_batch.
+        phases: predicted peak by phase, bytes.
+        margin_bytes: left of the GPU above the peak.
+        why: for each setting that could be better, what the next better value would need.
+        workload: the same as a workload.
+    """
+
+    settings: dict[str, Any]
+    phases: dict[str, int]
+    margin_bytes: int
+    why: list[str]
+    workload: Workload
+
+    @property
+    def peak_bytes(self) -> int:
+        """Highest predicted peak."""
+        return max(self.phases.values())
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found.
+
+    Attributes:
+        gpu_bytes, usable_bytes: of the GPU, and without the margin.
+        plans: best first.
+        smallest: the set-up that needs least, whether it fits or not.
+    """
+
+    gpu_bytes: int
+    usable_bytes: int
+    plans: list[Plan]
+    smallest: Plan
+
+    def as_json(self, count: int) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        missing = max(0, self.smallest.peak_bytes - self.usable_bytes)
+        return {
+            "gpu_bytes": self.gpu_bytes,
+            "usable_bytes": self.usable_bytes,
+            "plans": [_plan_json(plan) for plan in self.plans[:count]],
+            "smallest": _plan_json(self.smallest),
+            "missing_bytes": missing,
+        }
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    return plan.settings | {
+        "peak_bytes": plan.peak_bytes,
+        "phases": plan.phases,
+        "margin_bytes": plan.margin_bytes,
+        "why": plan.why,
+    }
+
+
+class Predictor:
+    """Predicts the peak of set-ups of one model and one length, and keeps what it simulated."""
+
+    def __init__(self, workload: Workload, say: Callable[[str], None]) -> None:
+        self.workload = workload
+        self.say = say
+        self._known: dict[tuple[Any, ...], list[Stretch]] = {}
+
+    @cached_property
+    def config(self) -> Any:
+        return model_config(self.workload.model)
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+        return self.config.num_hidden_layers
+
+    def phases(self, workload: Workload) -> dict[str, int]:
+        """Return the predicted peak of each phase, bytes; loading, which comes once and before, is left out."""
+        rollout, update = (self._stretches(*key) for key in self._keys(workload))
+        factor = workload.rank / BASE_RANK
+        found = predict(update, self.layers, workload.trunk_layers, factor)
+        found["rollout"] = predict(rollout, self.layers, workload.trunk_layers, factor)["rollout"]
+        del found["load"]
+        return found
+
+    def knows(self, workload: Workload) -> bool:
+        """Return whether a prediction needs no new simulation."""
+        return all(key in self._known for key in self._keys(workload))
+
+    def _keys(self, workload: Workload) -> list[tuple[Any, bool, int, int]]:
+        """Return (quantization, checkpointing, responses, micro-batch) of the simulations for sampling and for the rest."""
+        hold, batch, micro = workload.quantization, workload.rollout_batch, workload.microbatch
+        return [
+            (hold, True, batch, min(max(MICROBATCHES), batch)),
+            (hold, workload.checkpointing, max(micro, min(ROLLOUT_BATCHES)), micro),
+        ]
+
+    def _stretches(self, hold: Any, checkpointing: bool, batch: int, micro: int) -> list[Stretch]:
+        """Simulate once what many set-ups share."""
+        key = (hold, checkpointing, batch, micro)
+        if key not in self._known:
+            self.say(f"simulating {self.workload.model}, {hold or 'unquantised'}, {batch} responses, {micro} at a time")
+            shape = replace(
+                self.workload,
+                quantization=hold,
+                rank=BASE_RANK,
+                rollout_batch=batch,
+                microbatch=micro,
+                score_batch=micro,
+                checkpointing=checkpointing,
+            )
+            self._known[key] = simulate_stretches(shape, self.config)
+        return self._known[key]
+
+
+def search(
+    workload: Workload, gpu_bytes: int, margin: int | None = None, say: Callable[[str], None] = lambda text: None
+) -> Search:
+    """Search set-ups that fit.
+
+    Args:
+        workload: model, compute type and lengths; everything else is searched.
+        gpu_bytes: memory of the GPU.
+        margin: bytes to keep free; None is `CONTEXT_BYTES` and the share `FRAGMENTATION`.
+        say: takes a line about what is being simulated.
+    """
+    usable = gpu_bytes - (CONTEXT_BYTES + round(FRAGMENTATION * gpu_bytes) if margin is None else margin)
+    predictor = Predictor(workload, say)
+
+    def fits(candidate: Workload) -> bool:
+        return max(predictor.phases(candidate).values()) <= usable
+
+    least = replace(workload, rank=min(RANKS), rollout_batch=min(ROLLOUT_BATCHES), microbatch=1, score_batch=1)
+    best: list[Workload] = []
+    for trunk in (0, predictor.layers // 2):
+        for hold in HOLDS:
+            start = replace(least, quantization=hold, trunk_layers=trunk)
+            if fits(start):
+                for checkpointing in (True, False):
+                    best += _largest(replace(start, checkpointing=checkpointing), fits)
+        if best:
+            break  # a trunk is worth its price only where nothing fits without
+    best.sort(key=points, reverse=True)
+    plans = [_plan(candidate, predictor, gpu_bytes, usable) for candidate in best]
+    smallest = replace(least, quantization="nf4", trunk_layers=predictor.layers // 2)
+    return Search(gpu_bytes, usable, plans, _plan(smallest, predictor, gpu_bytes, usable))
+
+
+def _largest(start: Workload, fits: Callable[[Workload], bool]) -> list[Workload]:
+    """Return the best of the set-ups that fit with the base held as in `start`, or [].
+
+    Sampling limits the rollout batch and updating the micro-batch, each on its own, so each is searched on its own.
+    """
+    found = []
+    batches, micros = ROLLOUT_BATCHES, MICROBATCHES
+    for rank in RANKS:
+        shape = replace(start, rank=rank)
+        batches = _up_to_the_last(batches, lambda b, shape=shape: fits(replace(shape, rollout_batch=b)))
+        if not batches:
+            break
+        shape = replace(shape, rollout_batch=batches[-1])
+        micros = _up_to_the_last(
+            [m for m in micros if m <= batches[-1]], lambda m, shape=shape: fits(replace(shape, microbatch=m, score_batch=m))
+        )
+        if not micros:
+            break
+        found.append(replace(shape, microbatch=micros[-1], score_batch=micros[-1]))
+    return [max(found, key=points)] if found else []
+
+
+def _up_to_the_last(values: Sequence[int], fits: Callable[[int], bool]) -> Sequence[int]:
+    """Return the values up to the largest that fits, where each that is smaller than one that fits does too.
+
+    The largest is tried first: on a GPU with room, and at the next rank, that is all that it takes.
+    """
+    low, high = -1, len(values)  # everything up to `low` fits, nothing from `high` on
+    probe = high - 1
+    while high - low > 1:
+        if fits(values[probe]):
+            low = probe
+        else:
+            high = probe
+        probe = (low + high) // 2
+    return values[: low + 1]
+
+
+def points(workload: Workload) -> float:
+    """Return how good a set-up is: one point per doubling of a batch, and what the rest is worth in doublings.
+
+    A base that is not rounded is worth two doublings; no recomputation one (it saves about a quarter of an update); ranks from
+    16 on little more than nothing, less than 16 costs one; a trunk, which leaves half the layers without adapters, costs four.
+    """
+    return (
+        log2(workload.rollout_batch)
+        + log2(workload.microbatch)
+        + POINTS_OF_HOLD[workload.quantization]
+        + (0.0 if workload.checkpointing else 1.0)
+        + (-1.0 if workload.rank < BASE_RANK else 0.1 * log2(workload.rank / BASE_RANK))
+        - (4.0 if workload.trunk_layers else 0.0)
+    )
+
+
+def _plan(workload: Workload, predictor: Predictor, gpu_bytes: int, usable: int) -> Plan:
+    phases = predictor.phases(workload)
+    names = ("quantization", "rank", "trunk_layers", "checkpointing", "microbatch", "rollout_batch")
+    peak = max(phases.values())
+    return Plan(
+        settings={name: value for name, value in asdict(workload).items() if name in names},
+        phases=phases,
+        margin_bytes=gpu_bytes - peak,
+        why=_why(workload, predictor, usable),
+        workload=workload,
+    )
+
+
+def _why(workload: Workload, predictor: Predictor, usable: int) -> list[str]:
+    """Say for each setting what stands in the way of its next better value."""
+    better: list[tuple[str, Workload]] = []
+    hold = HOLDS.index(workload.quantization)
+    if hold > 0:
+        name = HOLDS[hold - 1] or "no quantization"
+        better.append((name, replace(workload, quantization=HOLDS[hold - 1])))
+    if workload.trunk_layers:
+        better.append(("adapters on all layers", replace(workload, trunk_layers=0)))
+    for setting, values in (("rank", RANKS), ("microbatch", MICROBATCHES), ("rollout_batch", ROLLOUT_BATCHES)):
+        larger = [value for value in values if value > getattr(workload, setting)]
+        if larger:
+            better.append((f"{setting} {larger[0]}", replace(workload, **{setting: larger[0]})))
+    if workload.checkpointing:
+        better.append(("no checkpointing", replace(workload, checkpointing=False)))
+    lines = []
+    for name, other in better:
+        if other.microbatch > other.rollout_batch:
+            continue
+        if not predictor.knows(other):
+            continue  # not looked at: the search took another direction
+        need = max(predictor.phases(other).values())
+        verdict = "does not fit" if need > usable else "fits too, but costs more than it brings elsewhere"
+        lines.append(f"{name} would need {format_bytes(need)}: {verdict}")
+    return lines
+
+
+def print_plans(found: Search, count: int, console: Console) -> None:
+    """Print the best plans as a table, or by how much the smallest set-up misses."""
+    usable = format_bytes(found.usable_bytes)
+    if not found.plans:
+        least = found.smallest
+        missing = format_bytes(least.peak_bytes - found.usable_bytes)
+        tightest = max(least.phases, key=lambda phase: least.phases[phase])
+        console.print(
+            f"Nothing fits {usable} usable of {format_bytes(found.gpu_bytes)}. The smallest set-up ({_describe(least)}) needs "
+            f"{format_bytes(least.peak_bytes)}, {missing} too much, in {tightest}. What would have to give: a GPU with "
+            f"{missing} more, a smaller model, or shorter prompts and responses (least without them: "
+            f"{format_bytes(least.phases['optimizer'])}).",
+            highlight=False,
+        )
+        return
+    table = Table(
+        title=f"Set-ups that fit {usable} usable of {format_bytes(found.gpu_bytes)}, best first", title_justify="left"
+    )
+    for name in ("quantization", "rank", "trunk", "checkpointing", "micro-batch", "rollout batch", "peak", "in", "left"):
+        table.add_column(name)
+    for plan in found.plans[:count]:
+        w = plan.workload
+        tightest = max(plan.phases, key=lambda phase: plan.phases[phase])
+        table.add_row(
+            w.quantization or "none",
+            str(w.rank),
+            str(w.trunk_layers),
+            "on" if w.checkpointing else "off",
+            str(w.microbatch),
+            str(w.rollout_batch),
+            format_bytes(plan.peak_bytes),
+            tightest,
+            format_bytes(plan.margin_bytes),
+        )
+    console.print(table)
+    best = found.plans[0]
+    console.print(
+        "Predicted peak of the first, by phase: " + ", ".join(f"{p} {format_bytes(b)}" for p, b in best.phases.items())
+    )
+    for line in best.why:
+        console.print(f"  {line}", highlight=False)
+
+
+def _describe(plan: Plan) -> str:
+    return ", ".join(f"{name}={value}" for name, value in plan.settings.items())
+
+
+def write_yaml(plan: Plan, path: Path) -> None:
+    """Write the plan as settings of `hydra-ppo ppo`; model, data and output are to be filled in."""
+    workload = plan.workload
+    settings = {
+        "model": {
+            "name_or_path": HUB_NAMES.get(workload.model.lower(), workload.model),
+            "quantization": workload.quantization,
+            "dtype": workload.dtype,
+            "trunk_layers": workload.trunk_layers,
+            "gradient_checkpointing": workload.checkpointing,
+            "lora": {"r": workload.rank, "alpha": 2 * workload.rank},
+        },
+        "data": {"train": "prompts.jsonl", "max_prompt_tokens": workload.prompt},
+        "run": {"output": "runs/ppo"},
+        "rollout": {
+            "batch_size": workload.rollout_batch,
+            "max_new_tokens": workload.response,
+            "score_batch_size": workload.score_batch,
+        },
+        "minibatch_size": min(workload.rollout_batch, 16),
+        "microbatch_size": workload.microbatch,
+    }
+    head = (
+        f"# Planned by simulation: peak {format_bytes(plan.peak_bytes)}, {format_bytes(plan.margin_bytes)} of the GPU left.\n"
+        "# model.name_or_path: the run folder of hydra-ppo sft on this base. lora: counts where that run trained no adapter.\n"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(head + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,91 @@
+"""Predicts the memory of a deep model from simulations of two and of three of its layers.
+
+Decoder layers are alike, so at any one moment of a step every kind of memory is a constant plus a multiple of the number of
+layers, and two simulations give both. Moments are compared stretch by stretch (each announced phase is one, and sampling is
+cut at the end of the prompt), since which moment is a phase's highest may depend on the depth. One layer is too few: its
+highest moment can be one that deeper models do not have. The tests hold this against simulations of the whole depth.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hydra_ppo.profiling.capture import capture
+from hydra_ppo.profiling.fake import LeapingDecoder
+from hydra_ppo.profiling.tracker import Tracker
+from hydra_ppo.profiling.workload import Workload
+
+DEPTHS = (2, 3)
+
+WITH_ADAPTERS = ("adapters", "gradients", "optimizer", "activations")
+"""Kinds that grow with the layers above the trunk; others grow with all layers."""
+
+OF_RANK = ("adapters", "gradients", "optimizer")
+"""Kinds that are in proportion to the rank of the adapters."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Bytes by kind at the peak of one stretch: constant and per layer."""
+
+    phase: str
+    constant: dict[str, float]
+    per_layer: dict[str, float]
+
+    def bytes(self, layers: int, trunk: int, rank_factor: float) -> float:
+        """Return the predicted peak of a model of that depth."""
+        total = 0.0
+        for kind in self.constant.keys() | self.per_layer.keys():
+            count = layers - trunk if kind in WITH_ADAPTERS and self.phase != "rollout" else layers
+            if kind in OF_RANK:
+                count = layers - trunk
+            size = self.constant.get(kind, 0.0) + count * self.per_layer.get(kind, 0.0)
+            total += size * (rank_factor if kind in OF_RANK else 1.0)
+        return total
+
+
+def simulate_stretches(workload: Workload, config: Any) -> list[Stretch]:
+    """Simulate the workload at two depths and return what each stretch of a step needs."""
+    found = []
+    for depth in DEPTHS:
+        tracker = Tracker()
+
+        class Marked(LeapingDecoder):
+            def _advance(self, *args: Any, _phase: Any = tracker.phase) -> int:
+                _phase("rollout")  # a stretch of its own after the prompt
+                return super()._advance(*args)
+
+        capture(
+            replace(workload, trunk_layers=0),
+            simulate=True,
+            config=with_depth(config, depth),
+            timeline=False,
+            tracker=tracker,
+            decoder=Marked,
+        )
+        found.append([(phase, peak.kinds) for phase, peak in tracker.stretch_peaks()])
+    stretches = []
+    for (phase, low), (_, high) in zip(*found, strict=True):
+        kinds = low.keys() | high.keys()
+        slope = {kind: (high.get(kind, 0) - low.get(kind, 0)) / (DEPTHS[1] - DEPTHS[0]) for kind in kinds}
+        stretches.append(Stretch(phase, {kind: low.get(kind, 0) - DEPTHS[0] * slope[kind] for kind in kinds}, slope))
+    return stretches
+
+
+def with_depth(config: Any, layers: int) -> Any:
+    """Return a copy of a Hugging Face config with that many layers."""
+    config = deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def predict(stretches: list[Stretch], layers: int, trunk: int = 0, rank_factor: float = 1.0) -> dict[str, int]:
+    """Return the predicted peak of each phase, in bytes."""
+    peaks: dict[str, float] = {}
+    for stretch in stretches:
+        peaks[stretch.phase] = max(stretch.bytes(layers, trunk, rank_factor), peaks.get(stretch.phase, 0.0))
+    return {phase: round(size) for phase, size in peaks.items()}

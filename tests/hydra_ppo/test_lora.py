@@ -1,0 +1,83 @@
+"""The lean LoRA pass equals PEFT's own and keeps less."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+
+from hydra_ppo.memory import LiveBytes
+from hydra_ppo.model import HydraModel
+from tests.families import FAMILIES, randomise, sequences
+
+SAME = 1e-6
+
+
+def peft_forward(model: HydraModel) -> HydraModel:
+    """Give the layers their own forward pass back."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            del layer.forward
+    return model
+
+
+def build(family: str = "llama", **options) -> HydraModel:
+    torch.manual_seed(0)
+    model = HydraModel.from_config(FAMILIES[family], **options)
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_values_and_gradients_are_pefts(family, quantization):
+    results = []
+    for change in (lambda model: model, peft_forward):
+        model = change(build(family, quantization=quantization))
+        with model.role("actor"):
+            logprobs = model.logprobs(sequences()).logprobs
+            logprobs.sum().backward()
+        results.append((logprobs, {n: p.grad for n, p in model.role_parameters("actor").items()}))
+    (mine, my_gradients), (theirs, their_gradients) = results
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=SAME)
+    for name, gradient in their_gradients.items():
+        torch.testing.assert_close(my_gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_differs_by_rounding_alone():
+    model = build(dtype="bf16")
+    with torch.no_grad(), model.role("actor"):
+        mine = model.hidden_states(sequences().input_ids).float()
+        theirs = peft_forward(model).hidden_states(sequences().input_ids).float()
+    assert (mine - theirs).abs().max() / theirs.abs().max() < 0.05
+
+
+def test_without_gradients_nothing_is_kept_and_the_numbers_are_the_same():
+    model = build()
+    with model.role("critic"):
+        expected = model.values(sequences())
+        with torch.no_grad():
+            torch.testing.assert_close(model.values(sequences()), expected, rtol=1e-6, atol=SAME)
+
+
+def test_less_is_alive_than_with_pefts():
+    peaks = []
+    for change in (lambda model: model, peft_forward):
+        model = change(build(dtype="bf16", quantization="nf4"))
+        model.train()
+        live = LiveBytes(model.parameters())
+        start = live.bytes
+        with live, model.role("actor"):
+            model.logprobs(sequences()).logprobs.sum().backward()
+        peaks.append(live.peak - start)
+    assert peaks[0] < 0.8 * peaks[1]
+
+
+def test_a_merged_adapter_is_left_to_peft():
+    model = build()
+    with torch.no_grad(), model.role("actor"):
+        before = model.hidden_states(sequences().input_ids)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.merge(adapter_names=["actor"])
+        torch.testing.assert_close(model.hidden_states(sequences().input_ids), before, rtol=1e-4, atol=1e-5)
