@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test quickstart real-text lint clean
+.PHONY: test quickstart real-text bench bench-peers lint clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -24,6 +24,16 @@ quickstart: $(STAMP)
 
 real-text: $(STAMP)
 	$(BIN)/python examples/real_text/run.py $(ARGS)
+
+# pytest-benchmark: log-probs, role switch, sampling, scoring, update. JSON and table under runs/bench.
+bench: $(STAMP)
+	mkdir -p runs/bench
+	$(BIN)/python -m pytest profiling/benchmarks -o python_files='bench_*.py' --benchmark-json runs/bench/raw.json
+	$(BIN)/python -m hydra_ppo.profiling.benchmarks.table runs/bench/raw.json --output runs/bench/bench.json
+
+# TRL 1.12.0 and 0.11.4 beside this project, alternating; builds their environments in .peers first.
+bench-peers: $(STAMP)
+	$(BIN)/python -m hydra_ppo.profiling.benchmarks.peers.run $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

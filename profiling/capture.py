@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from hydra_ppo.loading import resolve_device
 from hydra_ppo.optim import state_tensors
+from hydra_ppo.profiling.allocator import Allocator, snapshot
 from hydra_ppo.profiling.baselines import SeparateModels
 from hydra_ppo.profiling.fake import fake_tensors, no_repetition
 from hydra_ppo.profiling.record import SHARED, Profile
@@ -26,6 +28,9 @@ from hydra_ppo.profiling.subjects import Builder, Models
 from hydra_ppo.profiling.tracker import Tracker
 from hydra_ppo.profiling.workload import Workload
 from hydra_ppo.sampling import Decoder
+
+WARM_UP = "warm-up"
+"""What makes the optimizer state; it is no part of a step, nor of loading, and is left out."""
 
 
 def capture(
@@ -41,6 +46,7 @@ def capture(
     on_model: Callable[[Models], None] = lambda model: None,
     tracker: Tracker | None = None,
     decoder: type[Decoder] | None = None,
+    snapshot_to: Path | None = None,
 ) -> Profile:
     """Profile one step, after the optimizer has made its state.
 
@@ -56,6 +62,7 @@ def capture(
         on_model: called with the models once they are built.
         tracker: takes the counts; a fresh one where None.
         decoder: what decodes; None is the usual one, in a simulation the one that leaps.
+        snapshot_to: file for the CUDA allocator's own record of a real run.
 
     Raises:
         ConfigError: when the method cannot be had with this workload.
@@ -79,6 +86,7 @@ def capture(
             _make_gradients(tracker, roles)
 
     with ExitStack() as stack:
+        stack.enter_context(snapshot(place, snapshot_to))
         if simulate:
             stack.enter_context(fake_tensors())
             stack.enter_context(no_repetition())
@@ -90,6 +98,7 @@ def capture(
         roles.update(label_weights(tracker, model))
         subject = builder.subject(model, on_phase)
         tracker.watch(roles)
+        on_phase(WARM_UP)
         subject.warm_up()
         for role, parameters in roles.items():
             states = [subject.optimizer.state[p] for p in parameters]
@@ -111,9 +120,9 @@ def capture(
         device=_device_name(place),
         static_bytes=static,
         floor_bytes=floor,
-        phases=tracker.peaks(),
-        timeline=tracker.timeline() if timeline else None,
-        allocator=allocator.peaks or None,
+        phases={phase: peak for phase, peak in tracker.peaks().items() if phase != WARM_UP},
+        timeline=tracker.timeline(skip=("load", WARM_UP)) if timeline else None,
+        allocator={phase: peaks for phase, peaks in allocator.peaks.items() if phase != WARM_UP} or None,
         responses_per_second=rate,
         seconds=seconds,
     )
@@ -163,29 +172,6 @@ def base_tensors(causal_lm: nn.Module) -> Iterable[Tensor]:
             for name in ("absmax", "code", "offset", "CB", "SCB"):
                 if isinstance(tensor := getattr(holder, name, None), Tensor):
                     yield tensor
-
-
-class Allocator:
-    """Reads the CUDA allocator's peaks by phase; on a CPU it stays empty."""
-
-    def __init__(self, place: torch.device) -> None:
-        self.place = place
-        self.peaks: dict[str, dict[str, int]] = {}
-        self._phase: str | None = None
-
-    def __call__(self, phase: str) -> None:
-        """Begin a phase; `end` closes the last."""
-        if self.place.type != "cuda":
-            return
-        if self._phase is not None:
-            found = {
-                "max_memory_allocated": torch.cuda.max_memory_allocated(self.place),
-                "max_memory_reserved": torch.cuda.max_memory_reserved(self.place),
-            }
-            before = self.peaks.setdefault(self._phase, dict.fromkeys(found, 0))
-            self.peaks[self._phase] = {name: max(value, before[name]) for name, value in found.items()}
-        torch.cuda.reset_peak_memory_stats(self.place)
-        self._phase = phase
 
 
 def median_seconds(step: Callable[[], Any], count: int, place: torch.device) -> float:

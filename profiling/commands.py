@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +54,15 @@ def profile(
     for number, method in enumerate(methods, start=1):
         doing = "simulating" if simulate else "running"
         with console.status(f"{number}/{len(methods)} {doing} {method} on {workload.model}"):
-            found = capture(workload, method, simulate=simulate, stage=stage, device=device, timed_steps=timed_steps)
+            found = capture(
+                workload,
+                method,
+                simulate=simulate,
+                stage=stage,
+                device=device,
+                timed_steps=timed_steps,
+                snapshot_to=None if output is None else output / f"allocator-{method}.pickle",
+            )
         console.print(f"{method}: peak {format_bytes(found.peak_bytes)} in {found.seconds:.0f} s", highlight=False)
         profiles.append(found)
     record = Record(profiles, versions())
@@ -93,12 +104,11 @@ def write_report(record: Record, folder: Path) -> None:
 
 def learning(output: Path | None, methods: Sequence[str], seeds: Sequence[int], as_json: bool) -> None:
     """Train every method on the quickstart's task and print how it did."""
-    from dataclasses import asdict
-
     from hydra_ppo.profiling.learning import compare_learning, learning_table
 
     say = Console(stderr=True, highlight=False).print
-    outcomes = compare_learning(output or Path("runs/learning"), methods, seeds, say=say)
+    with redirect_stdout(sys.stderr):  # the commands that train say where they saved
+        outcomes = compare_learning(output or Path("runs/learning"), methods, seeds, say=say)
     if as_json:
         print(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))
     else:

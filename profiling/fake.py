@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -44,9 +45,10 @@ def fake_tensors() -> Iterator[None]:
 
     A table that bitsandbytes keeps for the whole process is filled first, so that no fake one stays in it.
     """
-    import bitsandbytes.functional as bnb
+    if find_spec("bitsandbytes") is not None:
+        import bitsandbytes.functional as bnb
 
-    bnb.quantize_blockwise(torch.zeros(256))
+        bnb.quantize_blockwise(torch.zeros(256))
     with ExitStack() as stack:
         # `nn.Module.to` cannot move fake parameters, not even to where they are, and PEFT calls it on every new adapter. All
         # tensors are on one device here, and adapters are made in fp32, as they stay.
@@ -91,7 +93,7 @@ def fake_base(config: PretrainedConfig, quantization: str | None, dtype: torch.d
         if quantization is not None:
             for name, linear in list(layer.named_modules()):
                 if is_linear(linear):
-                    _materialise(linear, made)
+                    _materialise(linear, {})  # not kept: it dies once it is quantised
                     layer.set_submodule(name, _quantised(linear, quantization, dtype))
     _materialise(model, made)
     if quantization is not None:

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from hydra_ppo.profiling.baselines import METHODS, build
@@ -200,8 +199,3 @@ def _mean(values: Sequence[float]) -> float:
 def _standard_error(values: Sequence[float]) -> float:
     mean = _mean(values)
     return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-
-
-def print_learning(outcomes: Sequence[Outcome], console: Console) -> None:
-    """Print the table."""
-    console.print(learning_table(outcomes))

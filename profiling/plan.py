@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from hydra_ppo.profiling.capture import WARM_UP
 from hydra_ppo.profiling.report import format_bytes
 from hydra_ppo.profiling.shallow import Stretch, predict, simulate_stretches
 from hydra_ppo.profiling.shapes import HUB_NAMES, model_config
@@ -96,59 +96,56 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
 
 
 class Predictor:
-    """Predicts the peak of set-ups of one model and one length, and keeps what it simulated."""
+    """Predicts the peaks of set-ups of one model and one length, from simulations that many of them share.
+
+    Args:
+        workload: model, compute type and lengths.
+        say: takes a line about what is being simulated.
+    """
 
     def __init__(self, workload: Workload, say: Callable[[str], None]) -> None:
         self.workload = workload
         self.say = say
-        self._known: dict[tuple[Any, ...], list[Stretch]] = {}
-
-    @cached_property
-    def config(self) -> Any:
-        return model_config(self.workload.model)
-
-    @property
-    def layers(self) -> int:
-        """Decoder layers of the model."""
-        return self.config.num_hidden_layers
+        self.config = model_config(workload.model)
+        self.layers: int = self.config.num_hidden_layers
+        self._known: dict[tuple[Any, bool, int, int], list[Stretch]] = {}
 
     def phases(self, workload: Workload) -> dict[str, int]:
         """Return the predicted peak of each phase, bytes; loading, which comes once and before, is left out."""
-        rollout, update = (self._stretches(*key) for key in self._keys(workload))
-        factor = workload.rank / BASE_RANK
-        found = predict(update, self.layers, workload.trunk_layers, factor)
-        found["rollout"] = predict(rollout, self.layers, workload.trunk_layers, factor)["rollout"]
-        del found["load"]
+        training = self.training(workload)  # first: sampling of a small batch is found in its simulation
+        return {"rollout": self.rollout(workload)} | training
+
+    def rollout(self, workload: Workload) -> int:
+        """Return the predicted peak of sampling, which depends on the rollout batch."""
+        hold, batch = workload.quantization, workload.rollout_batch
+        known = (found for key, found in self._known.items() if (key[0], key[2]) == (hold, batch))
+        stretches = next(known, None) or self._simulate(hold, True, batch, min(batch, max(MICROBATCHES)))
+        return self._predict(stretches, workload)["rollout"]
+
+    def training(self, workload: Workload) -> dict[str, int]:
+        """Return the predicted peaks of scoring and updating, which depend on the micro-batch."""
+        hold, checkpointing, micro = workload.quantization, workload.checkpointing, workload.microbatch
+        known = (found for key, found in self._known.items() if (key[0], key[1], key[3]) == (hold, checkpointing, micro))
+        stretches = next(known, None) or self._simulate(hold, checkpointing, max(micro, min(ROLLOUT_BATCHES)), micro)
+        found = self._predict(stretches, workload)
+        return {phase: size for phase, size in found.items() if phase not in ("load", WARM_UP, "rollout")}
+
+    def _predict(self, stretches: list[Stretch], workload: Workload) -> dict[str, int]:
+        return predict(stretches, self.layers, workload.trunk_layers, workload.rank / BASE_RANK)
+
+    def _simulate(self, hold: Any, checkpointing: bool, batch: int, micro: int) -> list[Stretch]:
+        self.say(f"simulating {self.workload.model}, {hold or 'unquantised'}, {batch} responses, {micro} at a time")
+        shape = replace(
+            self.workload,
+            quantization=hold,
+            rank=BASE_RANK,
+            rollout_batch=batch,
+            microbatch=micro,
+            score_batch=micro,
+            checkpointing=checkpointing,
+        )
+        self._known[hold, checkpointing, batch, micro] = found = simulate_stretches(shape, self.config)
         return found
-
-    def knows(self, workload: Workload) -> bool:
-        """Return whether a prediction needs no new simulation."""
-        return all(key in self._known for key in self._keys(workload))
-
-    def _keys(self, workload: Workload) -> list[tuple[Any, bool, int, int]]:
-        """Return (quantization, checkpointing, responses, micro-batch) of the simulations for sampling and for the rest."""
-        hold, batch, micro = workload.quantization, workload.rollout_batch, workload.microbatch
-        return [
-            (hold, True, batch, min(max(MICROBATCHES), batch)),
-            (hold, workload.checkpointing, max(micro, min(ROLLOUT_BATCHES)), micro),
-        ]
-
-    def _stretches(self, hold: Any, checkpointing: bool, batch: int, micro: int) -> list[Stretch]:
-        """Simulate once what many set-ups share."""
-        key = (hold, checkpointing, batch, micro)
-        if key not in self._known:
-            self.say(f"simulating {self.workload.model}, {hold or 'unquantised'}, {batch} responses, {micro} at a time")
-            shape = replace(
-                self.workload,
-                quantization=hold,
-                rank=BASE_RANK,
-                rollout_batch=batch,
-                microbatch=micro,
-                score_batch=micro,
-                checkpointing=checkpointing,
-            )
-            self._known[key] = simulate_stretches(shape, self.config)
-        return self._known[key]
 
 
 def search(
@@ -165,17 +162,14 @@ def search(
     usable = gpu_bytes - (CONTEXT_BYTES + round(FRAGMENTATION * gpu_bytes) if margin is None else margin)
     predictor = Predictor(workload, say)
 
-    def fits(candidate: Workload) -> bool:
-        return max(predictor.phases(candidate).values()) <= usable
-
     least = replace(workload, rank=min(RANKS), rollout_batch=min(ROLLOUT_BATCHES), microbatch=1, score_batch=1)
     best: list[Workload] = []
     for trunk in (0, predictor.layers // 2):
         for hold in HOLDS:
             start = replace(least, quantization=hold, trunk_layers=trunk)
-            if fits(start):
+            if max(predictor.phases(start).values()) <= usable:
                 for checkpointing in (True, False):
-                    best += _largest(replace(start, checkpointing=checkpointing), fits)
+                    best += _largest(replace(start, checkpointing=checkpointing), predictor, usable)
         if best:
             break  # a trunk is worth its price only where nothing fits without
     best.sort(key=points, reverse=True)
@@ -184,25 +178,24 @@ def search(
     return Search(gpu_bytes, usable, plans, _plan(smallest, predictor, gpu_bytes, usable))
 
 
-def _largest(start: Workload, fits: Callable[[Workload], bool]) -> list[Workload]:
+def _largest(start: Workload, predictor: Predictor, usable: int) -> list[Workload]:
     """Return the best of the set-ups that fit with the base held as in `start`, or [].
 
     Sampling limits the rollout batch and updating the micro-batch, each on its own, so each is searched on its own.
     """
     found = []
-    batches, micros = ROLLOUT_BATCHES, MICROBATCHES
+    batches: Sequence[int] = ROLLOUT_BATCHES
+    micros: Sequence[int] = MICROBATCHES
     for rank in RANKS:
         shape = replace(start, rank=rank)
-        batches = _up_to_the_last(batches, lambda b, shape=shape: fits(replace(shape, rollout_batch=b)))
-        if not batches:
-            break
-        shape = replace(shape, rollout_batch=batches[-1])
         micros = _up_to_the_last(
-            [m for m in micros if m <= batches[-1]], lambda m, shape=shape: fits(replace(shape, microbatch=m, score_batch=m))
+            micros, lambda m, shape=shape: max(predictor.training(replace(shape, microbatch=m)).values()) <= usable
         )
-        if not micros:
+        batches = _up_to_the_last(batches, lambda b, shape=shape: predictor.rollout(replace(shape, rollout_batch=b)) <= usable)
+        if not micros or not batches:
             break
-        found.append(replace(shape, microbatch=micros[-1], score_batch=micros[-1]))
+        micro = min(micros[-1], batches[-1])
+        found.append(replace(shape, microbatch=micro, score_batch=micro, rollout_batch=batches[-1]))
     return [max(found, key=points)] if found else []
 
 
@@ -254,8 +247,7 @@ def _plan(workload: Workload, predictor: Predictor, gpu_bytes: int, usable: int)
 def _why(workload: Workload, predictor: Predictor, usable: int) -> list[str]:
     """Say for each setting what stands in the way of its next better value."""
     better: list[tuple[str, Workload]] = []
-    hold = HOLDS.index(workload.quantization)
-    if hold > 0:
+    if (hold := HOLDS.index(workload.quantization)) > 0:
         name = HOLDS[hold - 1] or "no quantization"
         better.append((name, replace(workload, quantization=HOLDS[hold - 1])))
     if workload.trunk_layers:
@@ -270,8 +262,6 @@ def _why(workload: Workload, predictor: Predictor, usable: int) -> list[str]:
     for name, other in better:
         if other.microbatch > other.rollout_batch:
             continue
-        if not predictor.knows(other):
-            continue  # not looked at: the search took another direction
         need = max(predictor.phases(other).values())
         verdict = "does not fit" if need > usable else "fits too, but costs more than it brings elsewhere"
         lines.append(f"{name} would need {format_bytes(need)}: {verdict}")

@@ -47,7 +47,18 @@ class Stretch:
 
 
 def simulate_stretches(workload: Workload, config: Any) -> list[Stretch]:
-    """Simulate the workload at two depths and return what each stretch of a step needs."""
+    """Simulate the workload at two depths and return what each stretch of a step needs; what is known is not run again."""
+    workload = replace(workload, model="any", trunk_layers=0)
+    key = (workload, with_depth(config, 1).to_json_string())
+    if key not in _known:
+        _known[key] = _simulate(workload, config)
+    return _known[key]
+
+
+_known: dict[tuple[Workload, str], list[Stretch]] = {}
+
+
+def _simulate(workload: Workload, config: Any) -> list[Stretch]:
     found = []
     for depth in DEPTHS:
         tracker = Tracker()
@@ -58,7 +69,7 @@ def simulate_stretches(workload: Workload, config: Any) -> list[Stretch]:
                 return super()._advance(*args)
 
         capture(
-            replace(workload, trunk_layers=0),
+            workload,
             simulate=True,
             config=with_depth(config, depth),
             timeline=False,
@@ -78,8 +89,8 @@ def with_depth(config: Any, layers: int) -> Any:
     """Return a copy of a Hugging Face config with that many layers."""
     config = deepcopy(config)
     config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = config.layer_types[:layers]
+    if (types := getattr(config, "layer_types", None)) is not None:
+        config.layer_types = [types[i % len(types)] for i in range(layers)]
     return config
 
 

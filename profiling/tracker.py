@@ -204,7 +204,7 @@ class Tracker(TorchDispatchMode):
                 found[position] = _peak([self.storages[number] for number in live])
         return found
 
-    def timeline(self, skip: tuple[str, ...] = ("load",), samples: int = SAMPLES) -> Timeline:
+    def timeline(self, skip: tuple[str, ...] = (), samples: int = SAMPLES) -> Timeline:
         """Thin the record out to about `samples` moments, each the highest of its stretch, without the phases in `skip`."""
         stretches = [s for s in self._stretches() if s[0] not in skip and s[2] > s[1]]
         count = sum(end - first for _, first, end in stretches)

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from hydra_ppo.config import RolloutSettings
-from hydra_ppo.profiling import capture as capturing
 from hydra_ppo.profiling.capture import capture
 from hydra_ppo.profiling.record import Profile
 from hydra_ppo.profiling.report import format_bytes
@@ -35,29 +28,6 @@ KERNELS = re.compile("attention|flash|(?<!log)_softmax")
 """Operations that compute attention; a softmax of its own is what SDPA's plain kernel leaves."""
 
 
-@contextmanager
-def simulation_without_bitsandbytes() -> Iterator[None]:
-    """Let `fake_tensors` begin where bitsandbytes, whose table it fills first, is not installed and has no table."""
-    fake_tensors = capturing.fake_tensors
-    name = "bitsandbytes"
-
-    @contextmanager
-    def without() -> Iterator[None]:
-        functional = SimpleNamespace(quantize_blockwise=lambda tensor: None)
-        stand_in = {name: SimpleNamespace(functional=functional), f"{name}.functional": functional}
-        with ExitStack() as stack:
-            sys.modules.update(stand_in)
-            try:
-                stack.enter_context(fake_tensors())
-            finally:  # at once: other libraries ask whether the package is there
-                for module in stand_in:
-                    del sys.modules[module]
-            yield
-
-    with patch.object(capturing, "fake_tensors", fake_tensors if find_spec(name) is not None else without):
-        yield
-
-
 def check_memory(workload: Workload, config: Any, device: torch.device, seconds: float) -> dict[str, Any]:
     """Compare the peaks of a simulated and of a real step, phase by phase.
 
@@ -75,7 +45,7 @@ def check_memory(workload: Workload, config: Any, device: torch.device, seconds:
         NotRun: when bitsandbytes is missing, or the seconds do not suffice for responses of `LEAST_RESPONSE` tokens.
     """
     require(workload.quantization)
-    with weights_made_on(device), simulation_without_bitsandbytes():
+    with weights_made_on(device):
         step = tracked_decode_seconds(workload, config, device)
         chosen = shortened(workload, seconds, step)
         simulated = capture(chosen, simulate=True, config=config, timeline=False)

@@ -276,10 +276,10 @@ def test_lines(monkeypatch, capsys, caplog):
     with caplog.at_level(logging.INFO, "hydra_ppo"):
         assert doctor.doctor() == 1
         assert caplog.messages == []  # resolve_attention logs its choice
+        out, err = capsys.readouterr()
+        assert err == ""
         logging.getLogger("hydra_ppo").info("heard again")
     assert caplog.messages == ["heard again"]
-    out, err = capsys.readouterr()
-    assert err == ""
     lines = out.splitlines()
     assert lines[-1] == "11 ok, 2 note, 1 problem"
     (row,) = [i for i, line in enumerate(lines) if line.startswith("problem")]
