@@ -117,18 +117,32 @@ class Predictor:
 
     def rollout(self, workload: Workload) -> int:
         """Return the predicted peak of sampling, which depends on the rollout batch."""
-        hold, batch = workload.quantization, workload.rollout_batch
-        known = (found for key, found in self._known.items() if (key[0], key[2]) == (hold, batch))
-        stretches = next(known, None) or self._simulate(hold, True, batch, min(batch, max(MICROBATCHES)))
+        batch = workload.rollout_batch
+        stretches = self._known_rollout(workload) or self._simulate(
+            workload.quantization, True, batch, min(batch, max(MICROBATCHES))
+        )
         return self._predict(stretches, workload)["rollout"]
 
     def training(self, workload: Workload) -> dict[str, int]:
         """Return the predicted peaks of scoring and updating, which depend on the micro-batch."""
-        hold, checkpointing, micro = workload.quantization, workload.checkpointing, workload.microbatch
-        known = (found for key, found in self._known.items() if (key[0], key[1], key[3]) == (hold, checkpointing, micro))
-        stretches = next(known, None) or self._simulate(hold, checkpointing, max(micro, min(ROLLOUT_BATCHES)), micro)
+        micro = workload.microbatch
+        stretches = self._known_training(workload) or self._simulate(
+            workload.quantization, workload.checkpointing, max(micro, min(ROLLOUT_BATCHES)), micro
+        )
         found = self._predict(stretches, workload)
         return {phase: size for phase, size in found.items() if phase not in ("load", WARM_UP, "rollout")}
+
+    def knows(self, workload: Workload) -> bool:
+        """Return whether its prediction needs no new simulation."""
+        return self._known_rollout(workload) is not None and self._known_training(workload) is not None
+
+    def _known_rollout(self, workload: Workload) -> list[Stretch] | None:
+        wanted = (workload.quantization, workload.rollout_batch)
+        return next((found for key, found in self._known.items() if (key[0], key[2]) == wanted), None)
+
+    def _known_training(self, workload: Workload) -> list[Stretch] | None:
+        wanted = (workload.quantization, workload.checkpointing, workload.microbatch)
+        return next((found for key, found in self._known.items() if (key[0], key[1], key[3]) == wanted), None)
 
     def _predict(self, stretches: list[Stretch], workload: Workload) -> dict[str, int]:
         return predict(stretches, self.layers, workload.trunk_layers, workload.rank / BASE_RANK)
@@ -173,9 +187,9 @@ def search(
         if best:
             break  # a trunk is worth its price only where nothing fits without
     best.sort(key=points, reverse=True)
-    plans = [_plan(candidate, predictor, gpu_bytes, usable) for candidate in best]
+    plans = [_plan(candidate, predictor, gpu_bytes, usable, explain=candidate is best[0]) for candidate in best]
     smallest = replace(least, quantization="nf4", trunk_layers=predictor.layers // 2)
-    return Search(gpu_bytes, usable, plans, _plan(smallest, predictor, gpu_bytes, usable))
+    return Search(gpu_bytes, usable, plans, _plan(smallest, predictor, gpu_bytes, usable, explain=False))
 
 
 def _largest(start: Workload, predictor: Predictor, usable: int) -> list[Workload]:
@@ -231,7 +245,7 @@ def points(workload: Workload) -> float:
     )
 
 
-def _plan(workload: Workload, predictor: Predictor, gpu_bytes: int, usable: int) -> Plan:
+def _plan(workload: Workload, predictor: Predictor, gpu_bytes: int, usable: int, explain: bool) -> Plan:
     phases = predictor.phases(workload)
     names = ("quantization", "rank", "trunk_layers", "checkpointing", "microbatch", "rollout_batch")
     peak = max(phases.values())
@@ -239,13 +253,13 @@ def _plan(workload: Workload, predictor: Predictor, gpu_bytes: int, usable: int)
         settings={name: value for name, value in asdict(workload).items() if name in names},
         phases=phases,
         margin_bytes=gpu_bytes - peak,
-        why=_why(workload, predictor, usable),
+        why=_why(workload, predictor, usable, explain),
         workload=workload,
     )
 
 
-def _why(workload: Workload, predictor: Predictor, usable: int) -> list[str]:
-    """Say for each setting what stands in the way of its next better value."""
+def _why(workload: Workload, predictor: Predictor, usable: int, simulate: bool) -> list[str]:
+    """Say for each setting what stands in the way of its next better value; what is unknown is simulated, or left out."""
     better: list[tuple[str, Workload]] = []
     if (hold := HOLDS.index(workload.quantization)) > 0:
         name = HOLDS[hold - 1] or "no quantization"
@@ -261,6 +275,8 @@ def _why(workload: Workload, predictor: Predictor, usable: int) -> list[str]:
     lines = []
     for name, other in better:
         if other.microbatch > other.rollout_batch:
+            continue
+        if not (simulate or predictor.knows(other)):
             continue
         need = max(predictor.phases(other).values())
         verdict = "does not fit" if need > usable else "fits too, but costs more than it brings elsewhere"
@@ -286,13 +302,13 @@ def print_plans(found: Search, count: int, console: Console) -> None:
     table = Table(
         title=f"Set-ups that fit {usable} usable of {format_bytes(found.gpu_bytes)}, best first", title_justify="left"
     )
-    for name in ("quantization", "rank", "trunk", "checkpointing", "micro-batch", "rollout batch", "peak", "in", "left"):
+    for name in ("base", "rank", "trunk", "recompute", "micro", "rollout", "peak", "in", "left"):
         table.add_column(name)
     for plan in found.plans[:count]:
         w = plan.workload
         tightest = max(plan.phases, key=lambda phase: plan.phases[phase])
         table.add_row(
-            w.quantization or "none",
+            w.quantization or w.dtype,
             str(w.rank),
             str(w.trunk_layers),
             "on" if w.checkpointing else "off",
@@ -304,9 +320,9 @@ def print_plans(found: Search, count: int, console: Console) -> None:
         )
     console.print(table)
     best = found.plans[0]
-    console.print(
-        "Predicted peak of the first, by phase: " + ", ".join(f"{p} {format_bytes(b)}" for p, b in best.phases.items())
-    )
+    phases = ", ".join(f"{phase} {format_bytes(size)}" for phase, size in best.phases.items())
+    console.print(f"The first, by phase: {phases}.", highlight=False)
+    console.print("Why not more of it:")
     for line in best.why:
         console.print(f"  {line}", highlight=False)
 
