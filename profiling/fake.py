@@ -170,8 +170,8 @@ class LeapingDecoder(Decoder):
         with allocating("kv cache"):
             for layer in self.cache.layers:
                 shape = (rows, layer.keys.shape[1], steps, layer.keys.shape[3])
-                layer.keys = torch.cat([layer.keys, layer.keys.new_empty(shape)], dim=-2)
-                layer.values = torch.cat([layer.values, layer.values.new_empty(shape)], dim=-2)
+                layer.keys = torch.cat([layer.keys, layer.keys.new_zeros(shape)], dim=-2)
+                layer.values = torch.cat([layer.values, layer.values.new_zeros(shape)], dim=-2)
         more = torch.arange(steps, device=self.positions.device)
         self.key_positions = torch.cat([self.key_positions, self.positions[:, None] + more], dim=1)
         self.key_mask = torch.cat([self.key_mask, self.key_mask.new_ones(rows, steps)], dim=1)
