@@ -153,7 +153,7 @@ def _quantised(linear: nn.Module, quantization: str, compute: torch.dtype) -> nn
 
 
 class LeapingDecoder(Decoder):
-    """Decodes only the last step before a row ends; the cache is filled with empty columns up to there.
+    """Decodes only the last step before a row ends; the cache is filled with columns of zeros up to there.
 
     For given lengths. Cache and temporaries are of the sizes that a step at that place has.
     """
