@@ -53,6 +53,9 @@ def fake_tensors() -> Iterator[None]:
         # `nn.Module.to` cannot move fake parameters, not even to where they are, and PEFT calls it on every new adapter. All
         # tensors are on one device here, and adapters are made in fp32, as they stay.
         stack.enter_context(patch.object(nn.Module, "to", lambda module, *args, **kwargs: module))
+        # transformers looks into position ids for packed sequences, which it cannot in fake ones; it then builds a mask of
+        # T x T and expands the key-value heads. There are no packed sequences here.
+        stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda *args, **kwargs: None))
         for name, answer in HOST_READS.items():
             stack.enter_context(patch.object(FakeTensor, name, answer, create=True))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # bitsandbytes' tables: 1 KiB of real tensors
