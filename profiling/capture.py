@@ -7,6 +7,7 @@ have given lengths, so that every method does the same work. A simulation leaves
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -71,6 +72,7 @@ def capture(
     workload.check_method(method)
     config = config if config is not None else model_config(workload.model)
     place = torch.device("cpu") if simulate else resolve_device(device)
+    gc.collect()  # models refer to themselves; what an earlier capture left would count on a GPU
     builder = Builder(workload, config, method, stage, place, simulate, decoder)
     tracker = tracker or Tracker()
     allocator = Allocator(place)
