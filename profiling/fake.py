@@ -67,7 +67,8 @@ def no_repetition() -> Iterator[None]:
     """Leave out passes that can add no new peak, for rows that all have one length and weights without values.
 
     Of the micro-batches of a pass the first is run, of the minibatches of an update the first, and nothing probes the output
-    head. Who uses this has to have the gradients there that a later micro-batch would find.
+    head. Who uses this has to have the gradients there that a later micro-batch would find; where a minibatch is a single
+    micro-batch, that counts gradients a little too early.
     """
     split, minibatches = Experience.split, Experience.minibatches
 
@@ -91,32 +92,29 @@ def fake_base(config: PretrainedConfig, quantization: str | None, dtype: torch.d
     Must be called within `fake_tensors`.
     """
     model = meta_model(config, dtype)
-    made: dict[int, nn.Parameter] = {}
-    for layer in inspect_architecture(model).layers:
-        if quantization is not None:
+    if quantization is not None:
+        for layer in inspect_architecture(model).layers:
             for name, linear in list(layer.named_modules()):
                 if is_linear(linear):
-                    _materialise(linear, {})  # not kept: it dies once it is quantised
+                    _materialise(linear)
                     layer.set_submodule(name, _quantised(linear, quantization, dtype))
-    _materialise(model, made)
-    if quantization is not None:
         setattr(model, "is_loaded_in_8bit" if quantization == "int8" else "is_loaded_in_4bit", True)
+    _materialise(model)
     return model
 
 
-def _materialise(module: nn.Module, made: dict[int, nn.Parameter]) -> None:
-    """Give what is on the meta device storage of its own, in place; `nn.Module.to_empty` cannot with fake tensors.
+def _materialise(module: nn.Module) -> None:
+    """Give what is on the meta device storage of its own, in place, tied parameters the same.
 
-    Args:
-        made: new parameters by the id of the old one, so that tied ones stay tied.
+    `nn.Module.to_empty` cannot with fake tensors.
     """
+    made: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.device.type == "meta":
-                if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
-                    made[id(parameter)].meta = parameter  # keeps the id in use
-                part._parameters[name] = made[id(parameter)]
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+                part._parameters[name] = made[parameter]
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.device.type == "meta":
                 part._buffers[name] = torch.empty_like(buffer, device="cpu")
