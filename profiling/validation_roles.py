@@ -138,7 +138,7 @@ def hydra_passes(hydra: HydraModel, batch: Experience, checkpointing: bool) -> P
     with torch.no_grad():
         ref_logprobs, scores = hydra.reference_and_reward(sequences, TEMPERATURE)
     with hydra.role("actor"):
-        logprobs, entropy = hydra.logprobs(sequences, TEMPERATURE, entropy_grad=True)
+        logprobs, entropy, _ = hydra.logprobs(sequences, TEMPERATURE, entropy_grad=True)
     with hydra.role("critic"):
         values = hydra.values(sequences)
     trained = {role: hydra.role_parameters(role) for role in hydra.trainable_roles}
@@ -159,7 +159,7 @@ def alone_passes(hydra: HydraModel, make: Callable[[], PreTrainedModel], batch: 
     with models["reward"].role("reward") as model, torch.no_grad():
         scores = model.scores(sequences)
     with models["actor"].role("actor") as model:
-        logprobs, entropy = model.logprobs(sequences, TEMPERATURE, entropy_grad=True)
+        logprobs, entropy, _ = model.logprobs(sequences, TEMPERATURE, entropy_grad=True)
     with models["critic"].role("critic") as model:
         values = model.values(sequences)
     trained = {role: models[role].role_parameters(role) for role in hydra.trainable_roles}

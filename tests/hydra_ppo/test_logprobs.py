@@ -22,7 +22,7 @@ def by_autograd(hidden, weight, bias, tokens, softcap, temperature):
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     log_p = torch.log_softmax(logits / temperature, dim=-1)
-    return log_p.gather(1, tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(1, tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1), (logits / temperature).logsumexp(-1)
 
 
 @pytest.mark.parametrize("train_head", [False, True])
@@ -39,7 +39,7 @@ def test_equals_autograd_on_full_logits(train_head, entropy_grad, bias, softcap,
             if b is not None:
                 b.requires_grad_()
     w = torch.randn(N, 2)
-    logprobs, entropy = token_logprobs(
+    logprobs, entropy, log_norm = token_logprobs(
         ours[0],
         ours[3],
         LMHead(ours[1], ours[2], softcap),
@@ -47,9 +47,11 @@ def test_equals_autograd_on_full_logits(train_head, entropy_grad, bias, softcap,
         entropy_grad=entropy_grad,
         chunk_bytes=4 * V * 5,
     )
-    expected_logprobs, expected_entropy = by_autograd(*theirs, softcap, temperature)
+    expected_logprobs, expected_entropy, expected_log_norm = by_autograd(*theirs, softcap, temperature)
     torch.testing.assert_close(logprobs, expected_logprobs, rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(entropy, expected_entropy, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(log_norm, expected_log_norm.detach(), rtol=TOLERANCE, atol=TOLERANCE)
+    assert not log_norm.requires_grad
     if entropy_grad:
         (logprobs @ w[:, 0] + entropy @ w[:, 1]).backward()
         (expected_logprobs @ w[:, 0] + expected_entropy @ w[:, 1]).backward()
@@ -77,6 +79,6 @@ def test_no_tensor_of_size_n_by_v_forward_or_backward(train_head):
     hidden = torch.randn(count, 8, requires_grad=True)
     head = LMHead(torch.randn(vocabulary, 8, requires_grad=train_head))
     with LargestAllocation() as largest:
-        logprobs, _ = token_logprobs(hidden, torch.randint(vocabulary, (count,)), head, chunk_bytes=4 * vocabulary * 16)
+        logprobs = token_logprobs(hidden, torch.randint(vocabulary, (count,)), head, chunk_bytes=4 * vocabulary * 16).logprobs
         logprobs.sum().backward()
     assert largest.elements <= max(16 * vocabulary, vocabulary * 8)

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from hydra_ppo.compat import dtype_option, loads_quantised
 from hydra_ppo.errors import UnsupportedModelError
 from hydra_ppo.functional import masked_mean
 from hydra_ppo.loading import quantize_linears
@@ -110,7 +111,7 @@ def check_roles(hydra: HydraModel, separate: Separate, checkpointing: bool) -> N
     hydra.enable_checkpointing(checkpointing)
     # Both forward passes first, then one backward: a recompute under the wrong adapter would show.
     with hydra.role("actor"):
-        logprobs, entropy = hydra.logprobs(sequences, TEMPERATURE, entropy_grad=True)
+        logprobs, entropy, _ = hydra.logprobs(sequences, TEMPERATURE, entropy_grad=True)
     with hydra.role("critic"):
         values = hydra.values(sequences)
     expected_logprobs, expected_entropy = separate.logprobs("actor", batch)
@@ -160,7 +161,10 @@ def test_gradients_on_a_quantised_base_that_was_loaded_from_a_folder(quantizatio
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32).train()
+    options = {"quantization_config": config} if loads_quantised(torch.device("cpu")) else {}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, **options, **dtype_option(torch.float32)).train()
+    if not options:
+        quantize_linears(plain, quantization, torch.float32)
     hydra = HydraModel.from_pretrained(tmp_path, quantization=quantization)
     randomise(hydra)
     check_roles(hydra, Separate(plain, hydra), checkpointing=False)
