@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hydra_ppo.compat import backbone_of, layer_types
 from hydra_ppo.errors import UnsupportedModelError
 from hydra_ppo.logprobs import LMHead
 
@@ -56,13 +57,15 @@ class Architecture:
         names = {name.rsplit(".", 1)[-1] for name, module in self.layers[0].named_modules() if is_linear(module)}
         return sorted(names)
 
+    @property
+    def layer_types(self) -> list[str]:
+        """`full_attention` or `sliding_attention`, of each decoder layer."""
+        return layer_types(self.config, self.layers)
+
     def sliding_windows(self) -> dict[str, int | None]:
         """Return the attention window in tokens by layer type; None is no window."""
         window = getattr(self.config, "sliding_window", None)
-        types = getattr(self.config, "layer_types", None)
-        if types is None:
-            types = ["sliding_attention" if window is not None else "full_attention"]
-        return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(types)}
+        return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(self.layer_types)}
 
 
 def inspect_architecture(causal_lm: PreTrainedModel) -> Architecture:
@@ -84,21 +87,23 @@ def inspect_architecture(causal_lm: PreTrainedModel) -> Architecture:
     head = causal_lm.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise missing("output head that is one linear layer")
-    backbone = getattr(causal_lm, causal_lm.base_model_prefix, None)
-    if not isinstance(backbone, nn.Module):
+    backbone = backbone_of(causal_lm)
+    if backbone is None:
         raise missing(f"backbone under its base_model_prefix {causal_lm.base_model_prefix!r}")
+    if "past_key_values" not in inspect.signature(backbone.forward).parameters:  # XLNet, which sees later tokens too
+        raise missing("key-value cache")
+    depth = getattr(causal_lm.config, "num_hidden_layers", None)
     stacks = [
         (name.rsplit(".", 1)[-1], module)
         for name, module in backbone.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], GradientCheckpointingLayer)
+        if isinstance(module, nn.ModuleList) and len(module) == depth and all(has_attention(layer) for layer in module)
     ]
     if len(stacks) != 1:
         raise missing(f"single list of decoder layers (found {len(stacks)})")
-    kinds = set(getattr(causal_lm.config, "layer_types", None) or ["full_attention"])
-    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
+    architecture = Architecture(causal_lm, backbone, stacks[0][1], stacks[0][0])
+    unknown = sorted(set(architecture.layer_types) - {"full_attention", "sliding_attention"})
     if unknown:
         raise missing(f"plain attention in every layer (found {', '.join(unknown)})")
-    architecture = Architecture(causal_lm, backbone, stacks[0][1], stacks[0][0])
     if not architecture.linear_names():
         raise missing("linear layer inside its decoder layers")
     return architecture
@@ -126,6 +131,11 @@ def check_head(architecture: Architecture) -> None:
             f"model={type(architecture.causal_lm).__name__} changes its logits after the output head (relative difference "
             f"{difference.item():.2g}), which log-probs from hidden states would miss; use one of the supported families."
         )
+
+
+def has_attention(layer: nn.Module) -> bool:
+    """Return whether a decoder layer has an attention module (`self_attn`, `attn`, `attention`, `self_attention`)."""
+    return any("attn" in name or "attention" in name for name, _ in layer.named_children())
 
 
 def is_linear(module: nn.Module) -> bool:

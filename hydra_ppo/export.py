@@ -31,6 +31,8 @@ def export_actor(run: str | Path, output: str | Path, *, adapter_only: bool = Fa
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    from hydra_ppo.compat import dequantised, dtype_option
+
     run, output = Path(run), Path(output)
     if not (run / MANIFEST).is_file():
         raise ConfigError(f"run={str(run)!r} holds no {MANIFEST}; name the folder of a finished sft or ppo run.")
@@ -44,9 +46,9 @@ def export_actor(run: str | Path, output: str | Path, *, adapter_only: bool = Fa
         shutil.copytree(run / adapter, output, dirs_exist_ok=True)
     else:
         # LoRA deltas cannot be added to 4-bit or 8-bit weights without rounding them away: the base is loaded whole.
-        base = AutoModelForCausalLM.from_pretrained(base_folder(run), dtype="auto", use_safetensors=True)
+        base = AutoModelForCausalLM.from_pretrained(base_folder(run), **dtype_option("auto"), use_safetensors=True)
         if getattr(base, "is_quantized", False):
-            base = base.dequantize(dtype=torch.bfloat16)
+            base = dequantised(base, torch.bfloat16)
         merged = PeftModel.from_pretrained(base, run / adapter).merge_and_unload() if adapter else base
         merged.save_pretrained(output)
     for name in TOKENIZER_FILES:

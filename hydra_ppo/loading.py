@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hydra_ppo.architecture import inspect_architecture
+from hydra_ppo.compat import FLASH_IS_BUILT_IN, dtype_option, loads_quantised, mend_int8_layers, stored_dtype
 from hydra_ppo.errors import ConfigError, UnsupportedModelError
 
 logger = logging.getLogger("hydra_ppo")
@@ -56,6 +57,8 @@ def resolve_attention(attention: str, device: torch.device, dtype: torch.dtype) 
         obstacle = f"the device is {device.type}"
     elif dtype not in (torch.bfloat16, torch.float16):
         obstacle = f"the compute type is {dtype}, not bf16 or fp16"
+    elif FLASH_IS_BUILT_IN:
+        obstacle = "transformers below 4.48 cannot leave it for sampling"
     if obstacle is None:
         chosen = "flash_attention_2"
     elif attention == "flash_attention_2":
@@ -79,6 +82,8 @@ def load_base(
 ) -> PreTrainedModel:
     """Load a causal LM from a local folder or the hub, from safetensors only.
 
+    Memory: the base once, in the type that it is held in (on a CPU with transformers below 4.57 first unquantised).
+
     Raises:
         ConfigError: when it cannot be found or read; the message names it.
         UnsupportedModelError: when its class cannot use the attention kernel.
@@ -95,20 +100,25 @@ def load_base(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name_or_path, **options)
-        compute = resolve_dtype(dtype, place, getattr(config, "dtype", None))
+        compute = resolve_dtype(dtype, place, stored_dtype(config))
         prequantized = getattr(config, "quantization_config", None) is not None
         if prequantized and quantization is not None:
             logger.info("%s is quantised already; model.quantization=%s is left to it", name_or_path, quantization)
-        if quantization is not None and not prequantized:
-            options["quantization_config"] = _quantization_config(quantization, compute)
-        return AutoModelForCausalLM.from_pretrained(
+            quantization = None
+        wanted = _quantization_config(quantization, compute) if quantization is not None else None
+        if wanted is not None and loads_quantised(place):
+            options["quantization_config"] = wanted
+        model = AutoModelForCausalLM.from_pretrained(
             name_or_path,
-            dtype=compute,
+            **dtype_option(compute),
             attn_implementation=resolve_attention(attention, place, compute),
             device_map={"": str(place) if place.index is not None or place.type == "cpu" else torch.cuda.current_device()},
             use_safetensors=True,
             **options,
         )
+        if quantization is not None and "quantization_config" not in options:
+            quantize_linears(model, quantization, compute)
+        return model
     except OSError as error:
         where = "the folder" if Path(name_or_path).exists() else "no folder of that name, and the hub"
         raise ConfigError(
@@ -132,7 +142,7 @@ def base_from_config(
     compute = resolve_dtype(dtype, place, None)
     kernel = resolve_attention(attention, place, compute)
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=compute, attn_implementation=kernel).to(place)
+        model = AutoModelForCausalLM.from_config(config, **dtype_option(compute), attn_implementation=kernel).to(place)
     except ValueError as error:
         raise UnsupportedModelError(
             f"config={type(config).__name__} is not of a causal LM that can be built: {_first_line(error)[:160]}; "
@@ -169,6 +179,7 @@ def quantize_linears(model: PreTrainedModel, quantization: str, compute: torch.d
             if has_bias:
                 new.bias = nn.Parameter(linear.bias.data, requires_grad=False)
             layer.set_submodule(name, new.to(weight.device))
+    mend_int8_layers(model)
     setattr(model, "is_loaded_in_8bit" if quantization == "int8" else "is_loaded_in_4bit", True)
 
 

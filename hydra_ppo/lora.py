@@ -31,9 +31,11 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     result = layer.base_layer(x)
     if layer.disable_adapters:
         return result
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            result = _AddLora.apply(result, x, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+    # Autocast took its part in the base layer; it casts some of the products below and not others.
+    with torch.autocast(x.device.type, enabled=False):
+        for name in layer.active_adapters:
+            if name in layer.lora_A:
+                result = _AddLora.apply(result, x, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
     return result
 
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,11 +14,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hydra_ppo.adapters import AdapterSwitch, adapter_parameters, copy_adapter, lora_config, put_adapter
 from hydra_ppo.architecture import check_head, disable_dropout, inspect_architecture, keep_quantised_layers_trainable
+from hydra_ppo.compat import last_hidden_state, mend_int8_layers
 from hydra_ppo.config import LoraSettings
 from hydra_ppo.errors import ConfigError, RoleError
 from hydra_ppo.experience import Sequences
@@ -27,7 +26,9 @@ from hydra_ppo.loading import DTYPES, base_from_config, load_base
 from hydra_ppo.logprobs import TokenLogprobs, token_logprobs
 from hydra_ppo.lora import use_lean_lora
 from hydra_ppo.manifest import MANIFEST, base_folder, describe_base, read_manifest
+from hydra_ppo.recompute import disable_native_checkpointing, enable_recompute
 from hydra_ppo.stages import Role, Stage, StageName, build_stage
+from hydra_ppo.views import Views
 
 HEADS = "heads.safetensors"
 
@@ -95,6 +96,8 @@ class HydraModel(nn.Module):
             )
         disable_dropout(causal_lm)
         keep_quantised_layers_trainable(causal_lm)
+        mend_int8_layers(causal_lm)
+        disable_native_checkpointing(causal_lm)  # it may be reentrant, and knows no role
         check_head(self.architecture)
 
         self.base: PreTrainedModel | PeftModel = causal_lm
@@ -117,7 +120,8 @@ class HydraModel(nn.Module):
             self._load_heads(saved, manifest)
         self._own_gradients()
         self._role: str | None = None
-        self.enable_checkpointing(False)  # whatever the model came with may be reentrant
+        self._views: tuple[Views] | None = None
+        self.enable_checkpointing(False)
         self.eval()
 
     # -- construction ------------------------------------------------------------------------------------------------
@@ -245,23 +249,22 @@ class HydraModel(nn.Module):
     def enable_checkpointing(self, enabled: bool = True, use_reentrant: bool = False) -> None:
         """Recompute activations in the backward pass, layer by layer, each in the role that its forward pass had.
 
-        Without that, a layer would be recomputed under whatever adapter is active by then: wrong gradients, no error.
+        Without that, a layer would be recomputed under whatever adapter is active by then: wrong gradients, no error. Works
+        in training and in evaluation mode; `recompute` says how.
 
         Raises:
             RoleError: for reentrant checkpointing, which cannot carry the role.
         """
         if use_reentrant:
             raise RoleError("use_reentrant=True cannot recompute a layer in its own role; use use_reentrant=False.")
-        function = partial(checkpoint, use_reentrant=False, context_fn=self._recompute_contexts)
-        for layer in self.architecture.layers:
-            layer._gradient_checkpointing_func = function
-            layer.gradient_checkpointing = enabled
+        enable_recompute(self.architecture.layers, self._recompute_contexts, enabled)
+        self.checkpointing = enabled
 
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), self.adapters.using(self.adapters.active)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training (checkpointing works) and evaluation; both give the same numbers.
+        """Switch between training and evaluation mode; both give the same numbers, and checkpointing works in both.
 
         Dropout is off in both. Quantised layers stay in training mode; `keep_quantised_layers_trainable` says why.
         """
@@ -288,6 +291,12 @@ class HydraModel(nn.Module):
                 yield self
         finally:
             self._role = before
+
+    def views(self) -> Views:
+        """Return the roles as Hugging Face models, for code that expects four; the same objects each time."""
+        if self._views is None:
+            self._views = (Views(self),)  # in a tuple: views are no submodules of the model behind them
+        return self._views[0]
 
     @property
     def current_role(self) -> str | None:
@@ -322,11 +331,10 @@ class HydraModel(nn.Module):
         Returns:
             (B, T, H) final hidden states, after the last norm.
         """
-        use_cache = options.get("past_key_values") is not None
         # None leaves a caller's own autocast alone.
         cast = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype is not None else nullcontext()
         with cast:
-            return self.architecture.backbone(input_ids=input_ids, use_cache=use_cache, **options).last_hidden_state
+            return last_hidden_state(self.architecture.backbone, input_ids, **options)
 
     def logprobs(self, sequences: Sequences, temperature: float = 1.0, entropy_grad: bool = False) -> TokenLogprobs:
         """Compute log-probs and entropy of the response tokens in the current role, which must have the lm head.

@@ -153,9 +153,12 @@ class _Classifier:
     def __init__(self, target: str, device: torch.device) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        from hydra_ppo.compat import dtype_option
+
+        options = {"use_safetensors": True, **dtype_option("auto")}
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(target)
-            self.model: Any = AutoModelForSequenceClassification.from_pretrained(target, use_safetensors=True).to(device).eval()
+            self.model: Any = AutoModelForSequenceClassification.from_pretrained(target, **options).to(device).eval()
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
@@ -171,10 +174,12 @@ class _Classifier:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        from hydra_ppo.compat import accepted_inputs
+
         scores: list[float] = []
         texts = [p + r for p, r in zip(prompts, responses, strict=True)]
         for start in range(0, len(texts), self.ROWS):
             inputs = self.tokenizer(texts[start : start + self.ROWS], return_tensors="pt", padding=True, truncation=True)
-            logits = self.model(**inputs.to(self.model.device)).logits.float()
+            logits = self.model(**accepted_inputs(self.model, inputs.to(self.model.device))).logits.float()
             scores += (logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]).tolist()
         return scores

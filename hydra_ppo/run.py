@@ -303,6 +303,8 @@ class Run:
         from accelerate.state import PartialState
         from accelerate.tracking import TensorBoardTracker, WandBTracker
 
+        from hydra_ppo.compat import start_tracker
+
         PartialState()
         flat = {name: value if isinstance(value, int | float | str) else str(value) for name, value in _flat(values)}
         for name in self._settings.trackers:
@@ -310,7 +312,7 @@ class Run:
                 tracker = TensorBoardTracker(self._settings.project, self.folder / "tensorboard")
             else:
                 tracker = WandBTracker(self._settings.project, dir=str(self.folder), name=self.folder.name)
-            tracker.start()
+            start_tracker(tracker)
             self._trackers.append(tracker)
             tracker.store_init_configuration(flat)
 

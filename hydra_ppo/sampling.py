@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from hydra_ppo.announce import allocating
+from hydra_ppo.compat import attention_is_built_in, check_positions, decoding_mask
 from hydra_ppo.config import RolloutSettings
+from hydra_ppo.errors import UnsupportedModelError
 from hydra_ppo.experience import pad_rows, split_by_length
 from hydra_ppo.model import HydraModel
 
@@ -97,7 +99,9 @@ class Decoder:
     def __init__(self, model: HydraModel, prompts: Sequence[Sequence[int]]) -> None:
         self.model = model
         self.head = model.architecture.lm_head()
-        self.windows = model.architecture.sliding_windows()
+        check_positions(model.architecture.backbone)
+        self.types, self.windows = model.architecture.layer_types, model.architecture.sliding_windows()
+        self.dtype = model.causal_lm.get_input_embeddings().weight.dtype
         device = model.device
         ids, self.key_mask = pad_rows(prompts, 0, "right", device)  # (B, P)
         self.key_positions = torch.arange(ids.shape[1], device=device).expand_as(ids)  # (B, S)
@@ -160,14 +164,13 @@ class Decoder:
         position = self.positions[:, None]  # (B, 1)
         self.key_mask = torch.cat([self.key_mask, torch.ones_like(position, dtype=torch.bool)], dim=1)
         self.key_positions = torch.cat([self.key_positions, position], dim=1)
-        masks = {}
+        seen = {}  # (B, S) by layer type
         for kind, window in self.windows.items():
-            seen = self.key_mask
+            seen[kind] = self.key_mask
             if window is not None:
-                seen = seen & (position - self.key_positions < window)
-            masks[kind] = seen[:, None, None, :]  # (B, 1, 1, S)
-        mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        hidden = self.model.hidden_states(token, past_key_values=self.cache, attention_mask=mask, position_ids=position)
+                seen[kind] = self.key_mask & (position - self.key_positions < window)
+        with decoding_mask(self.model.architecture.layers, self.types, seen, self.dtype) as mask:
+            hidden = self.model.hidden_states(token, past_key_values=self.cache, attention_mask=mask, position_ids=position)
         self.hidden = hidden[:, 0]
         self.positions = self.positions + 1
         return step + 1
@@ -175,8 +178,17 @@ class Decoder:
 
 @contextmanager
 def _decoding_attention(model: HydraModel) -> Iterator[None]:
-    """Decode with SDPA: flash-attention takes no mask for the holes, and has nothing to win on one query."""
+    """Decode with SDPA: flash-attention takes no mask for the holes, and has nothing to win on one query.
+
+    Raises:
+        UnsupportedModelError: when an old transformers built flash-attention into the layers.
+    """
     config = model.architecture.config
+    if attention_is_built_in(model.architecture.backbone):
+        raise UnsupportedModelError(
+            f"model={type(model.causal_lm).__name__} was built with flash-attention in its layers, as transformers below 4.48 "
+            "does, and cannot sample; load it with attn_implementation='sdpa' or use a newer transformers."
+        )
     before = config._attn_implementation
     config._attn_implementation = "sdpa"
     try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import transformers
 from transformers import (
-    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -13,7 +15,6 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
-    Qwen3Config,
 )
 
 from hydra_ppo.experience import Experience, Sequences
@@ -33,21 +34,30 @@ COMMON = {
 }
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
+
+def where_known(name: str, config_class: str, **settings: Any) -> dict[str, PretrainedConfig]:
+    """A family that only newer versions of transformers have: one entry, or none."""
+    made = getattr(transformers, config_class, None)
+    return {name: made(**settings)} if made is not None else {}
+
+
+# Versions before 4.53 read the pattern, later ones the types.
+GEMMA3_LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window_pattern": 2}
+
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**COMMON),
     "llama-tied": LlamaConfig(**COMMON, tie_word_embeddings=True),
     "mistral": MistralConfig(**COMMON, sliding_window=5),
     "qwen2": Qwen2Config(**COMMON, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**COMMON, head_dim=16),
-    "gemma3": Gemma3TextConfig(
-        **COMMON, head_dim=16, sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
-    ),
-    "gemma3-softcap": Gemma3TextConfig(
+    **where_known("qwen3", "Qwen3Config", **COMMON, head_dim=16),
+    **where_known("gemma3", "Gemma3TextConfig", **COMMON, head_dim=16, sliding_window=5, **GEMMA3_LAYERS),
+    **where_known(
+        *("gemma3-softcap", "Gemma3TextConfig"),
         **COMMON,
         head_dim=16,
         sliding_window=64,
         final_logit_softcapping=2.0,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        **GEMMA3_LAYERS,
     ),
     "phi3": Phi3Config(**COMMON),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=4, n_positions=64, **IDS),

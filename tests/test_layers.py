@@ -11,10 +11,11 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [
     {"errors", "recorder"},
-    {"config", "functional", "experience", "logprobs", "memory", "sources", "row_formats", "announce", "stages", "lora"},
-    {"architecture", "config_io", "data"},
+    {"config", "functional", "experience", "logprobs", "memory", "sources", "row_formats", "announce", "stages", "lora"}
+    | {"compat", "recompute"},
+    {"architecture", "config_io", "data", "lazy_logits", "padding"},
     {"loading", "optim", "rewards", "adapters", "manifest"},
-    {"model"},
+    {"model", "views"},
     {"sampling", "checkpoint", "export"},
     {"rollout"},
     {"joint_sft", "ppo"},

@@ -81,3 +81,21 @@ def test_a_merged_adapter_is_left_to_peft():
             if isinstance(layer, LoraLayer):
                 layer.merge(adapter_names=["actor"])
         torch.testing.assert_close(model.hidden_states(sequences().input_ids), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_runs_under_a_hosts_autocast(quantization):
+    """A quantised layer answers in its own compute type where a plain one answers in that of autocast."""
+    torch.manual_seed(0)
+    model = HydraModel.from_config(FAMILIES["llama"], quantization=quantization)
+    randomise(model)
+    ids = torch.randint(3, 90, (2, 9))
+    with model.role("actor"):
+        exact = model.hidden_states(ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model.hidden_states(ids)
+            with torch.no_grad():
+                assert torch.equal(model.hidden_states(ids), rounded)
+        rounded.float().sum().backward()
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.1, atol=0.1)
+    assert all(p.grad is not None for n, p in model.role_parameters("actor").items() if "lora_B" in n)

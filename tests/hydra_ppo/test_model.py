@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, T5Config
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, T5Config, XLNetConfig
 
 from hydra_ppo.config import LoraSettings
 from hydra_ppo.errors import ConfigError, RoleError, UnsupportedModelError
 from hydra_ppo.experience import Experience
 from hydra_ppo.model import HydraModel
+from hydra_ppo.recompute import enable_recompute
 from tests.allocations import LargestAllocation
 from tests.families import FAMILIES, experience, randomise, sequences
 from tests.training import hydra, llama, write_model
@@ -115,15 +117,11 @@ class TestGradients:
 
     def test_checkpointing_without_the_role_would_be_wrong(self, model):
         """Shows that the equivalence tests can fail: plain checkpointing recomputes under the last adapter."""
-        from functools import partial
-
-        from torch.utils.checkpoint import checkpoint
 
         def gradients(role_aware: bool) -> torch.Tensor:
             model.train().enable_checkpointing()
             if not role_aware:
-                for layer in model.architecture.layers:
-                    layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+                enable_recompute(model.architecture.layers)
             model.zero_grad()
             with model.role("actor"):
                 loss = model.logprobs(sequences()).logprobs.sum()
@@ -139,12 +137,13 @@ class TestGradients:
         with pytest.raises(RoleError, match="use_reentrant=True cannot recompute a layer in its own role"):
             model.enable_checkpointing(use_reentrant=True)
 
-    def test_checkpointing_saves_activations(self):
+    @pytest.mark.parametrize("training", [True, False])
+    def test_checkpointing_saves_activations(self, training):
         from hydra_ppo.memory import LiveBytes
 
         def peak(enabled: bool) -> int:
             model = hydra(num_hidden_layers=6, vocab_size=64)
-            model.train().enable_checkpointing(enabled)
+            model.train(training).enable_checkpointing(enabled)
             ids = [list(range(4, 24))] * 8
             batch = Experience.from_lists(ids, ids, 0, torch.device("cpu")).sequences()
             with LiveBytes(model.parameters()) as live, model.role("actor"):
@@ -160,10 +159,8 @@ class TestGradients:
 
 
 class TestMemoryRules:
-    @pytest.mark.parametrize("family", ["llama", "gemma3-softcap"])
+    @pytest.mark.parametrize("family", sorted(FAMILIES.keys() & {"llama", "gemma3-softcap"}))
     def test_no_tensor_of_size_b_t_v_and_no_t_by_t(self, family, monkeypatch):
-        import copy
-
         from hydra_ppo import logprobs
 
         vocabulary, rows, length = 8192, 4, 96
@@ -171,7 +168,7 @@ class TestMemoryRules:
         config.vocab_size, config.max_position_embeddings = vocabulary, 128
         model = HydraModel.from_config(config)
         model.train().enable_checkpointing()
-        monkeypatch.setattr(logprobs, "CHUNK_BYTES", 4 * vocabulary * 8)
+        monkeypatch.setitem(logprobs.CHUNK_BYTES, "cpu", 4 * vocabulary * 8)
         ids = [list(range(10, 10 + length // 2))] * rows
         batch = Experience.from_lists(ids, ids, 0, torch.device("cpu")).sequences()
         with LargestAllocation() as largest:
@@ -360,6 +357,20 @@ class TestRefused:
         with pytest.raises(UnsupportedModelError, match="model=BertLMHeadModel"):
             HydraModel.from_config(config)
 
+    def test_layers_that_are_not_the_decoders(self):
+        causal_lm = AutoModelForCausalLM.from_config(llama(num_hidden_layers=2))
+        causal_lm.model.spare = copy.deepcopy(causal_lm.model.layers)
+        with pytest.raises(UnsupportedModelError, match=r"no single list of decoder layers \(found 2\)"):
+            HydraModel(causal_lm)
+        causal_lm.model.layers, causal_lm.model.spare = torch.nn.ModuleList(), None
+        with pytest.raises(UnsupportedModelError, match=r"no single list of decoder layers \(found 0\)"):
+            HydraModel(causal_lm)
+
+    def test_a_model_that_sees_later_tokens(self):
+        config = XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=16)
+        with pytest.raises(UnsupportedModelError, match="no key-value cache"):
+            HydraModel(AutoModelForCausalLM.from_config(config))
+
     def test_logits_changed_after_the_head(self):
         from transformers import GraniteConfig
 
@@ -457,7 +468,9 @@ def test_checkpointing_that_a_model_came_with_is_switched_off():
     causal_lm = AutoModelForCausalLM.from_config(llama())
     causal_lm.gradient_checkpointing_enable({"use_reentrant": True})
     model = HydraModel(causal_lm)
-    assert not any(layer.gradient_checkpointing for layer in model.architecture.layers)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    model.enable_checkpointing()
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def test_auto_attention_is_logged(caplog):

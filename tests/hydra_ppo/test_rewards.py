@@ -114,7 +114,7 @@ def test_a_classifier_gives_its_logit_or_log_odds(tmp_path, labels):
     for value, prompt, response in zip(found, PROMPTS, RESPONSES, strict=True):
         # Text is joined as it stands: "w1 w2" + "w4 w5" has the unknown word "w2w4" in the middle.
         with torch.no_grad():
-            logits = model(**tokenizer()(prompt + response, return_tensors="pt")).logits[0]
+            logits = model(tokenizer()(prompt + response, return_tensors="pt")["input_ids"]).logits[0]
         assert value == pytest.approx((logits[0] if labels == 1 else logits[1] - logits[0]).item(), abs=1e-5)
 
 

@@ -111,7 +111,7 @@ def test_same_greedy_responses_however_prompts_are_batched(batch):
     assert out.responses == alone
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "opt"])
+@pytest.mark.parametrize("family", [f for f in ("llama", "mistral", "gemma3", "gpt2", "opt") if f in FAMILIES])
 def test_padding_never_changes_a_number(family):
     model = build(family)
     responses = [[31, 32, 33, 2], [41, 42, 43, 44, 45, 46], [51]]

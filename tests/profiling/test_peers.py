@@ -88,7 +88,7 @@ def test_table_and_file(tmp_path: Path):
 @pytest.mark.parametrize(("workload", "trunk"), [("w1", "hydra-trunk4"), ("w2", "hydra-trunk2"), ("tiny", "hydra-trunk1")])
 def test_every_contestant_has_its_script(workload, trunk):
     known = contestants(WORKLOADS[workload])
-    assert list(known) == ["hydra", trunk, "trl112-full", "trl112-lora", "trl011-multi"]
+    assert list(known) == ["hydra", trunk, "trl112-full", "trl112-lora", "trl112-patched", "trl011-multi"]
     for contestant in known.values():
         assert (Path(run.__file__).parent / contestant.script).is_file()
 
@@ -103,7 +103,7 @@ def test_micro_batches_fill_the_minibatch(workload):
 def test_choice_of_contestants():
     tiny = WORKLOADS["tiny"]
     assert [c.name for c in run.choose(tiny, ["trl011-multi", "hydra"])] == ["hydra", "trl011-multi"]
-    assert len(run.choose(tiny, [])) == 5
+    assert len(run.choose(tiny, [])) == 6
     with pytest.raises(ConfigError, match=r"only='hydra-trunk4' is no contestant of tiny; choose among hydra, hydra-trunk1"):
         run.choose(tiny, ["hydra-trunk4"])
 

@@ -61,30 +61,39 @@ def prepare(folder: Path, names: Collection[str], say: Callable[[str], None]) ->
 
 
 def _beside(folder: Path, say: Callable[[str], None]) -> Environment:
-    target = folder.resolve() / "trl112"
-    if not _ready(target, BESIDE):
-        say(f"installing {' '.join(BESIDE)} into {target}")
-        _clear(target)
-        _run([sys.executable, *_PIP, "--no-deps", "--target", str(target), *BESIDE])
-        _stamp(target, BESIDE)
+    target = install_beside(folder.resolve() / "trl112", BESIDE, sys.executable, say)
     path = os.pathsep.join(filter(None, [str(target), os.environ.get("PYTHONPATH")]))
     return Environment(sys.executable, {"PYTHONPATH": path, "TRL_EXPERIMENTAL_SILENCE": "1"})
 
 
 def _isolated(folder: Path, say: Callable[[str], None]) -> Environment:
-    target = folder.resolve() / "trl011"
+    # A PYTHONPATH meant for this environment would bring the wrong versions into that one.
+    return Environment(build_environment(folder.resolve() / "trl011", ISOLATED, say), {"PYTHONPATH": ""})
+
+
+def install_beside(target: Path, requirements: Sequence[str], python: str, say: Callable[[str], None]) -> Path:
+    """Install packages without dependencies into the folder `target`, to be put on PYTHONPATH; once."""
+    if not _ready(target, requirements):
+        say(f"installing {' '.join(requirements)} into {target}")
+        _clear(target)
+        _run([python, *_PIP, "--no-deps", "--target", str(target), *requirements])
+        _stamp(target, requirements)
+    return target
+
+
+def build_environment(target: Path, requirements: Sequence[str], say: Callable[[str], None]) -> str:
+    """Make a virtual environment in `target`, once, and return its interpreter. `TORCH` goes first and alone."""
     python = target / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not _ready(target, ISOLATED):
-        say(f"building {target}: {' '.join(ISOLATED)}")
+    if not _ready(target, requirements):
+        say(f"building {target}: {' '.join(requirements)}")
         _clear(target)
         _run([sys.executable, "-m", "venv", str(target)])
         say(f"installing {TORCH}")
         _run([str(python), *_PIP, TORCH])
         say("installing the rest")
-        _run([str(python), *_PIP, *ISOLATED])
-        _stamp(target, ISOLATED)
-    # A PYTHONPATH meant for this environment would bring the wrong versions into that one.
-    return Environment(str(python), {"PYTHONPATH": ""})
+        _run([str(python), *_PIP, *requirements])
+        _stamp(target, requirements)
+    return str(python)
 
 
 _PIP = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")

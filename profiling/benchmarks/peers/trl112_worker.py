@@ -1,6 +1,7 @@
-"""Worker of `trl112-full` and `trl112-lora`: the PPO trainer of TRL 1.12.
+"""Worker of `trl112-full`, `trl112-lora` and `trl112-patched`: the PPO trainer of TRL 1.12.
 
-LoRA is on policy and value model, the reference is the policy with its adapter off; without LoRA it is a copy. TRL clears
+LoRA is on policy and value model, the reference is the policy with its adapter off; without LoRA it is a copy. Patched, the
+four models are role views of one HydraModel with LoRA of the same shape, and nothing else differs. TRL clears
 what it still holds of an update after the callback that ends it: that time counts towards the next update, so that in the
 steady state each update has it once.
 """
@@ -8,6 +9,7 @@ steady state each update has it once.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,12 +42,8 @@ def main() -> None:
     """Build the trainer and do updates until told to stop."""
     session = Session()
     workload = session.workload
+    models = views(session) if session.options["patched"] else separate(session)
     check_rollouts(session)
-    policy: PreTrainedModel = AutoModelForCausalLM.from_config(LlamaConfig(**workload.llama()), dtype=session.torch_dtype)
-    value_model, reward_model = classifier(session), classifier(session)
-    if session.options["lora"]:
-        policy = get_peft_model(policy, lora(TaskType.CAUSAL_LM))
-        value_model = get_peft_model(value_model, lora(TaskType.SEQ_CLS))
     # On the last batch of its dataloader TRL takes an optimizer step per micro-batch: one batch more than is used.
     rows = [{"input_ids": ids} for ids in workload.prompts(workload.rows * (session.updates + 1))]
     with tempfile.TemporaryDirectory() as folder:
@@ -73,15 +71,37 @@ def main() -> None:
             ),
             # A real tokenizer would bring nothing: TRL asks for these two tokens, and the prompts need no padding.
             processing_class=SimpleNamespace(eos_token_id=workload.end_token, pad_token_id=workload.end_token),
-            model=policy,
-            ref_model=None,
-            reward_model=reward_model,
-            value_model=value_model,
+            **models,
             train_dataset=rows,
             data_collator=lambda batch: {"input_ids": torch.tensor([row["input_ids"] for row in batch])},
             callbacks=[TakeTurns(session)],
         )
         trainer.train()
+
+
+def views(session: Session) -> Mapping[str, Any]:
+    """Build one model, patch TRL and return the trainer's arguments."""
+    from hydra_ppo.config import LoraSettings
+    from hydra_ppo.model import HydraModel
+    from hydra_ppo.patches import trl
+
+    config = LlamaConfig(**session.workload.llama())
+    shape = LoraSettings(r=LORA_RANK, alpha=LORA_ALPHA)
+    model = HydraModel.from_config(config, dtype=session.dtype, device="cpu", lora=shape)
+    for head in model.heads.values():
+        torch.nn.init.normal_(head.weight, std=0.02)
+    return trl.apply(model)
+
+
+def separate(session: Session) -> Mapping[str, Any]:
+    """Build a policy, a value and a reward model, and return the trainer's arguments."""
+    config = LlamaConfig(**session.workload.llama())
+    policy: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=session.torch_dtype)
+    value_model, reward_model = classifier(session), classifier(session)
+    if session.options["lora"]:
+        policy = get_peft_model(policy, lora(TaskType.CAUSAL_LM))
+        value_model = get_peft_model(value_model, lora(TaskType.SEQ_CLS))
+    return {"model": policy, "ref_model": None, "reward_model": reward_model, "value_model": value_model}
 
 
 def lora(task: TaskType) -> LoraConfig:

@@ -99,8 +99,9 @@ def contestants(workload: Workload) -> dict[str, Contestant]:
     found = (
         Contestant("hydra", "hydra_worker.py", "hydra", {"trunk_layers": 0}),
         Contestant(f"hydra-trunk{trunk}", "hydra_worker.py", "hydra", {"trunk_layers": trunk}),
-        Contestant("trl112-full", "trl112_worker.py", "trl112", {"lora": False}),
-        Contestant("trl112-lora", "trl112_worker.py", "trl112", {"lora": True}),
+        Contestant("trl112-full", "trl112_worker.py", "trl112", {"lora": False, "patched": False}),
+        Contestant("trl112-lora", "trl112_worker.py", "trl112", {"lora": True, "patched": False}),
+        Contestant("trl112-patched", "trl112_worker.py", "trl112", {"lora": True, "patched": True}),
         Contestant("trl011-multi", "trl011_worker.py", "trl011", {}),
     )
     return {contestant.name: contestant for contestant in found}

@@ -1,0 +1,215 @@
+"""What differs between versions of transformers (4.46 to 5.x), PEFT (0.13 and on) and accelerate (1.0 and on).
+
+Each difference is one function here, and the rest of the library asks no version. Where a difference shows in the model
+itself, the model is asked; a version number is compared only where nothing else tells.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+from hydra_ppo.errors import UnsupportedModelError
+
+VERSION = Version(Version(transformers.__version__).base_version)
+
+MASKS_BY_LAYER_TYPE = Version("4.53") <= VERSION
+"""Since then `transformers.masking_utils` makes masks: backbones take boolean 4D ones, and a dictionary by layer type.
+Before, every model had code of its own, which takes 2D masks of ones and zeros or additive 4D ones."""
+
+FLASH_IS_BUILT_IN = Version("4.48") > VERSION
+"""Before, a model's layers were of a class for each kernel, so that no setting switches flash-attention off again."""
+
+
+# -- loading -------------------------------------------------------------------------------------------------------------
+
+
+def dtype_option(dtype: torch.dtype | str) -> dict[str, torch.dtype | str]:
+    """Return the argument of `from_pretrained` and `from_config` that says the compute type; `auto` is the stored one."""
+    # `torch_dtype` became `dtype` in 4.56, which still takes the old name; older ones hand an unknown name to the model.
+    return {"dtype" if Version("4.56") <= VERSION else "torch_dtype": dtype}
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """Return the type that a checkpoint's weights are stored in, where its config says."""
+    # The attribute was `torch_dtype` before 4.56.
+    found = getattr(config, "dtype" if Version("4.56") <= VERSION else "torch_dtype", None)
+    return getattr(torch, found) if isinstance(found, str) else found
+
+
+def loads_quantised(device: torch.device) -> bool:
+    """Return whether `from_pretrained` can quantise weights for that device while it loads them."""
+    # On a CPU 4.46 and 4.52 ask for Intel's extension of torch, which bitsandbytes no longer needs; 4.57 does not.
+    return device.type != "cpu" or Version("4.57") <= VERSION
+
+
+def dequantised(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a quantised model with plain weights of the given type, in place where it can be."""
+    # 5.x takes the type; before, weights come in the type of the rest of the model.
+    if "dtype" in inspect.signature(model.dequantize).parameters:
+        return model.dequantize(dtype=dtype)
+    return nn.Module.to(model.dequantize(), dtype)
+
+
+def mend_int8_layers(model: nn.Module) -> None:
+    """Let PEFT adapt the 8-bit layers of `model`, in place."""
+    # PEFT 0.13 asks each for an option that bitsandbytes has dropped since; those of 0.15 and on do not.
+    for module in model.modules():
+        state = getattr(module, "state", None) if type(module).__name__ == "Linear8bitLt" else None
+        if state is not None and not hasattr(state, "memory_efficient_backward"):
+            state.memory_efficient_backward = False
+
+
+# -- parts of a model ----------------------------------------------------------------------------------------------------
+
+
+def backbone_of(causal_lm: PreTrainedModel) -> nn.Module | None:
+    """Return the part of a causal LM that computes final hidden states, None where there is none."""
+    # Gemma 3's text model says `language_model` before 5.0, where it has no such attribute.
+    found = getattr(causal_lm, causal_lm.base_model_prefix, None)
+    if found is None and callable(getattr(causal_lm, "get_decoder", None)):
+        found = causal_lm.get_decoder()
+    return found if isinstance(found, nn.Module) and found is not causal_lm else None
+
+
+def layer_types(config: PretrainedConfig, layers: Sequence[nn.Module]) -> list[str]:
+    """Return the kind of attention of each decoder layer, as `layer_types` in configs of today names it."""
+    if MASKS_BY_LAYER_TYPE:
+        types = getattr(config, "layer_types", None)
+    else:  # 4.46 to 4.52: Gemma 2 and 3, Cohere 2 and Llama 4 decide by a rule of their own, and a config cannot say
+        types = [_layer_type(layer) for layer in layers] if any(hasattr(layer, "is_sliding") for layer in layers) else None
+        if any(getattr(module, "use_chunked_attention", False) for layer in layers for module in layer.modules()):
+            types = ["chunked_attention"]
+    if types is None:
+        window = getattr(config, "sliding_window", None)
+        if not MASKS_BY_LAYER_TYPE and not getattr(config, "use_sliding_window", True):
+            window = None  # Qwen of 4.52 leaves it in the config when it is not used
+        types = ["sliding_attention" if window is not None else "full_attention"] * len(layers)
+    return list(types)
+
+
+def _layer_type(layer: nn.Module) -> str:
+    return "sliding_attention" if getattr(layer, "is_sliding", False) else "full_attention"
+
+
+def attention_is_built_in(model: nn.Module) -> bool:
+    """Return whether flash-attention is in the classes of the model's layers; see `FLASH_IS_BUILT_IN`."""
+    # Some models kept such classes, LlamaFlashAttention2 and the like, beyond 4.48.
+    return any(type(module).__name__.endswith("FlashAttention2") for module in model.modules())
+
+
+# -- passes --------------------------------------------------------------------------------------------------------------
+
+
+def last_hidden_state(backbone: nn.Module, input_ids: Tensor, **options: Any) -> Tensor:
+    """Run a backbone and return (B, T, H) final hidden states; a cache among the options is filled in place."""
+    cache = options.get("past_key_values")
+    if cache is None and options.get("attention_mask") is None and options.get("position_ids") is None:
+        options |= _no_mask(input_ids)
+    if cache is not None and _takes_tuples(backbone):
+        return _with_tuples(backbone, input_ids, cache, options)
+    return backbone(input_ids=input_ids, use_cache=cache is not None, **options).last_hidden_state
+
+
+def _no_mask(input_ids: Tensor) -> dict[str, Tensor]:
+    """Return what keeps transformers from building a mask (B, 1, T, T) where plain causal attention needs none."""
+    # Without any, 4.53 to 5.x look for packed sequences and build one whether they find some or not; 5.17 does not.
+    if Version("4.53") <= VERSION < Version("5.17"):
+        return {"attention_mask": torch.ones_like(input_ids)}
+    return {}
+
+
+def _takes_tuples(backbone: nn.Module) -> bool:
+    # GPT-2 and OPT of 4.46 take and return tuples of tensors; those of 4.52 take caches, and later the flag is gone.
+    return Version("4.53") > VERSION and not getattr(backbone, "_supports_cache_class", True)
+
+
+def _with_tuples(backbone: nn.Module, input_ids: Tensor, cache: DynamicCache, options: dict[str, Any]) -> Tensor:
+    past = cache.to_legacy_cache() if cache.get_seq_length() else None
+    out = backbone(input_ids=input_ids, use_cache=True, **options | {"past_key_values": past})
+    cache.key_cache[:] = [keys for keys, _ in out.past_key_values]
+    cache.value_cache[:] = [values for _, values in out.past_key_values]
+    return out.last_hidden_state
+
+
+def check_positions(backbone: nn.Module) -> None:
+    """Check that a backbone can be told the position of a token, which decoding with holes in the cache needs.
+
+    Raises:
+        UnsupportedModelError: when it cannot.
+    """
+    # Every supported family can since 4.46; of others (BLOOM, MPT) some cannot, in any version.
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        raise UnsupportedModelError(
+            f"model={type(backbone).__name__} takes no position_ids, without which it cannot sample for several prompts at "
+            "once; use one of the supported families."
+        )
+
+
+@contextmanager
+def decoding_mask(
+    layers: Sequence[nn.Module], types: Sequence[str], seen: Mapping[str, Tensor], dtype: torch.dtype
+) -> Iterator[Any]:
+    """Give the attention mask for one query per row, in the form that the backbone takes inside the block.
+
+    Args:
+        layers: the decoder layers.
+        types: what `layer_types` returned for them.
+        seen: by layer type, (B, S), whether the query sees each key in the cache.
+        dtype: the compute type.
+    """
+    if MASKS_BY_LAYER_TYPE:
+        masks = {kind: keys[:, None, None, :] for kind, keys in seen.items()}  # (B, 1, 1, S)
+        yield masks if len(masks) > 1 else next(iter(masks.values()))
+    elif set(seen) == {"full_attention"}:
+        yield seen["full_attention"].long()  # (B, S): all that GPT-2 and OPT of 4.46 understand
+    else:
+        # Windows count positions, not columns, of which some are holes; so the mask is made here. Some models cast it (a
+        # boolean one would become ones and zeros), so it is additive. Layers with windows of their own (Gemma, Cohere 2) cut
+        # it by columns again: past them, their attention gets its own kind.
+        masks = {}
+        for kind, keys in seen.items():
+            blocked = torch.zeros_like(keys, dtype=dtype).masked_fill_(~keys, torch.finfo(dtype).min)
+            masks[kind] = blocked[:, None, None, :]  # (B, 1, 1, S)
+        handles = [
+            layer.self_attn.register_forward_pre_hook(_put_mask(masks[kind]), with_kwargs=True)
+            for layer, kind in zip(layers, types, strict=True)
+            if hasattr(layer, "is_sliding")
+        ]
+        try:
+            yield next(iter(masks.values()))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _put_mask(mask: Tensor) -> Any:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs | {"attention_mask": mask}
+
+    return hook
+
+
+# -- beside the model ----------------------------------------------------------------------------------------------------
+
+
+def accepted_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those outputs of a tokenizer that `model` takes."""
+    # Tokenizers of 4.46 and 4.52 return token types for models that know none, such as Llama.
+    known = inspect.signature(model.forward).parameters
+    return {name: tensor for name, tensor in inputs.items() if name in known}
+
+
+def start_tracker(tracker: Any) -> None:
+    """Start one of accelerate's trackers."""
+    # Those of 1.7 and before have started when they are made.
+    if hasattr(tracker, "start"):
+        tracker.start()
