@@ -3,18 +3,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test quickstart real-text bench bench-peers lint clean
+.PHONY: test test-hosts quickstart real-text bench bench-peers lint clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install -q --no-deps trl==1.12.0  # a host, for tests/patches; what it needs is here
 	touch $@
 
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+# The trainers of every supported host, unmodified, with and without the patch; builds their environments in .hosts first.
+test-hosts: $(STAMP)
+	$(BIN)/python -m tests.hosts.run $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""Puts HydraModel into PPO code that already exists."""
+"""Puts a HydraModel into PPO code that already exists; one module per host."""
