@@ -209,6 +209,9 @@ class RolloutSettings:
     top_k: int | None = setting(None, "Sample among this many most likely tokens; null is all.")
     top_p: float | None = setting(None, "Sample among the smallest set of tokens with this probability; null is all.")
     score_batch_size: int = setting(16, "Most responses per scoring pass (reference, reward, critic), which keeps no graph.")
+    trunk_cache: Literal["device", "cpu"] = setting(
+        "device", "Where the hidden states that leave the trunk are kept, one per token, with model.trunk_layers above 0."
+    )
     recompute_logprobs: bool = setting(
         False, "Recompute the sampled tokens' log-probs in a pass of its own instead of keeping the sampler's."
     )

@@ -21,16 +21,24 @@ class Sequences:
         prompt_lengths: (B,) tokens of each prompt, at least 1.
         response_ids: (B, R), right-padded.
         response_mask: (B, R) bool.
+        trunk: (B, T, H) hidden states that enter the first layer above the trunk, where they are known already.
     """
 
     input_ids: Tensor
     prompt_lengths: Tensor
     response_ids: Tensor
     response_mask: Tensor
+    trunk: Tensor | None = None
 
     def first(self, rows: int | None) -> Sequences:
         """Return the leading rows; all of them where `rows` is None."""
-        return Sequences(self.input_ids[:rows], self.prompt_lengths[:rows], self.response_ids[:rows], self.response_mask[:rows])
+        return Sequences(
+            self.input_ids[:rows],
+            self.prompt_lengths[:rows],
+            self.response_ids[:rows],
+            self.response_mask[:rows],
+            None if self.trunk is None else self.trunk[:rows],
+        )
 
     def state_positions(self) -> Tensor:
         """Return (B, R) columns of the hidden state from which response token r is drawn: prompt_length - 1 + r."""
@@ -59,8 +67,9 @@ class Experience:
         old_values: (B, R) the critic's values of the state before each token.
         scores: (B,) scores of the responses.
         advantages, returns: (B, R), once they are computed.
+        trunk: (B, T, H) what `Sequences.trunk` is, rows starting at column 0; only where a model has a trunk.
 
-    Memory: six (B, R) tensors and the prompts; nothing per vocabulary entry or hidden unit.
+    Memory: six (B, R) tensors and the prompts; nothing per vocabulary entry or hidden unit but the trunk, which is asked for.
     """
 
     prompt_ids: Tensor
@@ -76,6 +85,7 @@ class Experience:
     scores: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    trunk: Tensor | None = None
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]
@@ -104,9 +114,11 @@ class Experience:
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
-                value = value.index_select(0, index)
+                value = value.index_select(0, index.to(value.device))
                 if item.name.startswith("prompt"):
                     value = value[:, value.shape[1] - prompt_width :]
+                elif item.name == "trunk":
+                    value = value[:, : max(p + r for p, r in zip(prompt_lengths, response_lengths, strict=True))]
                 elif value.dim() == 2:
                     value = value[:, :width]
             parts[item.name] = value
@@ -119,7 +131,8 @@ class Experience:
         padding = self.prompt_ids.shape[1] - self.prompt_mask.sum(dim=1, keepdim=True)  # (B, 1)
         columns = torch.arange(max(self.lengths), device=joined.device) + padding  # (B, T)
         input_ids = joined.gather(1, columns.clamp(max=joined.shape[1] - 1))
-        return Sequences(input_ids, self.prompt_mask.sum(dim=1), self.response_ids, self.response_mask)
+        trunk = None if self.trunk is None else self.trunk[:, : input_ids.shape[1]].to(joined.device)
+        return Sequences(input_ids, self.prompt_mask.sum(dim=1), self.response_ids, self.response_mask, trunk)
 
     def split(self, rows: int, tokens: int | None = None) -> list[list[int]]:
         """Cut the rows into micro-batches of similar length.

@@ -28,6 +28,7 @@ from hydra_ppo.lora import use_lean_lora
 from hydra_ppo.manifest import MANIFEST, base_folder, describe_base, read_manifest
 from hydra_ppo.recompute import disable_native_checkpointing, enable_recompute
 from hydra_ppo.stages import Role, Stage, StageName, build_stage
+from hydra_ppo.trunk import Trunk
 from hydra_ppo.views import Views
 
 HEADS = "heads.safetensors"
@@ -106,6 +107,8 @@ class HydraModel(nn.Module):
         self._put_adapters(lora_config(self.architecture, lora, self.trunk_layers), saved)
         use_lean_lora(self.base)
         self.adapters = AdapterSwitch(self.base)
+        has_trunk = self.trunk_layers > 0 and not self.stage.tunes_base
+        self.trunk = Trunk(self.architecture.layers, self.trunk_layers) if has_trunk else None
 
         weight = self.architecture.output_embeddings.weight
         self.heads = nn.ModuleDict(
@@ -321,11 +324,12 @@ class HydraModel(nn.Module):
         """The Hugging Face model inside, adapters injected."""
         return self.architecture.causal_lm
 
-    def hidden_states(self, input_ids: Tensor, **options: Any) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, trunk: Tensor | None = None, **options: Any) -> Tensor:
         """Run the base in the current role.
 
         Args:
             input_ids: (B, T), padded on the right only, so that causal attention needs no mask.
+            trunk: (B, T, H) what leaves the trunk for these tokens, which is not run then.
             options: attention_mask, position_ids, past_key_values as the Hugging Face backbone takes them.
 
         Returns:
@@ -333,7 +337,7 @@ class HydraModel(nn.Module):
         """
         # None leaves a caller's own autocast alone.
         cast = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype is not None else nullcontext()
-        with cast:
+        with cast, nullcontext() if self.trunk is None else self.trunk.put(trunk):
             return last_hidden_state(self.architecture.backbone, input_ids, **options)
 
     def logprobs(self, sequences: Sequences, temperature: float = 1.0, entropy_grad: bool = False) -> TokenLogprobs:
@@ -347,18 +351,18 @@ class HydraModel(nn.Module):
             RoleError: outside of a role with the lm head.
         """
         self._require_head("lm")
-        return self._logprobs(self.hidden_states(sequences.input_ids), sequences, temperature, entropy_grad)
+        return self._logprobs(self._states(sequences), sequences, temperature, entropy_grad)
 
     def values(self, sequences: Sequences) -> Tensor:
         """Return (B, R) values of the state before each response token, in the current role (critic or reward)."""
         self._require_head("value", "reward")
-        hidden = _gather(self.hidden_states(sequences.input_ids), sequences.state_positions())
+        hidden = _gather(self._states(sequences), sequences.state_positions())
         return self._scalar(hidden)
 
     def scores(self, sequences: Sequences) -> Tensor:
         """Return (B,) what the current role's scalar head says at the last response token."""
         self._require_head("value", "reward")
-        hidden = _gather(self.hidden_states(sequences.input_ids), sequences.last_positions()[:, None])
+        hidden = _gather(self._states(sequences), sequences.last_positions()[:, None])
         return self._scalar(hidden)[:, 0]
 
     def reference_and_reward(
@@ -377,12 +381,24 @@ class HydraModel(nn.Module):
         Memory: one (B, T, H) hidden state and the chunks of `token_logprobs`.
         """
         with self.role("reference"):
-            hidden = self.hidden_states(sequences.input_ids)
+            hidden = self._states(sequences)
             ref_logprobs = self._logprobs(hidden[:lm_rows], sequences.first(lm_rows), temperature, False).logprobs
         with self.role("reward"):
             if self.roles["reward"].adapter != self.roles["reference"].adapter:
                 return ref_logprobs, self.scores(sequences)
             return ref_logprobs, self._scalar(_gather(hidden, sequences.last_positions()[:, None]))[:, 0]
+
+    @contextmanager
+    def taking_trunk(self) -> Iterator[list[Tensor]]:
+        """Collect what leaves the trunk in the passes of the block, (B, T, H) each; nothing where there is no trunk."""
+        if self.trunk is None:
+            yield []
+        else:
+            with self.trunk.take() as states:
+                yield states
+
+    def _states(self, sequences: Sequences) -> Tensor:
+        return self.hidden_states(sequences.input_ids, sequences.trunk)
 
     def _logprobs(self, hidden: Tensor, sequences: Sequences, temperature: float, entropy_grad: bool) -> TokenLogprobs:
         states = _gather(hidden, sequences.state_positions())  # (B, R, H)

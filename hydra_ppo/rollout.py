@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,19 +53,27 @@ def collect_experience(
 
 @torch.no_grad()
 def score(model: HydraModel, experience: Experience, settings: RolloutSettings) -> Experience:
-    """Fill in reference log-probs, scores and values: two passes over the base (three where log-probs are recomputed)."""
+    """Fill in reference log-probs, scores and values: two passes over the base (three where log-probs are recomputed).
+
+    Where the model has a trunk, the first pass fills in what leaves it too, and the others begin there.
+    """
     model.eval()
     shape = experience.response_mask.shape
     with allocating("experience"):
         ref_logprobs, old_values, recomputed = (torch.zeros(shape, device=model.device) for _ in range(3))
         scores = torch.zeros(shape[0], device=model.device)
+        trunk = _room_for_trunk(model, experience, settings)
     for rows in experience.split(settings.score_batch_size):
         with allocating("experience"):
             part = experience.select(rows)
             sequences = part.sequences()
         index = torch.tensor(rows, device=model.device)
         width = part.response_ids.shape[1]
-        ref_logprobs[index, :width], scores[index] = model.reference_and_reward(sequences, settings.temperature)
+        with model.taking_trunk() as states:
+            ref_logprobs[index, :width], scores[index] = model.reference_and_reward(sequences, settings.temperature)
+        if trunk is not None:  # the first pass ran it; no other has to
+            sequences = replace(sequences, trunk=states[0])
+            trunk[index.to(trunk.device), : states[0].shape[1]] = states[0].to(trunk.device)
         with model.role("critic"):
             old_values[index, :width] = model.values(sequences)
         if settings.recompute_logprobs:
@@ -78,7 +87,17 @@ def score(model: HydraModel, experience: Experience, settings: RolloutSettings) 
             ref_logprobs=ref_logprobs.masked_fill(outside, 0.0),
             old_values=old_values.masked_fill(outside, 0.0),
             scores=scores,
+            trunk=trunk,
         )
+
+
+def _room_for_trunk(model: HydraModel, experience: Experience, settings: RolloutSettings) -> Tensor | None:
+    """Return room for what leaves the trunk, (B, T, H) in the compute type; None where the model has none."""
+    if model.trunk is None:
+        return None
+    width = model.causal_lm.config.hidden_size  # of the layers; OPT projects its last hidden states to another
+    device = "cpu" if settings.trunk_cache == "cpu" else model.device
+    return torch.zeros(len(experience), max(experience.lengths), width, dtype=model.causal_lm.dtype, device=device)
 
 
 def _pad(rows: Sequence[Sequence[float]], experience: Experience) -> Tensor:

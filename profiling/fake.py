@@ -13,12 +13,15 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hydra_ppo.announce import allocating
 from hydra_ppo.architecture import inspect_architecture, is_linear
+from hydra_ppo.compat import VERSION
+from hydra_ppo.errors import ConfigError
 from hydra_ppo.experience import Experience
 from hydra_ppo.sampling import Decoder
 
@@ -90,7 +93,15 @@ def fake_base(config: PretrainedConfig, quantization: str | None, dtype: torch.d
     """Build a causal LM of fake tensors as `from_pretrained` loads one: each weight is quantised as it arrives.
 
     Must be called within `fake_tensors`.
+
+    Raises:
+        ConfigError: on a transformers whose masks and caches need real numbers.
     """
+    if Version("5") > VERSION:
+        raise ConfigError(
+            f"transformers=={VERSION} cannot be simulated, its masks and caches read numbers that fake tensors lack; profile in "
+            "an environment with transformers>=5.17."
+        )
     model = meta_model(config, dtype)
     if quantization is not None:
         for layer in inspect_architecture(model).layers:

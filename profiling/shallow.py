@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hydra_ppo.loading import DTYPES
 from hydra_ppo.profiling.capture import capture
 from hydra_ppo.profiling.fake import LeapingDecoder
 from hydra_ppo.profiling.tracker import Tracker
@@ -28,15 +29,16 @@ OF_RANK = ("adapters", "gradients", "optimizer")
 
 @dataclass(frozen=True)
 class Stretch:
-    """Bytes by kind at the peak of one stretch: constant and per layer."""
+    """Bytes by kind at the peak of one stretch: constant and per layer; and what a trunk adds, whatever its depth."""
 
     phase: str
     constant: dict[str, float]
     per_layer: dict[str, float]
+    with_trunk: float = 0.0
 
     def bytes(self, layers: int, trunk: int, rank_factor: float) -> float:
         """Return the predicted peak of a model of that depth."""
-        total = 0.0
+        total = self.with_trunk if trunk else 0.0
         for kind in self.constant.keys() | self.per_layer.keys():
             count = layers - trunk if kind in WITH_ADAPTERS and self.phase != "rollout" else layers
             if kind in OF_RANK:
@@ -81,8 +83,19 @@ def _simulate(workload: Workload, config: Any) -> list[Stretch]:
     for (phase, low), (_, high) in zip(*found, strict=True):
         kinds = low.keys() | high.keys()
         slope = {kind: (high.get(kind, 0) - low.get(kind, 0)) / (DEPTHS[1] - DEPTHS[0]) for kind in kinds}
-        stretches.append(Stretch(phase, {kind: low.get(kind, 0) - DEPTHS[0] * slope[kind] for kind in kinds}, slope))
+        constant = {kind: low.get(kind, 0) - DEPTHS[0] * slope[kind] for kind in kinds}
+        stretches.append(Stretch(phase, constant, slope, trunk_states(workload, config, phase)))
     return stretches
+
+
+def trunk_states(workload: Workload, config: Any, phase: str) -> float:
+    """Return the bytes of the hidden states that are kept above a trunk: of the rollout, its minibatch, a micro-batch."""
+    kept = workload.rollout_batch + (workload.minibatch or workload.rollout_batch)
+    # In the updates a micro-batch's states take the place of its embedded tokens, which the first layer's graph keeps.
+    rows = {"score": workload.rollout_batch, "update-actor": kept, "update-critic": kept}
+    rows["optimizer"] = kept + workload.microbatch
+    row = (workload.prompt + workload.response) * config.hidden_size * DTYPES[workload.dtype].itemsize
+    return float(rows.get(phase, 0) * row)
 
 
 def with_depth(config: Any, layers: int) -> Any:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "recorder"},
     {"config", "functional", "experience", "logprobs", "memory", "sources", "row_formats", "announce", "stages", "lora"}
-    | {"compat", "recompute"},
+    | {"compat", "recompute", "trunk"},
     {"architecture", "config_io", "data", "lazy_logits", "padding"},
     {"loading", "optim", "rewards", "adapters", "manifest"},
     {"model", "views"},

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from packaging.version import Version
 from transformers import LogitsProcessorList
 
 from hydra_ppo.config import RolloutSettings
+from hydra_ppo.errors import ConfigError
+from hydra_ppo.profiling import fake
 from hydra_ppo.profiling.fake import LeapingDecoder, fake_base, fake_tensors, no_repetition
 from hydra_ppo.sampling import Decoder, sample
 from tests.families import FAMILIES, PROMPTS, experience
@@ -65,3 +69,9 @@ def test_repetition_is_left_out_only_inside_the_block():
         assert len(list(rows.minibatches(4, 1, torch.Generator()))) == 1
     assert len(rows.split(1)) == 3
     assert len(list(rows.minibatches(4, 1, torch.Generator()))) == 12
+
+
+def test_an_old_transformers_is_named(monkeypatch):
+    monkeypatch.setattr(fake, "VERSION", Version("4.57.6"))
+    with pytest.raises(ConfigError, match=r"transformers==4\.57\.6 cannot be simulated"):
+        fake_base(FAMILIES["llama"], None, torch.float32)
