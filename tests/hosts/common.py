@@ -146,7 +146,7 @@ def separate_model(model: HydraModel, role: str) -> PreTrainedModel:
     else:
         config.num_labels = 1
         separate = AutoModelForSequenceClassification.from_config(config)
-        state = {name: value for name, value in state.items() if not name.startswith("lm_head")}
+        state = {name: value for name, value in state.items() if not name.startswith(("lm_head", "embed_out"))}
         state["score.weight"] = model.heads[spec.head].weight.detach().clone()
     keys = separate.load_state_dict(state, strict=False)
     strangers = [*keys.unexpected_keys, *(name for name in keys.missing_keys if "rotary" not in name)]
