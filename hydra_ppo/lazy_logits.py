@@ -191,13 +191,8 @@ class LazyLogits(Lazy):
         return replace(self, hidden=hidden)
 
     def __getitem__(self, index: Any) -> Any:
-        parts = index if isinstance(index, tuple) else (index,)
-        vocabulary_whole = len(parts) == self.ndim and isinstance(parts[-1], slice) and parts[-1] == slice(None)
-        if vocabulary_whole:
-            parts = parts[:-1]
-        plain = all(part is not Ellipsis and part is not None for part in parts)
-        used = sum(part.ndim if isinstance(part, Tensor) and part.dtype == torch.bool else 1 for part in parts)
-        if plain and used < self.ndim:
+        parts, left = _left_of_vocabulary(index, self.ndim)
+        if left:
             return self._with(self.hidden[parts])
         return self.materialize("indexing the vocabulary")[index]
 
@@ -362,7 +357,10 @@ class SampledLogits(Lazy):
         return len(self.tokens)
 
     def __getitem__(self, index: Any) -> SampledLogits:
-        return SampledLogits(self.tokens[index], self.logprobs[index], self.vocabulary)
+        parts, left = _left_of_vocabulary(index, self.ndim)
+        if not left:
+            self.materialize("indexing the vocabulary")
+        return SampledLogits(self.tokens[parts], self.logprobs[parts], self.vocabulary)
 
     def __iter__(self) -> Iterator[SampledLogits]:
         return (self[row] for row in range(len(self)))
@@ -383,6 +381,16 @@ class SampledLogits(Lazy):
             f"rollout logits asked for {why}: the patch keeps log-probs of the sampled tokens only; run the actor view on the "
             "sequences where more of its distribution is needed."
         )
+
+
+def _left_of_vocabulary(index: Any, ndim: int) -> tuple[tuple[Any, ...], bool]:
+    """Return `index` as a tuple, less a slice over the whole vocabulary at its end, and whether it leaves that alone."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if len(parts) == ndim and isinstance(parts[-1], slice) and parts[-1] == slice(None):
+        parts = parts[:-1]
+    plain = all(part is not Ellipsis and part is not None for part in parts)
+    used = sum(part.ndim if isinstance(part, Tensor) and part.dtype == torch.bool else 1 for part in parts)
+    return parts, plain and used < ndim
 
 
 def _product(left: LazyLogits, right: Any) -> LazyProduct | None:

@@ -6,7 +6,7 @@ whatever a host does to its four models (move, count, wrap, save), there is one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -72,12 +72,18 @@ class Passes:
     pass with a graph, or sampling, drops it.
 
     Memory: one (B, T, H) hidden state between the reference's pass and the reward's.
+
+    Attributes:
+        observers: each called after a frozen pass that reference and reward share, with the role that asked, ids (B, T) with
+            padding last, lengths (B,), positions (B, T) or None where all rows count from 0, and hidden states (B, T, H).
+        reused: frozen passes that served a second role.
     """
 
     def __init__(self, model: HydraModel) -> None:
         self.model = model
-        self._frozen: tuple[Tensor, Tensor, Tensor | None, Tensor] | None = None  # ids, lengths, positions, hidden
+        self.observers: list[Callable[[str, Tensor, Tensor, Tensor | None, Tensor], None]] = []
         self.reused = 0
+        self._frozen: tuple[Tensor, Tensor, Tensor | None, Tensor] | None = None  # ids, lengths, positions, hidden
 
     def hidden_states(
         self, role: str, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -112,6 +118,8 @@ class Passes:
         with torch.no_grad(), self.model.role(role):
             hidden = self.model.hidden_states(ids, **options)
         self._frozen = (ids, lengths, positions, hidden)
+        for observer in self.observers:
+            observer(role, ids, lengths, positions, hidden)
         return hidden
 
     def _covers(self, ids: Tensor, lengths: Tensor, positions: Tensor | None) -> bool:

@@ -83,12 +83,8 @@ def _run_ppo(original: Any) -> Any:
         check(folder, **arguments)
         from hydra_ppo.patches.llamafactory_run import Run  # torch, only now
 
-        bindings = Bindings()
-        try:
-            Run(folder).bind(bindings)
+        with Run(folder):
             original(**{f"{name}_args": value for name, value in arguments.items()}, callbacks=callbacks)
-        finally:
-            bindings.undo()
 
     return run_ppo
 

@@ -1,82 +1,105 @@
-"""Actor and critic as one causal LM with a value head, as TRL's step-style PPO and what builds on it take them.
+"""Role views in the shape of TRL's models with a value head, as step-style PPO and what builds on it take them.
 
-The classes are children of TRL's own `AutoModelForCausalLMWithValueHead`, which is given by the caller, since TRL asks for
-it by name; nothing that TRL's constructor does is done.
+TRL asks for its own `AutoModelForCausalLMWithValueHead` by name. The classes here become children of it, and of `View`, when
+the caller gives that class; nothing that TRL's constructor does is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache, wraps
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from hydra_ppo.errors import RoleError
 from hydra_ppo.lazy_logits import LazyLogits
-from hydra_ppo.model import HydraModel
-from hydra_ppo.views import CausalView, ClassifierView
+from hydra_ppo.patches.known_rows import KnownRows
+from hydra_ppo.patches.versions import HostError
+from hydra_ppo.views import CausalView, ClassifierView, Passes, View
 
-V = TypeVar("V", bound="ValueHeadView")
+S = TypeVar("S", bound="StepModel")
 
 
-def actor_critic(model: HydraModel, parent: type[nn.Module]) -> ActorCritic:
-    """Return the actor with the critic's values, a `parent` (TRL's class) that holds the trainable tensors of both roles.
+def actor_critic(known: KnownRows, parent: type[nn.Module], autocast: bool = True) -> ActorCritic:
+    """Return actor and critic as one model.
 
-    Memory: two passes a call, one per adapter; with gradients both graphs are alive until the backward pass.
+    Args:
+        known: rows of the model's passes.
+        parent: TRL's class.
+        autocast: whether passes run in the host's autocast, or in the type of the base whatever the host says.
     """
-    return subclass(ActorCritic, parent)(model)
+    return _child(ActorCritic, parent)(known, autocast)
 
 
-def frozen_reference(model: HydraModel, parent: type[nn.Module]) -> FrozenReference:
-    """Return the reference, a `parent` (TRL's class) without a parameter."""
-    return subclass(FrozenReference, parent)(model)
+def frozen_reference(known: KnownRows, parent: type[nn.Module], autocast: bool = True) -> FrozenReference:
+    """Return the reference, without a parameter. Arguments as of `actor_critic`."""
+    return _child(FrozenReference, parent)(known, autocast)
 
 
 @cache
-def subclass(view: type[V], parent: type[nn.Module]) -> type[V]:
-    """Return a class of that name which is a child of both, the same one each time."""
-    return type(view.__name__, (view, parent), {"__module__": __name__})
+def _child(kind: type[S], parent: type[nn.Module]) -> type[S]:
+    # `View` last: its constructor goes on to that of nn.Module, not to the parent's.
+    return type(kind.__name__, (kind, parent, View), {"__module__": __name__})
 
 
-def in_compute_type(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a view's `forward` outside of the host's autocast: the base computes in the type that it was loaded in.
+def precision(view: View, autocast: bool) -> AbstractContextManager[Any]:
+    """Return the context of a pass: the host's autocast, or none."""
+    return nullcontext() if autocast else torch.autocast(view.device.type, enabled=False)
 
-    Hosts need autocast where PEFT's fp32 adapters meet a bf16 base; here they are cast as they are multiplied.
+
+class StepModel:
+    """What both models share. Mixed with TRL's class and `View`.
+
+    `is_peft_model` is False, since the trainer would run such a model with its adapter off as the reference.
     """
 
-    @wraps(forward)  # TRL reads the names of the arguments
-    def outside(self: ValueHeadView, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(self.hydra.device.type, enabled=False):
-            return forward(self, *args, **kwargs)
-
-    return outside
-
-
-class ValueHeadView(nn.Module):
-    """What TRL reads off a model with a value head, whichever role stands behind it."""
-
-    # TRL takes the reference from the actor itself where that is a PEFT model; here it is passed.
     is_peft_model = False
     is_sequential_parallel = False
     is_loaded_in_8bit = False
     is_loaded_in_4bit = False
-    supports_rm_adapter = False
+    supports_rm_adapter = True
 
-    def __init__(self, model: HydraModel, role: str) -> None:
-        nn.Module.__init__(self)
-        self.pretrained_model = model.views()[role]
+    passes: Passes
+    hydra: Any
+
+    def __init__(self, known: KnownRows, role: str, autocast: bool) -> None:
+        View.__init__(self, known.passes, role)
+        self.known = known
+        self.autocast = autocast
+        self.pretrained_model: CausalView = getattr(self.hydra.views(), role)
         self.config = self.pretrained_model.config
 
-    @property
-    def hydra(self) -> HydraModel:
-        """The model behind."""
-        return self.pretrained_model.hydra
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample as `transformers.GenerationMixin.generate` does; arguments and results are its own."""
+        return self.pretrained_model.generate(*args, **kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pretrained_model.prepare_inputs_for_generation(*args, **kwargs)
+
+    def logits(self, *inputs: Tensor | None) -> LazyLogits:
+        """Return lazy logits (B, T, V) of the role's pass; inputs as of a causal LM."""
+        return self._run(*inputs).logits
+
+    def _run(self, *inputs: Tensor | None, **others: Any) -> Any:
+        with precision(self, self.autocast):
+            return self.pretrained_model(*inputs, **others | {"return_dict": True})
+
+    def _refuse_cache(self, past_key_values: Any, return_past_key_values: bool) -> None:
+        if past_key_values is not None or return_past_key_values:
+            raise HostError(
+                f"forward(past_key_values=..., return_past_key_values={return_past_key_values}) decodes with a cache, which a "
+                "view leaves to generate(); use generate()."
+            )
+
+    def compute_reward_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
+        """Return (B, T, 1) scores of the reward model at each token, as TRL does for a reward adapter."""
+        reward = self.hydra.views().reward
+        with precision(self, self.autocast):
+            return reward.score(reward.backbone(input_ids, attention_mask, **others).last_hidden_state)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **_: Any) -> None:
         """Checkpoint the base, for all roles."""
         self.pretrained_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
@@ -87,7 +110,7 @@ class ValueHeadView(nn.Module):
         """Do nothing: checkpointing that is not reentrant needs no input with a gradient."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return adapters and head of the trainable roles; never the base."""
+        """Return the trainable tensors behind this model, and nothing of the base."""
         return nn.Module.state_dict(self, *args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,102 +120,91 @@ class ValueHeadView(nn.Module):
         """Write adapters and heads of all roles, as `HydraModel.save_pretrained` does; never the base."""
         self.hydra.save_pretrained(save_directory)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample as `transformers.GenerationMixin.generate` does."""
-        return self.pretrained_model.generate(*args, **kwargs)
+    def push_to_hub(self, *_: Any, **__: Any) -> None:
+        raise HostError(
+            "push_to_hub() of a model with a value head would upload the base; use trainer.push_to_hub(...), or upload the "
+            "folder that save_pretrained(...) writes."
+        )
 
 
-class ActorCritic(ValueHeadView):
-    """Logits of the actor, values of the critic: one adapter each, so a pass each."""
+class ActorCritic(StepModel):
+    """Actor and critic as one model with a value head: two passes over the base, each with its own adapter.
 
-    pretrained_model: CausalView
+    Memory: both graphs, until one backward pass. The patched `train_minibatch` has one at a time.
+    """
 
-    def __init__(self, model: HydraModel) -> None:
-        super().__init__(model, "actor")
-        self.critic: ClassifierView = model.views().critic
+    def __init__(self, known: KnownRows, autocast: bool) -> None:
+        super().__init__(known, "actor", autocast)
+        self.critic: ClassifierView = self.hydra.views().critic
 
-    @in_compute_type
-    def forward(  # TRL drops the columns of a dataset that are not named here
+    @property
+    def v_head(self) -> nn.Module:
+        return self.critic.score
+
+    def forward(  # the trainer drops the columns of a dataset that are not named here
         self,
         input_ids: Tensor | None = None,
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         return_past_key_values: bool = False,
+        position_ids: Tensor | None = None,
         **others: Any,
-    ) -> tuple[LazyLogits, None, Tensor]:
-        """Return lazy logits (B, T, V), None, and values (B, T)."""
-        _refuse_cache(past_key_values, return_past_key_values)
-        logits = self.pretrained_model(input_ids, attention_mask, **others | {"return_dict": True}).logits
-        hidden = self.critic.backbone(input_ids, attention_mask, **others | {"return_dict": True}).last_hidden_state
-        return PolicyLogits(logits.hidden, logits.head), None, self.critic.score(hidden)[..., 0]
+    ) -> tuple[LazyLogits, Tensor | None, Tensor]:
+        """Return lazy logits (B, T, V), the loss of `labels` if there are any, and values (B, T)."""
+        self._refuse_cache(past_key_values, return_past_key_values)
+        found = self._run(input_ids, attention_mask, position_ids=position_ids, **others)
+        if self.shares_trunk:
+            with precision(self, self.autocast):
+                values = self.critic.score(found.logits.hidden).squeeze(-1)
+        else:
+            values = self.values(input_ids, attention_mask, position_ids)
+        return found.logits, found.loss, values
+
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether actor and critic train one adapter, so that one pass serves both."""
+        return self.hydra.roles["actor"].adapter == self.hydra.roles["critic"].adapter
+
+    def values(self, *inputs: Tensor | None) -> Tensor:
+        """Return values (B, T) from the critic's own pass; inputs as of a backbone."""
+        with precision(self, self.autocast):
+            return self.critic.score(self.critic.backbone(*inputs).last_hidden_state).squeeze(-1)
 
 
-class FrozenReference(ValueHeadView):
-    """Logits of the reference; its values are zeros, which nobody reads."""
+class FrozenReference(StepModel):
+    """The reference as a model with a value head that is never read: its values are zeros. It has no parameter."""
 
-    pretrained_model: CausalView
+    def __init__(self, known: KnownRows, autocast: bool) -> None:
+        super().__init__(known, "reference", autocast)
 
-    def __init__(self, model: HydraModel) -> None:
-        super().__init__(model, "reference")
-
-    @torch.no_grad()
-    @in_compute_type
     def forward(
         self,
         input_ids: Tensor | None = None,
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         return_past_key_values: bool = False,
+        position_ids: Tensor | None = None,
         **others: Any,
-    ) -> tuple[Any, None, Tensor]:
-        """Return lazy logits (B, T, V), None, and zeros (B, T)."""
-        _refuse_cache(past_key_values, return_past_key_values)
-        logits = self.pretrained_model(input_ids, attention_mask, **others | {"return_dict": True}).logits
-        return logits, None, logits.hidden.new_zeros(logits.shape[:-1], dtype=torch.float32)
+    ) -> tuple[LazyLogits, Tensor | None, Tensor]:
+        """Return lazy logits (B, T, V), the loss of `labels` if there are any, and zeros (B, T)."""
+        self._refuse_cache(past_key_values, return_past_key_values)
+        found = self._run(input_ids, attention_mask, position_ids=position_ids, **others)
+        return found.logits, found.loss, found.logits.hidden.new_zeros(found.logits.shape[:-1], dtype=torch.float32)
 
 
-def _refuse_cache(past_key_values: Any, return_past_key_values: bool) -> None:
-    if past_key_values is not None or return_past_key_values:
-        raise RoleError(
-            "forward(past_key_values=...) is not something that a role view does; leave it out, or use generate() to decode "
-            "with a cache."
-        )
+class TokenScores(View):
+    """The reward model's score at every token, where TRL and its kin look for a value."""
 
+    def __init__(self, passes: Passes, autocast: bool = True) -> None:
+        super().__init__(passes, "reward")
+        self.autocast = autocast
+        self.pretrained_model: ClassifierView = self.hydra.views().reward
+        self.config = self.pretrained_model.config
 
-@dataclass(eq=False)
-class PolicyLogits(LazyLogits):
-    """Lazy logits whose slices share what was learnt with the log-probs: TRL asks for the entropies of another slice.
-
-    Args:
-        entropies: those of the last log-probs, (B, R) nats, without a graph.
-    """
-
-    entropies: dict[str, Tensor] = field(default_factory=dict)
-
-
-def logprobs_from_logits(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return TRL's function of that name for lazy logits too."""
-
-    def logprobs_from_logits(logits: Any, labels: Any, gather: bool = True) -> Any:
-        if not isinstance(logits, LazyLogits) or not gather:
-            return original(logits, labels, gather)
-        found = logits.token_logprobs(labels)
-        if isinstance(logits, PolicyLogits):
-            logits.entropies["last"] = found.entropy.detach()
-        return found.logprobs
-
-    return logprobs_from_logits
-
-
-def entropy_from_logits(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return TRL's function of that name, whose result goes into statistics only, for lazy logits too."""
-
-    def entropy_from_logits(logits: Any) -> Any:
-        if not isinstance(logits, LazyLogits):
-            return original(logits)
-        known = logits.entropies.get("last") if isinstance(logits, PolicyLogits) else None
-        if known is not None and known.shape == logits.shape[:-1]:
-            return known
-        return logits.detach().entropy()
-
-    return entropy_from_logits
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **others: Any) -> tuple[None, None, Tensor]:
+        """Return None, None, and scores (B, T)."""
+        view = self.pretrained_model
+        with precision(self, self.autocast):
+            hidden = view.backbone(input_ids, attention_mask, **others | {"return_dict": True}).last_hidden_state
+            return None, None, view.score(hidden)[..., 0]

@@ -99,8 +99,8 @@ def fake_base(config: PretrainedConfig, quantization: str | None, dtype: torch.d
     """
     if Version("5") > VERSION:
         raise ConfigError(
-            f"transformers=={VERSION} cannot be simulated, its masks and caches read numbers that fake tensors lack; profile in "
-            "an environment with transformers>=5.17."
+            f"transformers=={VERSION} cannot be simulated, its masks and caches read numbers that fake tensors lack; profile "
+            "in an environment with transformers>=5.17."
         )
     model = meta_model(config, dtype)
     if quantization is not None:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from hydra_ppo.model import HydraModel  # noqa: E402
+from hydra_ppo.patches.step_passes import DeferredValues  # noqa: E402
 from tests.hosts import common  # noqa: E402
 
 
@@ -84,11 +85,13 @@ def patched(result: common.Result, folder: Path) -> None:
     def train(trainer: Any, go: Callable[[], None]) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model).hydra
         result.differences = differences(trainer, model)
-        rows = trainer.accelerator.unwrap_model(trainer.reward_model)._rows
-        rows.kept = rows.used = 0
+        known = trainer.ref_model.known
+        known.kept = known.used = 0
         with common.watch_training(result, model):
             go()
-        result.notes.append(f"rows scored {rows.kept}, of which the reference needed no pass for {rows.used}")
+        result.notes.append(f"rows scored {known.kept}, of which the reference needed no pass for {known.used}")
+        if not known.kept == known.used > 0:
+            result.problems.append(result.notes[-1])
 
     owners = [workflow, tuner, trainer_module, trainer_module.CustomPPOTrainer, trl_trainer, trl_trainer.PPOTrainer]
     with common.watch_undo(result, owners), llamafactory.apply(), training_as(train, result.losses):
@@ -156,25 +159,29 @@ def differences(trainer: Any, model: HydraModel) -> dict[str, float]:
         parts = [trainer.get_rewards(queries[i : i + size], responses[i : i + size]) for i in range(0, len(queries), size)]
         return torch.cat(parts)
 
-    from_view, reward = scores(), trainer.reward_model
-    rows = trainer.accelerator.unwrap_model(reward)._rows
-    before = rows.used
+    from_view, reward, known = scores(), trainer.reward_model, trainer.ref_model.known
+    before = known.used
     found["ref_logprobs of the reward's pass"] = common.difference(numbers(views[1])[0], expected, masks)
-    assert rows.used == before + len(queries)
+    assert known.used == before + len(queries)
     trainer.reward_model = with_head(separate["reward"])
     found["scores"] = common.difference(from_view, scores())
     trainer.reward_model = reward
-    rows.forget()
+    known.end_step()
 
-    # The update takes the entropy of the very logits whose log-probs it took.
+    # The update takes the entropy of the very logits whose log-probs it took, and leaves the critic for later.
     inputs = trainer.prepare_model_inputs(queries[:4], responses[:4])
-    entropies = []
+    entropies, later = [], []
     import trl.trainer.ppo_trainer as trl_trainer
 
     for policy in (views[0], with_head(separate["actor"])):
-        logits = trainer.batched_forward_pass(policy, queries[:4], responses[:4], inputs, return_logits=True)[1]
+        with torch.enable_grad():
+            _, logits, update, _ = trainer.batched_forward_pass(policy, queries[:4], responses[:4], inputs, return_logits=True)
         entropies.append(trl_trainer.entropy_from_logits(logits))
-    found["entropy"] = common.difference(*entropies, masks[:4, : entropies[0].shape[1]])
+        later.append(update)
+    assert isinstance(later[0], DeferredValues)
+    width = entropies[0].shape[1]
+    found["values of the update"] = common.difference(later[0].materialize(), values[:4, :width], masks[:4, :width])
+    found["entropy"] = common.difference(*entropies, masks[:4, :width])
 
     trainer.tokenizer.padding_side = side
     for role in model.trainable_roles:

@@ -21,7 +21,6 @@ from trl.trainer import ppo_trainer
 
 from hydra_ppo.model import HydraModel
 from hydra_ppo.patches.trl import apply
-from hydra_ppo.views import Passes
 from tests.hosts import common
 from tests.hosts.common import BOS, EOS, PAD, VOCABULARY, Result, difference
 
@@ -216,7 +215,7 @@ def patched(result: Result, folder: Path) -> None:
     model = common.hydra_model()
     separate = common.separate_models(model)
     vars(ppo_trainer).setdefault("__warningregistry__", {})  # Python puts it there at the module's first warning
-    with common.watch_undo(result, [ppo_trainer, PPOTrainer, Passes]), apply(model) as applied:
+    with common.watch_undo(result, [ppo_trainer, PPOTrainer]), apply(model) as applied:
         for side in ("right", "left"):
             compare(result, model, applied, separate, side)
             compare(result, model, applied, separate, side, kl_penalty="full")
@@ -231,19 +230,16 @@ def patched(result: Result, folder: Path) -> None:
         trainer = PPOTrainer(config(), tokenizer=tokenizer(), **applied)
         with common.watch_training(result, model):
             train(result, trainer, lambda **batch: model.views().reward(**batch).logits[:, 0])
-        known = model.views().reference.passes
-        result.notes.append(f"reference rows taken from the reward's pass: {known_rows(known)} of {UPDATES * ROWS} in training")
+        known = applied["ref_model"].known
+        used = known.used - 2 * ROWS  # less those of two of the comparisons; the others need whole distributions
+        result.notes.append(f"reference rows taken from the reward's pass: {used} of {UPDATES * ROWS} in training")
+        if used != UPDATES * ROWS:
+            result.problems.append(result.notes[-1])
         trainer.save_pretrained(str(folder / "saved"))
         names = {path.name for path in (folder / "saved").iterdir()}
         assert {"hydra.json", "actor", "critic", "heads.safetensors", "tokenizer.json"} <= names, names
         assert not any(path.stat().st_size > 2**20 for path in (folder / "saved").rglob("*") if path.is_file())
-
-
-def known_rows(passes: Passes) -> int:
-    """Return how many reference rows needed no pass, less those of the four comparisons."""
-    from hydra_ppo.patches import trl_step
-
-    return trl_step._known[passes].used - 2 * ROWS
+    result.undone = result.undone and not model.views().reference.passes.observers
 
 
 def unpatched(result: Result, folder: Path) -> None:

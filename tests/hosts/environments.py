@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[2]
 
 # Each also gets this package with its dependencies, so that the lower bounds in setup.cfg are tested, not believed.
 BASES: dict[str, tuple[str, ...]] = {
-    "transformers-4.46": (TORCH, "transformers==4.46.3", "peft==0.13.2", "accelerate==1.0.1", "rich"),
+    "transformers-4.46": (
+        *(TORCH, "transformers==4.46.3", "peft==0.13.2", "accelerate==1.0.1", "rich", "tyro"),
+        *("pytest", "parameterized", "requests"),  # for own_tests.py
+    ),
     "transformers-4.57": (TORCH, "transformers==4.57.6", "peft==0.18.1"),
     "llamafactory": (TORCH, "llamafactory==0.9.3", "transformers==4.52.4", "peft==0.15.2", "pyarrow==20.0.0"),
     "swift": (TORCH, "ms-swift==4.6.0", "transformers==5.19.0", "peft==0.20.0", "trl==0.29.1"),
@@ -31,6 +34,7 @@ class Host:
         base: the environment it runs in; None is the one of this project.
         beside: installed without dependencies on top.
         variables: environment variables.
+        extra: one more script in this folder, which takes --output and writes its problems and notes there.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Host:
     base: str | None = None
     beside: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
+    extra: str | None = None
 
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -49,8 +54,8 @@ HOSTS: dict[str, Host] = {
         Host("trl-0.29.1", "check_trl_train.py", beside=("trl==0.29.1",)),
         Host("trl-0.28.0", "check_trl_train.py", "transformers-4.57", ("trl==0.28.0",)),
         Host("trl-0.12.2", "check_trl_train.py", "transformers-4.46", ("trl==0.12.2",)),
-        Host("trl-0.11.4", "check_trl_step.py", "transformers-4.46", ("trl==0.11.4",)),
-        Host("trl-0.8.6", "check_trl_step.py", "transformers-4.46", ("trl==0.8.6",)),
+        Host("trl-0.11.4", "check_trl_step.py", "transformers-4.46", ("trl==0.11.4",), extra="own_tests.py"),
+        Host("trl-0.8.6", "check_trl_step.py", "transformers-4.46", ("trl==0.8.6",), extra="own_tests.py"),
         Host("llamafactory-0.9.3", "check_llamafactory.py", "llamafactory"),
         Host("ms-swift-4.6.0", "check_swift.py", "swift", variables={"USE_HF": "1"}),
         Host("loop", "check_loop.py"),

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hydra_ppo.errors import HydraError
+from hydra_ppo.profiling.benchmarks.peers.environments import Environment
 from tests.hosts.environments import HOSTS, Host, prepare
 
 LIMIT = 1e-4
@@ -63,27 +64,39 @@ def check(host: Host, environments: Path, console: Console) -> dict[str, Any]:
         return row | {"problems": [str(error)]}
     with tempfile.TemporaryDirectory() as scratch:
         for mode in ("unpatched", "patched"):
-            output = Path(scratch) / f"{mode}.json"
-            command = [place.python, str(Path(__file__).parent / host.check), "--mode", mode]
-            command += ["--folder", str(Path(scratch) / mode), "--output", str(output)]
-            path = f"{Path(place.python).parent}{os.pathsep}{os.environ['PATH']}"
-            variables = {**os.environ, **place.variables, "PATH": path}
-            try:
-                done = subprocess.run(
-                    command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT
-                )
-            except subprocess.TimeoutExpired:
-                row["problems"].append(f"{mode}: took more than {TIMEOUT} s")
+            arguments = ["--mode", mode, "--folder", str(Path(scratch) / mode)]
+            found = execute(place, host.check, arguments, Path(scratch) / f"{mode}.json", console)
+            if isinstance(found, str):
+                row["problems"].append(f"{mode}: {found}")
                 continue
-            if done.returncode or not output.exists():
-                lines = [line for line in done.stdout.splitlines() if line.strip()] or ["no output"]
-                console.print("\n".join(lines[-25:]), markup=False, highlight=False)
-                row["problems"].append(f"{mode}: exit code {done.returncode}: {lines[-1].strip()}")
-                continue
-            row[mode] = json.loads(output.read_text(encoding="utf-8"))
-            console.print(f"  {mode}: {row[mode]['seconds']:.1f} s", highlight=False)
+            row[mode] = found
+            console.print(f"  {mode}: {found['seconds']:.1f} s", highlight=False)
+        if host.extra:
+            found = execute(place, host.extra, [], Path(scratch) / "extra.json", console)
+            row["extra"] = {"problems": [found], "notes": []} if isinstance(found, str) else found
+            row["problems"] += [f"{host.extra}: {problem}" for problem in row["extra"]["problems"]]
+            for note in row["extra"]["notes"]:
+                console.print(f"  {note}", highlight=False)
     row["problems"] += judge(row)
     return row
+
+
+def execute(place: Environment, script: str, arguments: list[str], output: Path, console: Console) -> dict[str, Any] | str:
+    """Run a script of this folder in a host's environment and return what it wrote to `output`, or what went wrong."""
+    command = [place.python, str(Path(__file__).parent / script), *arguments, "--output", str(output)]
+    path = f"{Path(place.python).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = {**os.environ, **place.variables, "PATH": path}
+    try:
+        done = subprocess.run(
+            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        return f"took more than {TIMEOUT} s"
+    if done.returncode or not output.exists():
+        lines = [line for line in done.stdout.splitlines() if line.strip()] or ["no output"]
+        console.print("\n".join(lines[-25:]), markup=False, highlight=False)
+        return f"exit code {done.returncode}: {lines[-1].strip()}"
+    return json.loads(output.read_text(encoding="utf-8"))
 
 
 def judge(row: dict[str, Any]) -> list[str]:

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from hydra_ppo import lazy_logits
-from hydra_ppo.lazy_logits import LazyLogits
+from hydra_ppo.errors import HydraError
+from hydra_ppo.lazy_logits import LazyLogits, SampledLogits
 from hydra_ppo.logprobs import LMHead
 from tests.allocations import LargestAllocation
 
@@ -167,3 +168,16 @@ def test_tells_what_a_tensor_tells():
     assert lazy.device.type == "cpu"
     with pytest.raises(AttributeError):
         lazy.no_such_thing  # noqa: B018
+
+
+def test_logits_of_a_rollout_are_sliced_as_real_ones():
+    sampled = SampledLogits(TOKENS, torch.randn(B, T), V)
+    for index in (slice(1, 3), 2, (slice(None), slice(None, -1)), (slice(None), slice(None, -1), slice(None))):
+        found = sampled[index]
+        parts = index[:2] if isinstance(index, tuple) else index
+        assert found.shape == torch.empty(B, T, V)[index].shape
+        assert torch.equal(found.gather(-1, TOKENS[parts][..., None])[..., 0], sampled.logprobs[parts])
+    assert [row.shape for row in sampled] == [(T, V)] * B
+    for index in ((0, 0, 0), (slice(None), slice(None), 3), (slice(None), slice(None), slice(1, None))):
+        with pytest.raises(HydraError, match="indexing the vocabulary"):
+            sampled[index]
