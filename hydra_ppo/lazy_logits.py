@@ -16,67 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hydra_ppo.errors import HydraError
+from hydra_ppo.lazy import HANDLERS, Lazy, left_of_vocabulary
 from hydra_ppo.logprobs import LMHead, TokenLogprobs, token_logprobs
 
 logger = logging.getLogger("hydra_ppo")
 
 _warned: set[str] = set()
-
-ALIASES = {"axis": "dim", "keepdims": "keepdim"}
-
-HANDLERS: dict[Any, Callable[..., Any]] = {}
-"""By torch function, what to do when a lazy tensor is among the arguments."""
-
-
-class Lazy:
-    """Stands for a real tensor that `materialize(why)` would compute."""
-
-    def materialize(self, why: str = "materialize") -> Tensor:
-        raise NotImplementedError
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or not hasattr(Tensor, name):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.materialize(name), name)
-
-    def __add__(self, other: Any) -> Tensor:
-        return self.materialize("addition") + _real(other, "addition")
-
-    def __sub__(self, other: Any) -> Tensor:
-        return self.materialize("subtraction") - _real(other, "subtraction")
-
-    def __rsub__(self, other: Any) -> Tensor:
-        return _real(other, "subtraction") - self.materialize("subtraction")
-
-    def __mul__(self, factor: Any) -> Any:
-        return self.materialize("multiplication") * _real(factor, "multiplication")
-
-    def __truediv__(self, divisor: Any) -> Any:
-        return self.materialize("division") / _real(divisor, "division")
-
-    def __neg__(self) -> Tensor:
-        return -self.materialize("negation")
-
-    __radd__ = __add__
-    __rmul__ = __mul__
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        handler = HANDLERS.get(func)
-        if handler is not None:
-            # torch takes numpy's names too, and its first argument by name.
-            named = {ALIASES.get(name, name): value for name, value in kwargs.items()}
-            first = (named.pop("input"),) if "input" in named and not args else args
-            found = handler(*first, **named)
-            if found is not NotImplemented:
-                return found
-        name = getattr(func, "__name__", str(func))
-        return func(*_real(args, name), **_real(kwargs, name))
-
 
 @dataclass(eq=False)
 class LazyLogits(Lazy):
@@ -191,7 +136,7 @@ class LazyLogits(Lazy):
         return replace(self, hidden=hidden)
 
     def __getitem__(self, index: Any) -> Any:
-        parts, left = _left_of_vocabulary(index, self.ndim)
+        parts, left = left_of_vocabulary(index, self.ndim)
         if left:
             return self._with(self.hidden[parts])
         return self.materialize("indexing the vocabulary")[index]
@@ -329,70 +274,6 @@ class LazyProduct(Lazy):
         return self.factor._as(LazyProbs).materialize(why) * self.factor.materialize(why)
 
 
-@dataclass(eq=False)
-class SampledLogits(Lazy):
-    """Logits of a rollout, of which only the sampled tokens' log-probs were kept; they stand for normalised logits.
-
-    Args:
-        tokens: (B, R) sampled tokens.
-        logprobs: (B, R) their log-probs under the distribution they were drawn from.
-        vocabulary: V.
-    """
-
-    tokens: Tensor
-    logprobs: Tensor
-    vocabulary: int
-
-    dtype: ClassVar[torch.dtype] = torch.float32
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.tokens.shape, self.vocabulary))
-
-    @property
-    def ndim(self) -> int:
-        return self.tokens.ndim + 1
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: Any) -> SampledLogits:
-        parts, left = _left_of_vocabulary(index, self.ndim)
-        if not left:
-            self.materialize("indexing the vocabulary")
-        return SampledLogits(self.tokens[parts], self.logprobs[parts], self.vocabulary)
-
-    def __iter__(self) -> Iterator[SampledLogits]:
-        return (self[row] for row in range(len(self)))
-
-    def log_softmax(self, dim: int = -1) -> SampledLogits:
-        return self
-
-    def logsumexp(self, dim: int = -1, keepdim: bool = False) -> Tensor:
-        return torch.zeros_like(self.logprobs[..., None] if keepdim else self.logprobs)
-
-    def gather(self, dim: int, index: Tensor) -> Tensor:
-        if index.shape != (*self.tokens.shape, 1) or not torch.equal(index[..., 0], self.tokens):
-            self.materialize("log-probs of tokens that were not sampled")
-        return self.logprobs[..., None]
-
-    def materialize(self, why: str = "materialize") -> Tensor:
-        raise HydraError(
-            f"rollout logits asked for {why}: the patch keeps log-probs of the sampled tokens only; run the actor view on the "
-            "sequences where more of its distribution is needed."
-        )
-
-
-def _left_of_vocabulary(index: Any, ndim: int) -> tuple[tuple[Any, ...], bool]:
-    """Return `index` as a tuple, less a slice over the whole vocabulary at its end, and whether it leaves that alone."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if len(parts) == ndim and isinstance(parts[-1], slice) and parts[-1] == slice(None):
-        parts = parts[:-1]
-    plain = all(part is not Ellipsis and part is not None for part in parts)
-    used = sum(part.ndim if isinstance(part, Tensor) and part.dtype == torch.bool else 1 for part in parts)
-    return parts, plain and used < ndim
-
-
 def _product(left: LazyLogits, right: Any) -> LazyProduct | None:
     """Return probabilities times logits or log-probs of one distribution; None for any other product."""
     if not isinstance(right, LazyLogits) or right.hidden is not left.hidden or right.temperature != left.temperature:
@@ -402,17 +283,6 @@ def _product(left: LazyLogits, right: Any) -> LazyProduct | None:
     factor, probs = (right, left) if isinstance(left, LazyProbs) else (left, right)
     factor._seen = factor._seen or probs._seen
     return LazyProduct(factor)
-
-
-def _real(value: Any, why: str) -> Any:
-    """Replace lazy tensors inside `value` by real ones."""
-    if isinstance(value, Lazy):
-        return value.materialize(why)
-    if isinstance(value, tuple | list):
-        return type(value)(_real(item, why) for item in value)
-    if isinstance(value, dict):
-        return {name: _real(item, why) for name, item in value.items()}
-    return value
 
 
 # -- torch functions that know lazy tensors ------------------------------------------------------------------------------

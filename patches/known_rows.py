@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hydra_ppo.logprobs import token_logprobs
-from hydra_ppo.views import Passes
+from hydra_ppo.passes import Passes
 
 Key = tuple[int, bytes]
 """What identifies a row: the position of its first token, and its tokens."""

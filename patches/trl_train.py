@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from hydra_ppo.config import RolloutSettings
-from hydra_ppo.lazy_logits import LazyLogits, SampledLogits
+from hydra_ppo.lazy_logits import LazyLogits
 from hydra_ppo.model import HydraModel
 from hydra_ppo.patches.binding import Applied, Bindings, install
+from hydra_ppo.sampled_logits import SampledLogits
 from hydra_ppo.sampling import sample
 from hydra_ppo.views import CausalView, View
 

@@ -13,9 +13,9 @@ LAYERS = [
     {"errors", "recorder"},
     {"config", "functional", "experience", "logprobs", "memory", "sources", "row_formats", "announce", "stages", "lora"}
     | {"compat", "recompute", "trunk"},
-    {"architecture", "config_io", "data", "lazy_logits", "padding"},
-    {"loading", "optim", "rewards", "adapters", "manifest"},
-    {"model", "views"},
+    {"architecture", "config_io", "data", "lazy", "padding"},
+    {"loading", "optim", "rewards", "adapters", "manifest", "lazy_logits", "sampled_logits"},
+    {"model", "passes", "views"},
     {"sampling", "checkpoint", "export"},
     {"rollout"},
     {"joint_sft", "ppo"},

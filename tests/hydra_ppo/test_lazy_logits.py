@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from hydra_ppo import lazy_logits
 from hydra_ppo.errors import HydraError
-from hydra_ppo.lazy_logits import LazyLogits, SampledLogits
+from hydra_ppo.lazy_logits import LazyLogits
 from hydra_ppo.logprobs import LMHead
+from hydra_ppo.sampled_logits import SampledLogits
 from tests.allocations import LargestAllocation
 
 TOLERANCE = 2e-5
@@ -140,6 +141,7 @@ OTHERS = {
     "multiplication": lambda x: torch.softmax(x, -1) * torch.ones(V),
     "gather of several tokens": lambda x: x.gather(-1, TOKENS[..., None].expand(B, T, 2)),
     "kl_div": lambda x: F.kl_div(F.log_softmax(x, -1), torch.full((B, T, V), 1 / V), reduction="sum"),
+    "comparison": lambda x: (x == x.amax(-1, keepdim=True)).float(),
     "reshape across the vocabulary": lambda x: x.reshape(-1),
 }
 
