@@ -34,6 +34,7 @@ class Host:
         base: the environment it runs in; None is the one of this project.
         beside: installed without dependencies on top.
         variables: environment variables.
+        example: command that runs its example, from the root, with {folder} for a new folder.
         extra: one more script in this folder, which takes --output and writes its problems and notes there.
     """
 
@@ -42,23 +43,38 @@ class Host:
     base: str | None = None
     beside: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
+    example: tuple[str, ...] = ()
     extra: str | None = None
 
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 
+EXAMPLES = "examples/hosts"
+TRAIN, STEP = ("python", f"{EXAMPLES}/trl_train.py"), ("python", f"{EXAMPLES}/trl_step.py")
+
 HOSTS: dict[str, Host] = {
     host.name: host
     for host in (
-        Host("trl-1.12.0", "check_trl_train.py", beside=("trl==1.12.0",)),
-        Host("trl-0.29.1", "check_trl_train.py", beside=("trl==0.29.1",)),
+        Host("trl-1.12.0", "check_trl_train.py", beside=("trl==1.12.0",), example=TRAIN),
+        Host("trl-0.29.1", "check_trl_train.py", beside=("trl==0.29.1",), example=TRAIN),
         Host("trl-0.28.0", "check_trl_train.py", "transformers-4.57", ("trl==0.28.0",)),
         Host("trl-0.12.2", "check_trl_train.py", "transformers-4.46", ("trl==0.12.2",)),
-        Host("trl-0.11.4", "check_trl_step.py", "transformers-4.46", ("trl==0.11.4",), extra="own_tests.py"),
-        Host("trl-0.8.6", "check_trl_step.py", "transformers-4.46", ("trl==0.8.6",), extra="own_tests.py"),
-        Host("llamafactory-0.9.3", "check_llamafactory.py", "llamafactory"),
-        Host("ms-swift-4.6.0", "check_swift.py", "swift", variables={"USE_HF": "1"}),
-        Host("loop", "check_loop.py"),
+        Host("trl-0.11.4", "check_trl_step.py", "transformers-4.46", ("trl==0.11.4",), example=STEP, extra="own_tests.py"),
+        Host("trl-0.8.6", "check_trl_step.py", "transformers-4.46", ("trl==0.8.6",), example=STEP, extra="own_tests.py"),
+        Host(
+            "llamafactory-0.9.3",
+            "check_llamafactory.py",
+            "llamafactory",
+            example=("sh", f"{EXAMPLES}/llamafactory/run.sh", "{folder}"),
+        ),
+        Host(
+            "ms-swift-4.6.0",
+            "check_swift.py",
+            "swift",
+            variables={"USE_HF": "1"},
+            example=("sh", f"{EXAMPLES}/swift/run.sh", "{folder}"),
+        ),
+        Host("loop", "check_loop.py", example=("python", f"{EXAMPLES}/loop.py")),
     )
 }
 

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from hydra_ppo.errors import HydraError
 from hydra_ppo.profiling.benchmarks.peers.environments import Environment
-from tests.hosts.environments import HOSTS, Host, prepare
+from tests.hosts.environments import HOSTS, ROOT, Host, prepare
 
 LIMIT = 1e-4
 """Largest difference between a role's numbers on views and on separate models of equal weights, as the host computes them."""
@@ -71,6 +71,10 @@ def check(host: Host, environments: Path, console: Console) -> dict[str, Any]:
                 continue
             row[mode] = found
             console.print(f"  {mode}: {found['seconds']:.1f} s", highlight=False)
+        if host.example:
+            found = command(place, [part.format(folder=Path(scratch) / "example") for part in host.example], console)
+            row["problems"] += [f"{' '.join(host.example)}: {found}"] if found else []
+            console.print(f"  example: {'failed' if found else 'runs'}", highlight=False)
         if host.extra:
             found = execute(place, host.extra, [], Path(scratch) / "extra.json", console)
             row["extra"] = {"problems": [found], "notes": []} if isinstance(found, str) else found
@@ -83,20 +87,34 @@ def check(host: Host, environments: Path, console: Console) -> dict[str, Any]:
 
 def execute(place: Environment, script: str, arguments: list[str], output: Path, console: Console) -> dict[str, Any] | str:
     """Run a script of this folder in a host's environment and return what it wrote to `output`, or what went wrong."""
-    command = [place.python, str(Path(__file__).parent / script), *arguments, "--output", str(output)]
+    path = Path(__file__).parent / script
+    problem = command(place, [place.python, str(path), *arguments, "--output", str(output)], console)
+    if problem is None and not output.exists():
+        problem = "it ended without a result"
+    return problem or json.loads(output.read_text(encoding="utf-8"))
+
+
+def command(place: Environment, arguments: list[str], console: Console) -> str | None:
+    """Run a command in a host's environment, from the root; return what went wrong, or None."""
     path = f"{Path(place.python).parent}{os.pathsep}{os.environ['PATH']}"
     variables = {**os.environ, **place.variables, "PATH": path}
     try:
         done = subprocess.run(
-            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT
+            arguments,
+            env=variables,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT,
         )
     except subprocess.TimeoutExpired:
         return f"took more than {TIMEOUT} s"
-    if done.returncode or not output.exists():
-        lines = [line for line in done.stdout.splitlines() if line.strip()] or ["no output"]
-        console.print("\n".join(lines[-25:]), markup=False, highlight=False)
-        return f"exit code {done.returncode}: {lines[-1].strip()}"
-    return json.loads(output.read_text(encoding="utf-8"))
+    if not done.returncode:
+        return None
+    lines = [line for line in done.stdout.splitlines() if line.strip()] or ["no output"]
+    console.print("\n".join(lines[-25:]), markup=False, highlight=False)
+    return f"exit code {done.returncode}: {lines[-1].strip()}"
 
 
 def judge(row: dict[str, Any]) -> list[str]:
