@@ -268,7 +268,7 @@ class CausalView(RoleView):
         Raises:
             RoleError: for caches, embeddings as inputs, and what else a view does not do.
         """
-        backbone = self.hydra_reference_backbone if self._disabled else self.backbone
+        backbone = (self.hydra.views().reference if self._disabled else self).backbone
         found = backbone(input_ids, attention_mask, position_ids, output_hidden_states, **others)
         logits = LazyLogits(found.last_hidden_state, self.hydra.architecture.lm_head())
         loss = None
@@ -278,10 +278,6 @@ class CausalView(RoleView):
         if return_dict is False:
             return tuple(part for part in (loss, logits, found.hidden_states) if part is not None)
         return output
-
-    @property
-    def hydra_reference_backbone(self) -> BackboneView:
-        return self.hydra.views().reference.backbone
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
