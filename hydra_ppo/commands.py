@@ -118,6 +118,7 @@ def load_model(settings: ModelSettings, train: str) -> HydraModel:
         attention=settings.attention,
         dtype=settings.dtype,
         trunk_layers=settings.trunk_layers,
+        packing=settings.packing,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
         train=train,

@@ -7,7 +7,7 @@ itself, the model is asked; a version number is compared only where nothing else
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,6 +104,15 @@ def attention_is_built_in(model: nn.Module) -> bool:
     """Return whether flash-attention is in the classes of the model's layers; see `FLASH_IS_BUILT_IN`."""
     # Some models kept such classes, LlamaFlashAttention2 and the like, beyond 4.48.
     return any(type(module).__name__.endswith("FlashAttention2") for module in model.modules())
+
+
+def register_attention(name: str, function: Callable[..., tuple[Tensor, None]]) -> bool:
+    """Let models attend with `function` where their config names it; return False on versions where that cannot be."""
+    # Before 5 masks are made for functions of other names too, or the models do not hand their arguments on.
+    if Version("5") > VERSION:
+        return False
+    transformers.AttentionInterface.register(name, function)
+    return True
 
 
 # -- passes --------------------------------------------------------------------------------------------------------------

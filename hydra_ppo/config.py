@@ -81,6 +81,9 @@ class ModelSettings:
         "auto", "Attention kernel; auto takes flash-attention where it is installed and usable, else SDPA."
     )
     trunk_layers: int = setting(0, "Adapters sit on the layers above this many; the layers below are shared by all roles.")
+    packing: bool = setting(
+        True, "Run rows of different lengths end to end, so that no padding is computed, where the attention kernel can do it."
+    )
     gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass instead of keeping them.")
     trust_remote_code: bool = setting(False, "Allow Python code shipped inside the model folder to run.")
     device: str = setting("auto", "Device of the base: auto, cpu, cuda or cuda:N.")

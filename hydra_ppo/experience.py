@@ -22,6 +22,7 @@ class Sequences:
         response_ids: (B, R), right-padded.
         response_mask: (B, R) bool.
         trunk: (B, T, H) hidden states that enter the first layer above the trunk, where they are known already.
+        lengths: tokens of each row, on the host; without them rows cannot be packed.
     """
 
     input_ids: Tensor
@@ -29,6 +30,7 @@ class Sequences:
     response_ids: Tensor
     response_mask: Tensor
     trunk: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
 
     def first(self, rows: int | None) -> Sequences:
         """Return the leading rows; all of them where `rows` is None."""
@@ -38,6 +40,7 @@ class Sequences:
             self.response_ids[:rows],
             self.response_mask[:rows],
             None if self.trunk is None else self.trunk[:rows],
+            None if self.lengths is None else self.lengths[:rows],
         )
 
     def state_positions(self) -> Tensor:
@@ -132,7 +135,8 @@ class Experience:
         columns = torch.arange(max(self.lengths), device=joined.device) + padding  # (B, T)
         input_ids = joined.gather(1, columns.clamp(max=joined.shape[1] - 1))
         trunk = None if self.trunk is None else self.trunk[:, : input_ids.shape[1]].to(joined.device)
-        return Sequences(input_ids, self.prompt_mask.sum(dim=1), self.response_ids, self.response_mask, trunk)
+        prompt_lengths = self.prompt_mask.sum(dim=1)
+        return Sequences(input_ids, prompt_lengths, self.response_ids, self.response_mask, trunk, tuple(self.lengths))
 
     def split(self, rows: int, tokens: int | None = None) -> list[list[int]]:
         """Cut the rows into micro-batches of similar length.

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -22,16 +19,17 @@ from hydra_ppo.compat import last_hidden_state, mend_int8_layers
 from hydra_ppo.config import LoraSettings
 from hydra_ppo.errors import ConfigError, RoleError
 from hydra_ppo.experience import Sequences
+from hydra_ppo.gated_mlp import use_lean_mlps
 from hydra_ppo.loading import DTYPES, base_from_config, load_base
 from hydra_ppo.logprobs import TokenLogprobs, token_logprobs
-from hydra_ppo.lora import use_lean_lora
-from hydra_ppo.manifest import MANIFEST, base_folder, describe_base, read_manifest
+from hydra_ppo.lora import use_lean_linear, use_lean_lora
+from hydra_ppo.manifest import MANIFEST, base_folder, read_manifest
+from hydra_ppo.packing import Packing, States, attention_of, packing_attention
 from hydra_ppo.recompute import disable_native_checkpointing, enable_recompute
+from hydra_ppo.saving import read_heads, write_model
 from hydra_ppo.stages import Role, Stage, StageName, build_stage
 from hydra_ppo.trunk import Trunk
 from hydra_ppo.views import Views
-
-HEADS = "heads.safetensors"
 
 
 class HydraModel(nn.Module):
@@ -56,6 +54,8 @@ class HydraModel(nn.Module):
         train: what is trainable: `ppo` actor and critic, `sft` or `reward` the adapter of that name, `base` the base
             itself; or a role table of its own.
         trunk_layers: adapters sit on the decoder layers above this many.
+        packing: run rows of different lengths end to end, so that no padding is computed, where the attention can do it:
+            flash-attention on a GPU, any on a CPU, for the model types in `packing.FAMILIES`.
         saved: folder that `save_pretrained` wrote, whose adapters and heads are taken over.
         autocast: compute type of a base that is itself trained, whose weights stay in fp32.
 
@@ -73,6 +73,7 @@ class HydraModel(nn.Module):
         lora: LoraConfig | LoraSettings | None = None,
         train: StageName | Stage = "ppo",
         trunk_layers: int = 0,
+        packing: bool = True,
         saved: Path | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
@@ -106,6 +107,8 @@ class HydraModel(nn.Module):
         self.roles = dict(self.stage.roles)
         self._put_adapters(lora_config(self.architecture, lora, self.trunk_layers), saved)
         use_lean_lora(self.base)
+        use_lean_mlps(self.architecture.layers)
+        use_lean_linear(self.architecture.layers)
         self.adapters = AdapterSwitch(self.base)
         has_trunk = self.trunk_layers > 0 and not self.stage.tunes_base
         self.trunk = Trunk(self.architecture.layers, self.trunk_layers) if has_trunk else None
@@ -120,10 +123,12 @@ class HydraModel(nn.Module):
         for head in self.heads.values():
             nn.init.zeros_(head.weight)
         if saved is not None:
-            self._load_heads(saved, manifest)
+            read_heads(self.heads, saved, manifest)
         self._own_gradients()
         self._role: str | None = None
         self._views: tuple[Views] | None = None
+        self.packing = packing
+        self.packed_attention = packing_attention(self.architecture.config, self.device)
         self.enable_checkpointing(False)
         self.eval()
 
@@ -139,6 +144,7 @@ class HydraModel(nn.Module):
         attention: str = "auto",
         dtype: str = "auto",
         trunk_layers: int = 0,
+        packing: bool = True,
         device: str = "auto",
         trust_remote_code: bool = False,
         train: StageName | Stage = "ppo",
@@ -152,6 +158,7 @@ class HydraModel(nn.Module):
             attention: auto, sdpa or flash_attention_2.
             dtype: auto, fp32, bf16 or fp16.
             trunk_layers: adapters sit on the layers above this many.
+            packing: see the class.
             device: auto, cpu, cuda or cuda:N.
             trust_remote_code: run Python code that comes with the model. Never on by itself.
             train: see the class.
@@ -174,7 +181,9 @@ class HydraModel(nn.Module):
             trust_remote_code=trust_remote_code,
         )
         autocast = DTYPES.get(dtype) if tunes_base and dtype != "fp32" else None
-        return cls(causal_lm, lora=lora, train=train, trunk_layers=trunk_layers, saved=saved, autocast=autocast)
+        return cls(
+            causal_lm, lora=lora, train=train, trunk_layers=trunk_layers, packing=packing, saved=saved, autocast=autocast
+        )
 
     @classmethod
     def from_config(
@@ -186,12 +195,13 @@ class HydraModel(nn.Module):
         attention: str = "auto",
         dtype: str = "auto",
         trunk_layers: int = 0,
+        packing: bool = True,
         device: str = "auto",
         train: StageName | Stage = "ppo",
     ) -> Self:
         """Build a model with random weights from a Hugging Face config; arguments as in `from_pretrained`."""
         causal_lm = base_from_config(config, quantization=quantization, attention=attention, dtype=dtype, device=device)
-        return cls(causal_lm, lora=lora, train=train, trunk_layers=trunk_layers)
+        return cls(causal_lm, lora=lora, train=train, trunk_layers=trunk_layers, packing=packing)
 
     def _put_adapters(self, shape: LoraConfig, saved: Path | None) -> None:
         """Put the adapters of all roles on the base: saved ones as they were, new ones as exact copies of a saved one.
@@ -205,19 +215,6 @@ class HydraModel(nn.Module):
             self.base = put_adapter(self.base, name, like, folder)
             if folder is None and source is not None:
                 copy_adapter(self.base, source, name)
-
-    def _load_heads(self, saved: Path, manifest: dict[str, Any]) -> None:
-        state = load_file(saved / HEADS)
-        width = self.architecture.hidden_size
-        for name, head in self.heads.items():
-            # The critic starts as the reward model, its head included.
-            weight = state[f"{name}.weight" if name in manifest["heads"] else "reward.weight"]
-            if weight.shape != (1, width):
-                raise ConfigError(
-                    f"{HEADS} in {str(saved)!r} is for hidden size {weight.shape[1]}, the base has {width}; use its own base."
-                )
-            with torch.no_grad():
-                head.weight.copy_(weight)
 
     # -- gradients and checkpointing ---------------------------------------------------------------------------------
 
@@ -264,7 +261,19 @@ class HydraModel(nn.Module):
         self.checkpointing = enabled
 
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), self.adapters.using(self.adapters.active)
+        return nullcontext(), self._as_now()
+
+    def _as_now(self) -> AbstractContextManager[None]:
+        """Return what brings back the adapter and the attention in force at the moment of this call."""
+        active, config = self.adapters.active, self.architecture.config
+        attention = config._attn_implementation
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with self.adapters.using(active), attention_of(config, attention):
+                yield
+
+        return again()
 
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation mode; both give the same numbers, and checkpointing works in both.
@@ -324,20 +333,28 @@ class HydraModel(nn.Module):
         """The Hugging Face model inside, adapters injected."""
         return self.architecture.causal_lm
 
-    def hidden_states(self, input_ids: Tensor, trunk: Tensor | None = None, **options: Any) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, trunk: Tensor | None = None, packing: Packing | None = None, **options: Any
+    ) -> Tensor:
         """Run the base in the current role.
 
         Args:
             input_ids: (B, T), padded on the right only, so that causal attention needs no mask.
             trunk: (B, T, H) what leaves the trunk for these tokens, which is not run then.
+            packing: runs the rows end to end, without their padding; only where `packs` says so.
             options: attention_mask, position_ids, past_key_values as the Hugging Face backbone takes them.
 
         Returns:
-            (B, T, H) final hidden states, after the last norm.
+            (B, T, H) final hidden states, after the last norm; packed ones (1, N, H).
         """
+        attention: AbstractContextManager[None] = nullcontext()
+        if packing is not None:
+            assert self.packed_attention is not None
+            attention = attention_of(self.architecture.config, self.packed_attention)
+            input_ids, options = packing.pack(input_ids), options | packing.options()
         # None leaves a caller's own autocast alone.
         cast = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype is not None else nullcontext()
-        with cast, nullcontext() if self.trunk is None else self.trunk.put(trunk):
+        with cast, attention, nullcontext() if self.trunk is None else self.trunk.put(trunk, packing):
             return last_hidden_state(self.architecture.backbone, input_ids, **options)
 
     def logprobs(self, sequences: Sequences, temperature: float = 1.0, entropy_grad: bool = False) -> TokenLogprobs:
@@ -356,14 +373,12 @@ class HydraModel(nn.Module):
     def values(self, sequences: Sequences) -> Tensor:
         """Return (B, R) values of the state before each response token, in the current role (critic or reward)."""
         self._require_head("value", "reward")
-        hidden = _gather(self._states(sequences), sequences.state_positions())
-        return self._scalar(hidden)
+        return self._scalar(self._states(sequences).at(sequences.state_positions()))
 
     def scores(self, sequences: Sequences) -> Tensor:
         """Return (B,) what the current role's scalar head says at the last response token."""
         self._require_head("value", "reward")
-        hidden = _gather(self._states(sequences), sequences.last_positions()[:, None])
-        return self._scalar(hidden)[:, 0]
+        return self._scalar(self._states(sequences).at(sequences.last_positions()[:, None]))[:, 0]
 
     def reference_and_reward(
         self, sequences: Sequences, temperature: float = 1.0, lm_rows: int | None = None
@@ -381,12 +396,12 @@ class HydraModel(nn.Module):
         Memory: one (B, T, H) hidden state and the chunks of `token_logprobs`.
         """
         with self.role("reference"):
-            hidden = self._states(sequences)
-            ref_logprobs = self._logprobs(hidden[:lm_rows], sequences.first(lm_rows), temperature, False).logprobs
+            states = self._states(sequences)
+            ref_logprobs = self._logprobs(states, sequences.first(lm_rows), temperature, False).logprobs
         with self.role("reward"):
             if self.roles["reward"].adapter != self.roles["reference"].adapter:
                 return ref_logprobs, self.scores(sequences)
-            return ref_logprobs, self._scalar(_gather(hidden, sequences.last_positions()[:, None]))[:, 0]
+            return ref_logprobs, self._scalar(states.at(sequences.last_positions()[:, None]))[:, 0]
 
     @contextmanager
     def taking_trunk(self) -> Iterator[list[Tensor]]:
@@ -397,13 +412,22 @@ class HydraModel(nn.Module):
             with self.trunk.take() as states:
                 yield states
 
-    def _states(self, sequences: Sequences) -> Tensor:
-        return self.hidden_states(sequences.input_ids, sequences.trunk)
+    @property
+    def packs(self) -> bool:
+        """Whether rows of different lengths are run end to end, so that no padding is computed."""
+        return self.packing and self.packed_attention is not None
 
-    def _logprobs(self, hidden: Tensor, sequences: Sequences, temperature: float, entropy_grad: bool) -> TokenLogprobs:
-        states = _gather(hidden, sequences.state_positions())  # (B, R, H)
+    def _states(self, sequences: Sequences) -> States:
+        shape, lengths = sequences.input_ids.shape, sequences.lengths
+        packing = None
+        if self.packs and lengths is not None and sum(lengths) < shape.numel():
+            packing = Packing(lengths, shape[1], sequences.input_ids.device)
+        return States(self.hidden_states(sequences.input_ids, sequences.trunk, packing), packing)
+
+    def _logprobs(self, states: States, sequences: Sequences, temperature: float, entropy_grad: bool) -> TokenLogprobs:
+        hidden = states.at(sequences.state_positions())  # (B, R, H)
         return token_logprobs(
-            states, sequences.response_ids, self.architecture.lm_head(), temperature=temperature, entropy_grad=entropy_grad
+            hidden, sequences.response_ids, self.architecture.lm_head(), temperature=temperature, entropy_grad=entropy_grad
         )
 
     def _scalar(self, hidden: Tensor) -> Tensor:
@@ -426,39 +450,4 @@ class HydraModel(nn.Module):
         The base is written (to `base/`) only where it was itself trained. `PeftModel.from_pretrained(base, folder/actor)`
         loads an adapter without this package.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        adapters = sorted(self.stage.adapters)
-        for name in adapters:
-            (folder / name).mkdir(exist_ok=True)
-            state = get_peft_model_state_dict(self.base, adapter_name=name, save_embedding_layers=False)
-            save_file(
-                {k: v.contiguous() for k, v in state.items()}, folder / name / "adapter_model.safetensors", {"format": "pt"}
-            )
-            config = self.base.peft_config[name]
-            config.base_model_name_or_path = str(self.causal_lm.name_or_path)
-            config.inference_mode = True
-            config.save_pretrained(str(folder / name))
-            config.inference_mode = False
-        used = {role.head for role in self.roles.values()} - {"lm"}
-        save_file({f"{n}.{k}": v for n in sorted(used) for k, v in self.heads[n].state_dict().items()}, folder / HEADS)
-        if self.stage.tunes_base:
-            self.causal_lm.save_pretrained(folder / "base")
-            base: dict[str, Any] = {"name_or_path": "base", "relative": True}
-        else:
-            base = describe_base(str(self.causal_lm.name_or_path), folder)
-        manifest = {
-            "format": 1,
-            "base": base,
-            "roles": {name: asdict(role) for name, role in self.roles.items()},
-            "adapters": adapters,
-            "heads": sorted(used),
-            "reward_head_trained": self.reward_head_trained,
-            "trunk_layers": self.trunk_layers,
-        }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def _gather(hidden: Tensor, positions: Tensor) -> Tensor:
-    """Return (B, R, H): the hidden states (B, T, H) at columns `positions` (B, R)."""
-    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+        write_model(self, Path(folder))

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hydra_ppo.packing import Packing
+
 
 class Trunk:
     """Takes the hidden states that enter the first layer above the trunk, or puts them there and leaves the trunk out.
@@ -24,6 +26,7 @@ class Trunk:
         self.count = count
         self._given: Tensor | None = None
         self._taken: list[Tensor] | None = None
+        self._packing: Packing | None = None
         for layer in layers[:count]:
             layer.forward = _Skippable(self, layer.forward)
         layers[count].register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -43,20 +46,26 @@ class Trunk:
             self._taken = before
 
     @contextmanager
-    def put(self, states: Tensor | None) -> Iterator[None]:
-        """Use `states` (B, T, H) inside the block in place of running the trunk; None runs it."""
-        before, self._given = self._given, states
+    def put(self, states: Tensor | None, packing: Packing | None = None) -> Iterator[None]:
+        """Use `states` (B, T, H) inside the block in place of running the trunk; None runs it.
+
+        With a `packing` the passes of the block are packed; what is given and taken is not.
+        """
+        before = self._given, self._packing
+        self._given = states if states is None or packing is None else packing.pack(states)
+        self._packing = packing
         try:
             yield
         finally:
-            self._given = before
+            self._given, self._packing = before
 
     def _enter(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A hook, not a wrapped forward: it acts before checkpointing, which keeps the layer's input for the second pass.
         name = "hidden_states"
         hidden = args[0] if args else kwargs[name]
         if self._taken is not None:
-            self._taken.append(hidden.detach())
+            taken = hidden.detach()
+            self._taken.append(taken if self._packing is None else self._packing.unpack(taken))
         if self._given is None:
             return None
         return ((self._given, *args[1:]), kwargs) if args else (args, kwargs | {name: self._given})

@@ -10,12 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [
-    {"errors", "recorder"},
+    {"errors", "recorder", "products"},
+    {"bases"},
     {"config", "functional", "experience", "logprobs", "memory", "sources", "row_formats", "announce", "stages", "lora"}
-    | {"compat", "recompute", "trunk"},
+    | {"gated_mlp"}
+    | {"compat", "recompute", "packing", "trunk"},
     {"architecture", "config_io", "data", "lazy", "padding"},
     {"loading", "optim", "rewards", "adapters", "manifest", "lazy_logits", "sampled_logits"},
-    {"model", "passes", "views"},
+    {"model", "passes", "saving", "views"},
     {"sampling", "checkpoint", "export"},
     {"rollout"},
     {"joint_sft", "ppo"},
