@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-hosts quickstart real-text bench bench-peers lint clean
+.PHONY: test test-hosts quickstart real-text bench bench-linear bench-peers lint clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -36,7 +36,12 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest profiling/benchmarks -o python_files='bench_*.py' --benchmark-json runs/bench/raw.json
 	$(BIN)/python -m hydra_ppo.profiling.benchmarks.table runs/bench/raw.json --output runs/bench/bench.json
 
-# TRL 1.12.0 and 0.11.4 beside this project, alternating; builds their environments in .peers first.
+# Time and peak per token at several response lengths and vocabularies. Table; JSON and picture under runs/bench.
+bench-linear: $(STAMP)
+	$(BIN)/python -m hydra_ppo.profiling.benchmarks.linear_cost $(ARGS)
+
+# TRL 1.12.0 and 0.11.4 beside this project, alternating, both workloads; builds their environments in .peers first.
+# Table, and runs/bench/peers.json.
 bench-peers: $(STAMP)
 	$(BIN)/python -m hydra_ppo.profiling.benchmarks.peers.run $(ARGS)
 

@@ -205,8 +205,9 @@ class SFTConfig:
 class RolloutSettings:
     """How responses are sampled and scored."""
 
-    batch_size: int = setting(64, "Prompts per PPO step; one response is sampled for each.")
-    generation_batch_size: int | None = setting(None, "Prompts decoded together; null decodes the whole batch at once.")
+    batch_size: int = setting(64, "Responses per PPO step.")
+    samples_per_prompt: int = setting(1, "Responses sampled for each prompt; batch_size counts responses.")
+    generation_batch_size: int | None = setting(None, "Responses decoded together; null decodes the whole batch at once.")
     max_new_tokens: int = setting(128, "Longest response, in tokens.")
     temperature: float = setting(1.0, "Sampling temperature; log-probs are those of the temperature-scaled policy.")
     top_k: int | None = setting(None, "Sample among this many most likely tokens; null is all.")
@@ -220,7 +221,15 @@ class RolloutSettings:
     )
 
     def __post_init__(self) -> None:
-        _positive(self, "batch_size", "generation_batch_size", "score_batch_size", "max_new_tokens", "temperature", "top_k")
+        _positive(self, "batch_size", "samples_per_prompt", "generation_batch_size", "score_batch_size", "max_new_tokens")
+        _positive(self, "temperature", "top_k")
+        _check(
+            self,
+            "batch_size",
+            self.batch_size % self.samples_per_prompt == 0,
+            f"is not divisible by samples_per_prompt={self.samples_per_prompt}",
+            f"choose a samples_per_prompt that divides {self.batch_size}",
+        )
         _check(self, "top_p", self.top_p is None or 0 < self.top_p <= 1, "must lie in (0, 1]", "choose for example 0.95")
 
 

@@ -334,13 +334,14 @@ class PPOTrainer:
         ][: self.config.minibatch_size]
 
     def _prompt_batches(self) -> Iterator[list[PromptRow]]:
-        """Yield batches of prompts for ever; an epoch's remainder is filled up from the next epoch."""
-        size = self.config.rollout.batch_size
+        """Yield the prompt of each response of a step, for ever; an epoch's remainder is filled up from the next epoch."""
+        copies = self.config.rollout.samples_per_prompt
+        size = self.config.rollout.batch_size // copies
         pending: list[int] = []
         while True:
             while len(pending) < size:
                 pending += torch.randperm(len(self.prompts), generator=self.shuffler).tolist()
-            yield [self.prompts[i] for i in pending[:size]]
+            yield [self.prompts[i] for i in pending[:size] for _ in range(copies)]
             pending = pending[size:]
 
     def _throughput(self, metrics: dict[str, Any], seconds: float) -> dict[str, float]:

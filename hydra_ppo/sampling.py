@@ -1,26 +1,28 @@
 """Samples responses from the actor on a KV cache over the shared base.
 
-Prompts are padded on the right and run once without any mask: causal attention keeps the padding out. The padding's
-entries stay in the cache as holes; each decoding step masks them, and gives every row its own next position. So a row
-gets the same numbers whatever its neighbours are. Rows that have ended leave the batch and its cache.
+Prompts are padded on the right and run once without any mask: causal attention keeps the padding out. A prompt that comes
+several times is run once, and its rows of the cache are repeated. The padding's entries stay in the cache as holes; each
+decoding step masks them, and gives every row its own next position. So a row gets the same numbers whatever its neighbours
+are. Where all prompts have one length there are no holes and no mask. Rows that have ended leave the batch and its cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from hydra_ppo.announce import allocating
-from hydra_ppo.compat import attention_is_built_in, check_positions, decoding_mask
+from hydra_ppo.compat import MASKS_BY_LAYER_TYPE, attention_is_built_in, check_positions, decoding_mask
 from hydra_ppo.config import RolloutSettings
-from hydra_ppo.errors import UnsupportedModelError
+from hydra_ppo.drawing import draw
+from hydra_ppo.errors import NonFiniteError, UnsupportedModelError
 from hydra_ppo.experience import pad_rows, split_by_length
+from hydra_ppo.kv_cache import new_cache
 from hydra_ppo.model import HydraModel
 
 
@@ -51,7 +53,7 @@ def sample(
     """Sample one response per prompt from a role with the lm head.
 
     Args:
-        prompts: token ids, at least one each.
+        prompts: token ids, at least one each. Those that are equal cost one pass over the prompt.
         settings: temperature, top_k, top_p, max_new_tokens, generation_batch_size.
         eos_ids: tokens that end a response.
         generator: source of randomness, on the model's device.
@@ -59,24 +61,24 @@ def sample(
         lengths: tokens of each response, at least 1, where they are given and end tokens do not end anything.
         decoder: what decodes a batch; `Decoder` where None.
 
-    Memory: the KV cache of one generation batch, up to max_new_tokens more columns than its longest prompt, and a few
-    (B, V) tensors.
+    Raises:
+        NonFiniteError: when logits were NaN or infinite.
+        UnsupportedModelError: when the model cannot be sampled from.
+
+    Memory: the KV cache of one generation batch, up to max_new_tokens more columns than its longest prompt, and one (B, V)
+    tensor; a few with top_k or top_p.
     """
     was_training = model.training
     model.eval()
     responses: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
-    processors = LogitsProcessorList()
-    if settings.top_k is not None:
-        processors.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p is not None:
-        processors.append(TopPLogitsWarper(settings.top_p))
     try:
         with model.role(role), _decoding_attention(model):
             for rows in split_by_length([len(p) for p in prompts], settings.generation_batch_size or len(prompts)):
-                batch = (decoder or Decoder)(model, [prompts[i] for i in rows])
                 given = None if lengths is None else [lengths[i] for i in rows]
-                tokens, token_logprobs, found = batch.run(settings, processors, eos_ids, generator, given)
+                steps = settings.max_new_tokens if given is None else max(given)
+                batch = (decoder or Decoder)(model, [prompts[i] for i in rows], steps)
+                tokens, token_logprobs, found = batch.run(settings, eos_ids, generator, given)
                 for row, ids, values, length in zip(rows, tokens.tolist(), token_logprobs.tolist(), found, strict=True):
                     responses[row] = ids[:length]
                     logprobs[row] = values[:length]
@@ -85,95 +87,159 @@ def sample(
     return Samples(responses, logprobs)
 
 
-class KVCache(DynamicCache):
-    """transformers' cache, which says what it allocates."""
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        with allocating("kv cache"):
-            return super().update(*args, **kwargs)
-
-
 class Decoder:
-    """One generation batch: its cache, and the rows that are still running."""
+    """One generation batch: its cache, and the rows that are still running.
 
-    def __init__(self, model: HydraModel, prompts: Sequence[Sequence[int]]) -> None:
+    Args:
+        prompts: token ids of each row.
+        steps: most tokens of a response.
+    """
+
+    def __init__(self, model: HydraModel, prompts: Sequence[Sequence[int]], steps: int) -> None:
         self.model = model
+        self.steps = steps
         self.head = model.architecture.lm_head()
         check_positions(model.architecture.backbone)
-        self.types, self.windows = model.architecture.layer_types, model.architecture.sliding_windows()
+        self.types = model.architecture.layer_types
         self.dtype = model.causal_lm.get_input_embeddings().weight.dtype
         device = model.device
-        ids, self.key_mask = pad_rows(prompts, 0, "right", device)  # (B, P)
-        self.key_positions = torch.arange(ids.shape[1], device=device).expand_as(ids)  # (B, S)
-        self.positions = self.key_mask.sum(dim=1)  # (B,) where the next token goes
-        self.cache = KVCache()
+        different, sources = _distinct(prompts)
+        ids, mask = pad_rows(different, 0, "right", device)  # (U, P)
+        self.cache = new_cache(ids.shape[1] + steps - 1)  # the last token is not fed
         hidden = model.hidden_states(ids, past_key_values=self.cache)
-        self.hidden = hidden[torch.arange(len(prompts), device=device), self.positions - 1]  # (B, H)
+        ends = mask.sum(dim=1)
+        self.hidden = hidden[torch.arange(len(different), device=device), ends - 1]  # (U, H)
+        del hidden
         self.rows = list(range(len(prompts)))
+        self.index = torch.tensor(self.rows, device=device)
+        self.positions = ends  # (U,) where the next token goes
+        if len(different) < len(prompts):
+            self.cache.keep(sources, device)
+            copies = torch.tensor(sources, device=device)
+            self.hidden, self.positions, mask = self.hidden[copies], self.positions[copies], mask[copies]
+        self._prepare_masks([len(prompt) for prompt in prompts], mask)
+
+    def _prepare_masks(self, lengths: Sequence[int], mask: Tensor) -> None:
+        """Decide by layer type what a query may see, for prompts of these lengths with this mask (B, P)."""
+        longest = max(lengths) + self.steps - 1
+        self.windows = {
+            kind: None if window is None or longest <= window else window
+            for kind, window in self.model.architecture.sliding_windows().items()
+        }
+        # Older versions make a mask where there is none, some of them a wrong one.
+        self.masked = (
+            min(lengths) < max(lengths)
+            or any(window is not None for window in self.windows.values())
+            or not MASKS_BY_LAYER_TYPE
+        )
+        if self.masked:
+            # For all columns that there will be: (B, P + steps - 1), whether they hold a token and its position.
+            more = torch.arange(self.steps - 1, device=mask.device)
+            self.key_mask = torch.cat([mask, mask.new_ones(len(mask), len(more))], dim=1)
+            before = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+            self.key_positions = torch.cat([before, self.positions[:, None] + more], dim=1)
 
     def run(
-        self,
-        settings: RolloutSettings,
-        processors: LogitsProcessorList,
-        eos_ids: Sequence[int],
-        generator: torch.Generator,
-        given: Sequence[int] | None,
+        self, settings: RolloutSettings, eos_ids: Sequence[int], generator: torch.Generator, given: Sequence[int] | None
     ) -> tuple[Tensor, Tensor, list[int]]:
-        """Return tokens (B, max_new_tokens), their log-probs (the same shape) and lengths (B,), which may be given."""
-        count, device = len(self.rows), self.hidden.device
-        limit = settings.max_new_tokens if given is None else max(given)
-        tokens = torch.zeros(count, limit, dtype=torch.long, device=device)
-        logprobs = torch.zeros(count, limit, device=device)
-        lengths = [limit] * count
-        ends = torch.tensor(list(eos_ids), device=device)
+        """Return tokens (B, steps), their log-probs (the same shape) and lengths (B,), which may be given.
+
+        Raises:
+            NonFiniteError: when logits were NaN or infinite.
+        """
+        count, steps, device = len(self.rows), self.steps, self.hidden.device
+        tokens = torch.zeros(steps, count, dtype=torch.long, device=device)
+        logprobs = torch.zeros(steps, count, device=device)
+        # Each row has numbers of its own, so that what it draws does not depend on who has left.
+        uniform = torch.rand(steps, count, dtype=torch.float64, generator=generator, device=device)
+        lengths = [steps] * count
+        ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+        keep = _processors(settings)
         step = 0
         while True:
-            logits = self.head.logits(self.hidden, settings.temperature)  # (B, V)
-            log_p = logits.log_softmax(dim=-1)
-            weights = processors(None, logits).softmax(dim=-1) if processors else log_p.exp()
-            token = torch.multinomial(weights, 1, generator=generator)  # (B, 1)
-            rows = torch.tensor(self.rows, device=device)
-            tokens[rows, step] = token[:, 0]
-            logprobs[rows, step] = log_p.gather(1, token)[:, 0]
+            drawn = draw(self.head.logits(self.hidden, settings.temperature), uniform[step, self.index], keep)
+            tokens[step, self.index] = drawn.tokens
+            logprobs[step, self.index] = drawn.logprobs
+            if step + 1 == steps:
+                break
             # The one wait for the device in a step: whether to go on, and with whom.
-            ended = torch.isin(token[:, 0], ends).tolist() if given is None else [given[row] == step + 1 for row in self.rows]
-            running = []
-            for place, (row, done) in enumerate(zip(self.rows, ended, strict=True)):
-                if done:
-                    lengths[row] = step + 1
-                else:
-                    running.append(place)
-            if not running or step + 1 == limit:
-                return tokens, logprobs, lengths
-            if len(running) < len(ended):
-                index = torch.tensor(running, device=device)
-                self._keep(index, running)
-                token = token[index]
-            step = self._advance(token, step, given)
+            ended = torch.isin(drawn.tokens, ends).tolist() if given is None else self._given_ends(given, step + 1)
+            token = drawn.tokens
+            if True in ended:
+                for row, done in zip(self.rows, ended, strict=True):
+                    if done:
+                        lengths[row] = step + 1
+                if False not in ended:
+                    break
+                token = token[self._drop(ended)]
+            step = self._advance(token[:, None], step, given)
+        if torch.isnan(logprobs).any():
+            raise NonFiniteError(
+                "phase=rollout: log-probs of sampled tokens are nan; lower optimizer.learning_rate or use a wider model.dtype."
+            )
+        return tokens.T, logprobs.T, lengths
 
-    def _keep(self, index: Tensor, running: Sequence[int]) -> None:
-        """Drop every row but those at places `running`, the same as `index`."""
-        with allocating("kv cache"):
-            self.cache.batch_select_indices(index)
-        self.rows = [self.rows[place] for place in running]
-        self.positions = self.positions[index]
-        self.key_mask, self.key_positions = self.key_mask[index], self.key_positions[index]
+    def _given_ends(self, given: Sequence[int], length: int) -> list[bool]:
+        return [given[row] == length for row in self.rows] if length in given else []
+
+    def _drop(self, ended: Sequence[bool]) -> Tensor:
+        """Drop the rows that have ended; return (B,) the former places of those that are left.
+
+        Rows from the end take the free places, so that the cache has to move few.
+        """
+        left = ended.count(False)
+        free = [place for place in range(left) if ended[place]]
+        movers = [place for place in range(left, len(ended)) if not ended[place]]
+        sources = list(range(left))
+        for place, mover in zip(free, movers, strict=True):
+            sources[place] = mover
+        self.cache.keep(sources, self.hidden.device)
+        index = torch.tensor(sources, device=self.hidden.device)
+        self.rows = [self.rows[place] for place in sources]
+        self.index, self.positions = self.index[index], self.positions[index]
+        if self.masked:
+            self.key_mask, self.key_positions = self.key_mask[index], self.key_positions[index]
+        return index
 
     def _advance(self, token: Tensor, step: int, given: Sequence[int] | None) -> int:
         """Feed `token` (B, 1), the one of number `step`, keep the hidden state that comes out, return the next number."""
         position = self.positions[:, None]  # (B, 1)
-        self.key_mask = torch.cat([self.key_mask, torch.ones_like(position, dtype=torch.bool)], dim=1)
-        self.key_positions = torch.cat([self.key_positions, position], dim=1)
-        seen = {}  # (B, S) by layer type
-        for kind, window in self.windows.items():
-            seen[kind] = self.key_mask
-            if window is not None:
-                seen[kind] = self.key_mask & (position - self.key_positions < window)
-        with decoding_mask(self.model.architecture.layers, self.types, seen, self.dtype) as mask:
-            hidden = self.model.hidden_states(token, past_key_values=self.cache, attention_mask=mask, position_ids=position)
+        run = partial(self.model.hidden_states, token, past_key_values=self.cache, position_ids=position)
+        if self.masked:
+            with decoding_mask(self.model.architecture.layers, self.types, self.seen(), self.dtype) as mask:
+                hidden = run(attention_mask=mask)
+        else:
+            hidden = run()
         self.hidden = hidden[:, 0]
         self.positions = self.positions + 1
         return step + 1
+
+    def seen(self) -> dict[str, Tensor]:
+        """Return by layer type (B, S) whether the next token sees each column, its own included."""
+        columns = self.cache.get_seq_length() + 1
+        mask, seen = self.key_mask[:, :columns], {}
+        for kind, window in self.windows.items():
+            seen[kind] = mask
+            if window is not None:
+                seen[kind] = mask & (self.positions[:, None] - self.key_positions[:, :columns] < window)
+        return seen
+
+
+def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], list[int]]:
+    """Return the different prompts, and for each prompt its place among them."""
+    places: dict[tuple[int, ...], int] = {}
+    sources = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    return list(places), sources
+
+
+def _processors(settings: RolloutSettings) -> Callable[[Tensor], Tensor] | None:
+    """Return what leaves out tokens by top-k and top-p, None where all are kept."""
+    processors = LogitsProcessorList()
+    if settings.top_k is not None:
+        processors.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p is not None:
+        processors.append(TopPLogitsWarper(settings.top_p))
+    return partial(processors, None) if processors else None
 
 
 @contextmanager

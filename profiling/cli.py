@@ -31,7 +31,13 @@ def profile(arguments: list[str]) -> None:
     parser.add_argument("--minibatch", type=int, default=None, help="Responses per optimizer step; default: all.")
     parser.add_argument("--microbatch", type=int, default=1, help="Responses (reward: pairs) per forward and backward pass.")
     parser.add_argument("--score-batch", type=int, default=1, help="Responses per scoring pass.")
-    parser.add_argument("--trunk-layers", type=int, default=0, help="Adapters sit on the layers above this many.")
+    parser.add_argument(
+        "--trunk-layers",
+        type=_numbers,
+        default=[0],
+        metavar="K",
+        help="Adapters sit on the layers above this many; --learning compares a list (0,1,2,3), with --methods hydra.",
+    )
     parser.add_argument("--no-checkpointing", action="store_true", help="Keep activations instead of recomputing them.")
     parser.add_argument("--device", default="auto", help="Of a real run: auto, cpu, cuda or cuda:N.")
     parser.add_argument("--timed-steps", type=int, default=2, help="Of a real run: more steps, for responses per second.")
@@ -53,7 +59,8 @@ def profile(arguments: list[str]) -> None:
     from hydra_ppo.profiling import commands
 
     if options.learning:
-        commands.learning(options.output, options.methods or list(STAGES["ppo"]), options.seeds, options.json)
+        chosen = options.methods or list(STAGES["ppo"])
+        commands.learning(options.output, chosen, options.seeds, options.trunk_layers, options.json)
     elif options.record is not None:
         commands.redraw(options.record, options.output, options.json, many=len(options.methods or []) > 1)
     else:
@@ -68,7 +75,7 @@ def profile(arguments: list[str]) -> None:
             minibatch=options.minibatch,
             microbatch=options.microbatch,
             score_batch=options.score_batch,
-            trunk_layers=options.trunk_layers,
+            trunk_layers=_single("trunk_layers", options.trunk_layers),
             checkpointing=not options.no_checkpointing,
         )
         commands.profile(
@@ -142,6 +149,13 @@ def _required(model: str | None) -> str:
     if not model:
         raise ConfigError("model is missing; give --model, for example --model llama-3.1-8b.")
     return model
+
+
+def _single(setting: str, numbers: list[int]) -> int:
+    if len(numbers) != 1:
+        text = ",".join(map(str, numbers))
+        raise ConfigError(f"{setting}={text} is a list, which only --learning compares; give one number.")
+    return numbers[0]
 
 
 def _names(text: str) -> list[str]:

@@ -102,13 +102,19 @@ def write_report(record: Record, folder: Path) -> None:
     write_html(record, folder / "report.html")
 
 
-def learning(output: Path | None, methods: Sequence[str], seeds: Sequence[int], as_json: bool) -> None:
-    """Train every method on the quickstart's task and print how it did."""
+def learning(
+    output: Path | None, methods: Sequence[str], seeds: Sequence[int], trunk_layers: Sequence[int], as_json: bool
+) -> None:
+    """Train every method on the quickstart's task and print how it did; several trunks are drawn too, to `trunk.png`."""
     from hydra_ppo.profiling.learning import compare_learning, learning_table
+    from hydra_ppo.profiling.learning_picture import draw_trunks
 
+    folder = output or Path("runs/learning")
     say = Console(stderr=True, highlight=False).print
     with redirect_stdout(sys.stderr):  # the commands that train say where they saved
-        outcomes = compare_learning(output or Path("runs/learning"), methods, seeds, say=say)
+        outcomes = compare_learning(folder, methods, seeds, trunk_layers, say=say)
+    if len(set(trunk_layers)) > 1:
+        say(f"Drawn to {draw_trunks(outcomes, folder / 'trunk.png')}")
     if as_json:
         print(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))
     else:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from hydra_ppo.announce import allocating
 from hydra_ppo.architecture import inspect_architecture, is_linear
 from hydra_ppo.compat import VERSION
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.experience import Experience
+from hydra_ppo.kv_cache import last_full
 from hydra_ppo.sampling import Decoder
 
 
@@ -165,7 +165,8 @@ def _quantised(linear: nn.Module, quantization: str, compute: torch.dtype) -> nn
 
 
 class LeapingDecoder(Decoder):
-    """Decodes only the last step before a row ends; the cache is filled with columns of zeros up to there.
+    """Decodes only the last step before a row ends and the last one before it in which the cache is made anew; the cache is
+    filled with columns of zeros up to there.
 
     For given lengths. Cache and temporaries are of the sizes that a step at that place has.
     """
@@ -173,18 +174,10 @@ class LeapingDecoder(Decoder):
     def _advance(self, token: Tensor, step: int, given: Sequence[int] | None) -> int:
         assert given is not None
         leap = min(given[row] for row in self.rows) - 2 - step  # the next token to be sampled is the last of its row
+        columns = self.cache.get_seq_length()
+        if (full := last_full(columns + leap)) >= columns:
+            leap = full - columns
         if leap > 0:
-            self._leap(leap)
+            self.cache.leap(leap)
+            self.positions = self.positions + leap
         return super()._advance(token, step + max(leap, 0), given)
-
-    def _leap(self, steps: int) -> None:
-        rows = len(self.rows)
-        with allocating("kv cache"):
-            for layer in self.cache.layers:
-                shape = (rows, layer.keys.shape[1], steps, layer.keys.shape[3])
-                layer.keys = torch.cat([layer.keys, layer.keys.new_zeros(shape)], dim=-2)
-                layer.values = torch.cat([layer.values, layer.values.new_zeros(shape)], dim=-2)
-        more = torch.arange(steps, device=self.positions.device)
-        self.key_positions = torch.cat([self.key_positions, self.positions[:, None] + more], dim=1)
-        self.key_mask = torch.cat([self.key_mask, self.key_mask.new_ones(rows, steps)], dim=1)
-        self.positions = self.positions + steps

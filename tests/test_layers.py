@@ -15,7 +15,7 @@ LAYERS = [
     {"config", "functional", "experience", "logprobs", "memory", "sources", "row_formats", "announce", "stages", "lora"}
     | {"gated_mlp"}
     | {"compat", "recompute", "packing", "trunk"},
-    {"architecture", "config_io", "data", "lazy", "padding"},
+    {"architecture", "config_io", "data", "lazy", "padding", "drawing", "kv_cache"},
     {"loading", "optim", "rewards", "adapters", "manifest", "lazy_logits", "sampled_logits"},
     {"model", "passes", "saving", "views"},
     {"sampling", "checkpoint", "export"},

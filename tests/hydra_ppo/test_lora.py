@@ -14,10 +14,10 @@ SAME = 1e-6
 
 
 def peft_forward(model: HydraModel) -> HydraModel:
-    """Give the layers their own forward pass back."""
+    """Give the layers, and the MLPs that run one of them, their own forward pass back."""
     for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            del layer.forward
+        if isinstance(layer, LoraLayer) or hasattr(layer, "down_proj"):
+            vars(layer).pop("forward", None)
     return model
 
 

@@ -1,18 +1,36 @@
-"""The peer benchmark: its arithmetic, its conversation with workers, and our own worker. Nothing is installed."""
+"""The peer benchmark: its arithmetic, its conversation with workers, our own workers, and load. Nothing is installed."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
+from hydra_ppo.config import LoraSettings
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.profiling.benchmarks.peers import environments, run
+from hydra_ppo.model import HydraModel
+from hydra_ppo.profiling.benchmarks.peers import environments, load, run
+from hydra_ppo.profiling.benchmarks.peers.floor import attention, layer_linears, multiply_adds, shares
+from hydra_ppo.profiling.benchmarks.peers.load import GRAIN, REPEATS, Reading, between, undisturbed
 from hydra_ppo.profiling.benchmarks.peers.processes import Worker, WorkerError
-from hydra_ppo.profiling.benchmarks.peers.results import MIB, collect, median_ratio, table, write
-from hydra_ppo.profiling.benchmarks.peers.workloads import WORKLOADS, contestants
+from hydra_ppo.profiling.benchmarks.peers.results import MIB, Result, collect, floor_table, median_ratio, medians, table, write
+from hydra_ppo.profiling.benchmarks.peers.workloads import (
+    LORA_ALPHA,
+    LORA_RANK,
+    WORKLOADS,
+    Workload,
+    by_default,
+    contestants,
+    matmul,
+)
+
+FOLDER = Path(run.__file__).parent
+TINY = WORKLOADS["tiny"]
 
 FAKE = """
 import json, sys
@@ -34,16 +52,21 @@ for line in sys.stdin:
 """
 
 
-def report(name: str, seconds: list[float], peak: int) -> dict:
+def report(seconds: list[float], peak: int, phases: list[dict[str, float]] | None = None) -> dict:
     return {
-        "name": name,
-        "workload": "tiny",
-        "dtype": "fp32",
-        "seconds": seconds,
-        "responses_per_second": 4 / seconds[1] if seconds else None,
         "peak_bytes": peak,
+        "static_bytes": peak // 2,
         "versions": {"torch": "2"},
+        "seconds": seconds,
+        "phases": phases or [],
+        "disturbed": [False for _ in seconds],
     }
+
+
+def results(rates: dict[str, dict[str, float]] | None = None, **reports: dict) -> list[Result]:
+    known = contestants(TINY)
+    named = {name.replace("_", "-"): found for name, found in reports.items()}
+    return collect(TINY, [known[name] for name in named], named, rates or {}, threads=2)
 
 
 # -- results -------------------------------------------------------------------------------------------------------------
@@ -55,42 +78,215 @@ def test_ratio_is_taken_round_by_round():
     assert median_ratio([], []) is None
 
 
-def test_results_compare_with_ours():
-    ours, theirs = collect(
-        {"hydra": report("hydra", [1.0, 2.0, 3.0], 10 * MIB), "peer": report("peer", [2.0, 8.0, 9.0], 25 * MIB)}, "hydra", 2
+def test_medians_by_name():
+    assert medians([{"a": 1.0, "b": 9.0}, {"a": 3.0, "b": 8.0}, {"a": 2.0, "b": 1.0}]) == {"a": 2.0, "b": 8.0}
+    assert medians([]) is None
+
+
+def test_results_compare_with_ours_and_with_the_peer():
+    ours, peer, half = results(
+        hydra=report([1.0, 2.0, 3.0], 10 * MIB),
+        trl112_lora=report([2.0, 8.0, 9.0], 25 * MIB),
+        hydra_trunk1_bf16=report([0.5, 1.0, 3.0], 5 * MIB),
     )
-    assert (ours.seconds_median, ours.seconds_ratio, ours.peak_ratio) == (2.0, 1.0, 1.0)
-    assert (theirs.seconds_median, theirs.seconds_ratio, theirs.peak_ratio) == (8.0, 3.0, 2.5)
-    assert theirs.threads == 2
+    assert (ours.seconds_per_update, ours.seconds_ratio, ours.peak_ratio) == (2.0, 1.0, 1.0)
+    assert ours.speedup == 3.0  # of 2/1, 8/2, 9/3
+    assert (peer.seconds_per_update, peer.seconds_ratio, peer.speedup, peer.peak_ratio) == (8.0, 3.0, 1.0, 2.5)
+    assert half.speedup == 4.0  # of 2/0.5, 8/1, 9/3
+    assert half.responses_per_second == 4.0  # rows of the tiny workload in its median second
+    assert (half.trunk_layers, half.dtype, half.static_bytes) == (1, "bf16", 5 * MIB // 2)
+    assert (peer.trunk_layers, peer.dtype, peer.threads) == (0, "fp32", 2)
 
 
 def test_without_ours_or_without_rounds_there_is_no_ratio():
-    (alone,) = collect({"peer": report("peer", [2.0, 4.0], MIB)}, "hydra", 1)
-    assert (alone.seconds_ratio, alone.peak_ratio) == (None, None)
-    (peaks,) = collect({"hydra": report("hydra", [], MIB)}, "hydra", 1)
-    assert (peaks.seconds_median, peaks.seconds_ratio, peaks.peak_ratio) == (None, None, 1.0)
+    (alone,) = results(trl112_full=report([2.0, 4.0], MIB))
+    assert (alone.seconds_ratio, alone.speedup, alone.peak_ratio) == (None, None, None)
+    (peaks,) = results(hydra=report([], MIB))
+    assert (peaks.seconds_per_update, peaks.responses_per_second, peaks.seconds_ratio, peaks.peak_ratio) == (None,) * 3 + (1.0,)
 
 
-def test_table_and_file(tmp_path: Path):
-    timed = collect({"hydra": report("hydra", [1.0, 2.0], 3 * MIB)}, "hydra", 1)
-    results = timed + collect({"peer": report("peer", [], 6 * MIB)}, "hydra", 1)
-    columns = [list(column.cells) for column in table(results, "").columns]
-    assert columns == [["hydra", "peer"], ["1.500", "-"], ["2.000", "-"], ["1.00", "-"], ["3.0", "6.0"], ["1.00", "-"]]
-    write(results, tmp_path / "new" / "peers.json")
-    rows = json.loads((tmp_path / "new" / "peers.json").read_text())
-    assert [row["name"] for row in rows] == ["hydra", "peer"]
-    assert rows[0]["peak_bytes"] == 3 * MIB
+def test_fields_of_the_file(tmp_path: Path):
+    write(results(hydra=report([1.0, 2.0], 3 * MIB)), tmp_path / "new" / "peers.json")
+    (row,) = json.loads((tmp_path / "new" / "peers.json").read_text())
+    asked = ("name", "workload", "trunk_layers", "dtype", "seconds_per_update", "responses_per_second")
+    assert tuple(row)[:8] == (*asked, "peak_bytes", "static_bytes")
+    assert tuple(row.values())[:8] == ("hydra", "tiny", 0, "fp32", 1.5, 4 / 1.5, 3 * MIB, 3 * MIB // 2)
+    assert {workload.name for workload in WORKLOADS.values()} == {"tiny", "W1", "W2"}
+
+
+def test_table():
+    ours, peer = results(hydra=report([1.0, 2.0], 3 * MIB), trl112_lora=report([4.0, 4.0], 6 * MIB))
+    (untimed,) = results(trl011_multi=report([], 2 * MIB))
+    shown = table([replace(ours, disturbed=[False, True]), peer, untimed], "")
+    columns = [list(column.cells) for column in shown.columns]
+    assert columns[:4] == [
+        ["hydra", "trl112-lora", "trl011-multi"],
+        ["1.500 *", "4.000", "-"],
+        ["2.667", "1.000", "-"],
+        ["1.00", "3.00", "-"],  # of 4/1 and 4/2
+    ]
+    assert columns[4:] == [["3.00", "1.00", "-"], ["3.0", "6.0", "2.0"], ["1.00", "2.00", "-"], ["1.5", "3.0", "1.0"]]
+    assert "* disturbed" in str(shown.caption)
+    assert "does not say" not in str(shown.caption)
+    assert "* disturbed" not in str(table([peer], "").caption)
+    assert "does not say" in str(table([replace(peer, disturbed=[None, None])], "").caption)
+
+
+def test_floor_beside_the_time_taken():
+    work = multiply_adds(TINY, 1)
+    rates = {"fp32": {"torch.matmul": 1e6, "products.linear": 2e6}}
+    phases = [{"rollout": work["rollout"] / 5e5, "score": 9.0, "update": 1.0}] * 3
+    (found, peer) = results(rates, hydra_trunk1=report([30.0] * 3, MIB, phases), trl112_full=report([1.0] * 3, MIB))
+    assert peer.floor is None
+    assert peer.phase_seconds is None
+    assert found.floor is not None
+    assert found.floor.multiply_adds == work
+    # The rollout ran at half the rate of torch.matmul and at a quarter of the best kernel's.
+    assert found.floor.share_torch_matmul["rollout"] == pytest.approx(0.5)
+    assert found.floor.share_best_kernel["rollout"] == pytest.approx(0.25)
+    assert found.floor.share_torch_matmul["update"] == pytest.approx(work["update"] / 1e6)
+    shown = floor_table([found, peer], "")
+    assert shown is not None
+    first = [next(iter(column.cells)) for column in shown.columns]
+    assert (first[:2], first[4:]) == (["hydra-trunk1", "rollout"], ["50%", "25%"])
+    assert floor_table([peer], "") is None
+
+
+# -- floor ---------------------------------------------------------------------------------------------------------------
+
+SHAPE = Workload("x", 4, 6, 2, 2, 1, 10, rows=1, prompt_tokens=1, response_tokens=2, epochs=1, microbatch=1)
+"""Two heads of 2, one of them for keys and values; rows of 3 tokens."""
+
+
+def test_parts_by_hand():
+    assert [layer.frozen for layer in layer_linears(SHAPE)] == [16, 8, 8, 16, 24, 24, 24]  # 120 together
+    assert [layer.lora(1) for layer in layer_linears(SHAPE)] == [8, 6, 6, 8, 10, 10, 10]  # 58
+    # A row of 3 has 1 + 2 + 3 = 6 pairs, each 4 for its score and 4 for its value.
+    assert (attention(SHAPE, 3), attention(SHAPE, 2)) == (48, 24)
+
+
+def test_phases_by_hand():
+    assert multiply_adds(SHAPE, 0, rank=1) == {
+        # 2 layers of 2 tokens, their LoRA, the head (4 x 10) on 2 tokens
+        "rollout": 2 * (2 * 120 + 24) + 2 * 2 * 58 + 80,
+        # reference with the head; critic with LoRA
+        "score": 2 * (3 * 120 + 48) + 80 + 2 * (3 * 120 + 48) + 2 * 3 * 58,
+        "update": 2 * (816 + 348)  # forward passes of actor and critic
+        + 2 * 2 * 3 * 120  # gradients of the inputs of frozen weights,
+        - 2 * 3 * (16 + 8 + 8)  # but not of the first q, k and v
+        + 2 * 2 * 2 * 48  # attention: twice its forward pass
+        + 2 * 2 * 348  # LoRA: A, B, between them, input,
+        - 2 * 3 * 3 * 4  # but not the first inputs of q, k and v
+        + 2 * 80,  # the actor's head, forward and gradient
+    }
+
+
+def test_trunk_runs_in_rollout_and_first_scoring_pass_only():
+    assert multiply_adds(SHAPE, 1, rank=1) == {
+        "rollout": 2 * (2 * 120 + 24) + 2 * 58 + 80,
+        "score": 2 * (3 * 120 + 48) + 80 + (3 * 120 + 48) + 3 * 58,
+        "update": 2 * (408 + 174 + 360 - 96 + 96 + 348 - 36) + 2 * 80,
+    }
+
+
+def test_work_grows_with_rows_and_epochs():
+    once, more = multiply_adds(SHAPE, 1), multiply_adds(replace(SHAPE, rows=3, epochs=2), 1)
+    assert more == {"rollout": 3 * once["rollout"], "score": 3 * once["score"], "update": 6 * once["update"]}
+
+
+def test_shares_by_hand():
+    found = shares({"rollout": 10, "score": 20, "update": 70}, {"rollout": 2.0, "score": 2.0, "update": 16.0}, rate=10.0)
+    # 1 of 2, 2 of 2 and 7 of 16 seconds; 10 of 20
+    assert found == {"rollout": 0.5, "score": 1.0, "update": 0.4375, "whole": 0.5}
+
+
+# -- load ----------------------------------------------------------------------------------------------------------------
+
+STAT = "cpu  100 10 30 800 40 5 15 7 60 0\ncpu0 1 1 1 1 1 1 1 1 0 0\nintr 5 0\n"
+PROCESS = "42 (a (b) c) S 1 42 42 0 -1 4194304 900 0 3 0 250 33 0 0 20 0 3 0 100 1000 10"
+
+
+def test_accounts_are_read():
+    # user 100, nice 10, system 30, interrupts 5 and 15; idle 800 and 40; the 60 of guests are in user
+    assert load.machine_ticks(STAT) == (1007, 160, 7)
+    assert load.process_ticks(PROCESS) == 250 + 33
+
+
+def test_load_by_hand():
+    before = Reading(total=1000, busy=500, steal=0, own=100)
+    found = between(before, Reading(total=2000, busy=1300, steal=20, own=850))
+    assert (found.others, found.steal, found.disturbed) == (0.05, 0.02, False)  # 800 busy, 750 of them its own
+    assert between(before, Reading(2000, 1300, 20, 849)).disturbed  # one tick more of others
+    assert between(before, Reading(2000, 1250, 51, 850)).disturbed  # stolen
+    assert between(before, Reading(2000, 1200, 0, 850)).others == 0  # ticks are rounded; never below 0
+    # In a short turn a few ticks are nobody's fault.
+    assert not between(before, Reading(1010, 500 + GRAIN, 0, 100)).disturbed
+    assert between(before, Reading(1010, 501 + GRAIN, 0, 100)).disturbed
+
+
+class Machine:
+    """Writes accounts in which turns of 1000 ticks pass, others using given numbers of them."""
+
+    def __init__(self, folder: Path, others: list[int]) -> None:
+        self.folder, self.others = folder, others
+        self.total = self.busy = self.own = self.turns = 0
+        (folder / "42").mkdir()
+        self._write()
+
+    def turn(self) -> int:
+        self.total += 1000
+        self.own += 500
+        self.busy += 500 + self.others[self.turns]
+        self.turns += 1
+        self._write()
+        return self.turns
+
+    def _write(self) -> None:
+        (self.folder / "stat").write_text(f"cpu  {self.busy} 0 0 {self.total - self.busy} 0 0 0 0 0 0\n")
+        fields = " ".join(["0"] * 10)
+        (self.folder / "42" / "stat").write_text(f"42 (x) S {fields} {self.own} 0 0\n")
+
+
+@pytest.mark.parametrize(
+    ("others", "turns", "disturbed"),
+    [([10], 1, False), ([200, 300, 10], 3, False), ([200] * 9, REPEATS + 1, True)],
+    ids=["quiet", "two repeats", "never quiet"],
+)
+def test_disturbed_turn_is_taken_again(tmp_path, others, turns, disturbed):
+    machine = Machine(tmp_path, others)
+    said: list[str] = []
+    found, seen = undisturbed(machine.turn, 42, said.append, tmp_path)
+    assert seen is not None
+    assert (found, machine.turns, seen.disturbed) == (turns, turns, disturbed)
+    assert len(said) == turns - 1
+    assert seen.others == others[turns - 1] / 1000
+
+
+def test_without_accounts_a_turn_is_taken_once(tmp_path):
+    assert undisturbed(lambda: 7, 42, pytest.fail, tmp_path / "none") == (7, None)
 
 
 # -- contestants ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("workload", "trunk"), [("w1", "hydra-trunk4"), ("w2", "hydra-trunk2"), ("tiny", "hydra-trunk1")])
+@pytest.mark.parametrize(("workload", "trunk"), [("w1", 4), ("w2", 2), ("tiny", 1)])
 def test_every_contestant_has_its_script(workload, trunk):
     known = contestants(WORKLOADS[workload])
-    assert list(known) == ["hydra", trunk, "trl112-full", "trl112-lora", "trl112-patched", "trl011-multi"]
-    for contestant in known.values():
-        assert (Path(run.__file__).parent / contestant.script).is_file()
+    peers = ["trl112-full", "trl112-lora", "trl011-multi"]
+    fp32 = ["hydra", f"hydra-trunk{trunk}", *peers[:2], "trl112-patched", peers[2]]
+    assert list(known) == fp32 + ["hydra-bf16", f"hydra-trunk{trunk}-bf16"] + [f"{name}-bf16" for name in peers]
+    for name, contestant in known.items():
+        assert (FOLDER / contestant.script).is_file()
+        assert contestant.dtype == ("bf16" if name.endswith("bf16") else "fp32")
+        assert contestant.trunk_layers == (trunk if "trunk" in name else 0)
+    assert (FOLDER / matmul("bf16").script).is_file()
+    for name in ("hydra-bf16", "trl112-full-bf16", "trl112-lora-bf16", "trl011-multi-bf16"):  # the same but for the type
+        assert known[name].options == known[name.removesuffix("-bf16")].options
+
+
+def test_who_takes_part_by_default():
+    assert by_default(WORKLOADS["w1"]) == list(contestants(WORKLOADS["w1"]))
+    assert by_default(WORKLOADS["w2"]) == ["hydra", "hydra-trunk2", "trl112-full", "trl112-lora", "trl011-multi"]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
@@ -101,11 +297,18 @@ def test_micro_batches_fill_the_minibatch(workload):
 
 
 def test_choice_of_contestants():
-    tiny = WORKLOADS["tiny"]
-    assert [c.name for c in run.choose(tiny, ["trl011-multi", "hydra"])] == ["hydra", "trl011-multi"]
-    assert len(run.choose(tiny, [])) == 6
+    both = [WORKLOADS["w1"], WORKLOADS["w2"]]
+
+    def names(workloads: list[Workload], only: list[str]) -> list[list[str]]:
+        return [[c.name for c in found] for found in run.choose(workloads, only).values()]
+
+    assert names([TINY], ["trl011-multi", "hydra"]) == [["hydra", "trl011-multi"]]
+    assert names(both, ["hydra", "hydra-trunk2"]) == [["hydra"], ["hydra", "hydra-trunk2"]]
+    assert [len(found) for found in names(both, [])] == [11, 5]
     with pytest.raises(ConfigError, match=r"only='hydra-trunk4' is no contestant of tiny; choose among hydra, hydra-trunk1"):
-        run.choose(tiny, ["hydra-trunk4"])
+        run.choose([TINY], ["hydra-trunk4"])
+    with pytest.raises(ConfigError, match="only=hydra-trunk4 leaves nobody for W2"):
+        run.choose(both, ["hydra-trunk4"])
 
 
 # -- workers -------------------------------------------------------------------------------------------------------------
@@ -145,17 +348,46 @@ def test_worker_that_cannot_start():
         Worker("broken", [sys.executable, "-c", "import no_such_module"], {})
 
 
-def test_our_worker_does_the_tiny_update(tmp_path: Path):
+def test_worker_knows_its_process(fake):
+    assert (Path("/proc") / str(fake.pid)).exists() or not Path("/proc").exists()
+
+
+def test_phases_of_our_trainer_add_up(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))  # the workers import their neighbours by bare name
+    phase_seconds = importlib.import_module("hydra_worker").phase_seconds
+    marks = [("rollout", 1.0), ("score", 4.0), ("update-actor", 4.5), ("update-critic", 6.0), ("optimizer", 7.0)]
+    assert phase_seconds(marks, 7.25) == {"rollout": 3.0, "score": 0.5, "update": 2.75}
+
+
+def test_our_workers_do_the_tiny_update(tmp_path: Path, capsys):
     output = tmp_path / "peers.json"
     arguments = ["--workload", "tiny", "--rounds", "1", "--threads", "1", "--only", "hydra", "--output", str(output)]
     assert run.main(arguments) == run.DONE
     (row,) = json.loads(output.read_text())
-    assert len(row["seconds"]) == 1
-    assert row["responses_per_second"] == pytest.approx(WORKLOADS["tiny"].rows / row["seconds_median"])
+    assert len(row["seconds"]) == len(row["disturbed"]) == 1
+    assert row["responses_per_second"] == pytest.approx(TINY.rows / row["seconds_per_update"])
     assert row["seconds_ratio"] == row["peak_ratio"] == 1.0
-    # The base alone: two times 500 x 64 of embeddings and head, in fp32.
-    assert row["peak_bytes"] > 2 * 500 * 64 * 4
     assert {"python", "torch", "hydra-ppo"} <= row["versions"].keys()
+    assert sum(row["phase_seconds"].values()) == pytest.approx(row["seconds_per_update"], rel=0.1)
+    assert row["floor"]["multiply_adds"] == multiply_adds(TINY, 0)
+    assert row["floor"]["rates"].keys() == {"torch.matmul", "products.linear"}
+    assert "hydra" in capsys.readouterr().out
+    # Static are the model and the optimizer's state.
+    model = HydraModel.from_config(
+        LlamaConfig(**TINY.llama()), dtype="fp32", device="cpu", lora=LoraSettings(r=LORA_RANK, alpha=LORA_ALPHA)
+    )
+    held = 4 * sum(parameter.numel() for parameter in model.parameters())
+    moments = 2 * 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # Beside them only buffers, step counts and the like: less than a hundredth.
+    assert held + moments <= row["static_bytes"] < 1.01 * (held + moments)
+    assert row["peak_bytes"] > row["static_bytes"]
+
+
+def test_spec_announces_every_update_that_may_be_asked_for():
+    (contestant,) = run.choose([TINY], ["hydra-trunk1-bf16"])["tiny"]
+    spec = run._spec(contestant, TINY, rounds=3, threads=2)
+    assert spec["updates"] == 1 + 3 * (1 + REPEATS) + 1
+    assert (spec["dtype"], spec["options"], spec["workload"]) == ("bf16", {"trunk_layers": 1}, asdict(TINY))
 
 
 @pytest.mark.parametrize("arguments", [["--rounds", "-1"], ["--threads", "0"], ["--only", "nobody"]])

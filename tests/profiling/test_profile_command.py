@@ -70,6 +70,8 @@ def test_the_two_ways_to_train_a_reward_model(model, capsys):
         (["--model", "gpt2", "--rollout-batch", "8", "--minibatch", "3"], "rollout_batch=8 is not divisible by minibatch=3"),
         (["--model", "gpt2", "--trunk-layers", "-1"], "trunk_layers=-1 must not be negative"),
         (["--model", "gpt2", "--simulate", "--trunk-layers", "12"], "model.trunk_layers=12 must be at least 0 and below"),
+        (["--model", "gpt2", "--trunk-layers", "0,1"], "trunk_layers=0,1 is a list, which only --learning compares"),
+        (["--learning", "--trunk-layers", "0,1"], "trunk_layers=1 is compared for the method 'hydra' alone, not for 'full'"),
         (["--from", "nothing.json"], "nothing.json: No such file"),
         (["--simulat"], "did you mean --simulate?"),
         (["--model", "gpt2", "--quantization", "q4"], "invalid choice"),

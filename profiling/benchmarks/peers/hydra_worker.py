@@ -1,7 +1,9 @@
-"""Worker of `hydra` and `hydra-trunk`: this package's own trainer."""
+"""Worker of `hydra` and `hydra-trunk`: this package's own trainer, which also says how long each phase took."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from itertools import count
 from types import SimpleNamespace
 
@@ -52,12 +54,31 @@ def main() -> None:
         microbatch_size=workload.microbatch,
     )
     prompts = [PromptRow("", tuple(ids)) for ids in workload.prompts(workload.rows * session.updates)]
-    trainer = PPOTrainer(model, _tokenizer(workload.end_token), config, prompts)
+    marks: list[tuple[str, float]] = []  # phase, and when it began
+    trainer = PPOTrainer(
+        *(model, _tokenizer(workload.end_token), config, prompts),
+        on_phase=lambda phase: marks.append((phase, time.perf_counter())),
+    )
     for step in count(1):
         session.begin()
+        marks.clear()
         metrics = trainer.step(step)
-        session.end()
+        session.end(phases=phase_seconds(marks, time.perf_counter()))
         session.check_lengths([metrics["rollout/response_length"]])  # the mean, of which none may fall short
+
+
+def phase_seconds(marks: Sequence[tuple[str, float]], end: float) -> dict[str, float]:
+    """Return the seconds of rollout, score and update (actor, critic and optimizer together).
+
+    Args:
+        marks: phases in the order in which they began, and when.
+        end: of the last one.
+    """
+    found = {"rollout": 0.0, "score": 0.0, "update": 0.0}
+    ends = [begun for _, begun in marks[1:]] + [end]
+    for (phase, begun), over in zip(marks, ends, strict=True):
+        found[phase if phase in found else "update"] += over - begun
+    return found
 
 
 def _tokenizer(end_token: int) -> SimpleNamespace:

@@ -54,6 +54,11 @@ class Worker:
             self.close()
             raise
 
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
+
     def ask(self, command: str) -> dict[str, Any]:
         """Send `update`, `measure` or `quit` and wait for the answer.
 

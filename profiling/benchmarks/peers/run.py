@@ -1,8 +1,10 @@
 """Lets PPO trainers take turns at the same update: `python -m hydra_ppo.profiling.benchmarks.peers.run --workload w1`.
 
 Every contestant is a process that is built once. In each round each of them does one update while the others wait, so
-that whatever slows the machine down hits all alike. A first update warms up and is not counted; the last one is measured
-for its peak instead of timed, because counting tensors slows it down. All of it runs on the CPU.
+that whatever slows the machine down hits all alike; an update during which other processes used the machine is done again.
+Large matrix products take their turn too: what they reach is the floor under an update's time. A first update warms up and is
+not counted; the last one is measured for its bytes instead of timed, because counting tensors slows it down. All of it runs
+on the CPU.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,90 +24,125 @@ from rich.console import Console
 import hydra_ppo.memory
 from hydra_ppo.errors import ConfigError, HydraError
 from hydra_ppo.profiling.benchmarks.peers.environments import Environment, prepare
+from hydra_ppo.profiling.benchmarks.peers.load import PROC, REPEATS, undisturbed
 from hydra_ppo.profiling.benchmarks.peers.processes import Worker
-from hydra_ppo.profiling.benchmarks.peers.results import Result, collect, table, write
-from hydra_ppo.profiling.benchmarks.peers.workloads import WORKLOADS, Contestant, Workload, contestants
+from hydra_ppo.profiling.benchmarks.peers.results import Result, collect, floor_table, medians, table, write
+from hydra_ppo.profiling.benchmarks.peers.workloads import WORKLOADS, Contestant, Workload, by_default, contestants, matmul
 
-OURS = "hydra"
+ALL = ("w1", "w2")
 DONE, FAILED, BAD_INPUT = 0, 1, 2
+
+WIDTH = 100
+"""Columns that the tables need; in fewer, numbers would be cut short."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code: done, failed (an installation or a contestant) or bad input."""
     options = _parser().parse_args(argv)
     console = Console(stderr=True)
+    say = partial(console.print, highlight=False, markup=False)
     try:
-        workload = WORKLOADS[options.workload]
-        chosen = choose(workload, options.only)
+        workloads = [WORKLOADS[name] for name in (ALL if options.workload == "all" else [options.workload])]
+        chosen = choose(workloads, options.only)
         if options.rounds < 0:
-            raise ConfigError(f"rounds={options.rounds} must not be negative; 0 measures peaks alone.")
+            raise ConfigError(f"rounds={options.rounds} must not be negative; 0 measures bytes alone.")
         if options.threads < 1:
             raise ConfigError(f"threads={options.threads} must be at least 1; use the number of cores that are free.")
-        places = prepare(options.environments, {c.environment for c in chosen}, console.print)
-        results = compare(workload, chosen, places, options.dtype, options.rounds, options.threads, console)
+        if not (PROC / "stat").exists():
+            say("this system does not say what other processes use of it: no update is repeated for their sake")
+        places = prepare(options.environments, {c.environment for found in chosen.values() for c in found}, say)
+        results: list[Result] = []
+        for workload in workloads:
+            found = compare(workload, chosen[workload.name], places, options.rounds, options.threads, say)
+            results += found
+            write(results, options.output)
+            title = f"One PPO update, {workload.name}, {options.threads} threads, {options.rounds} rounds"
+            paper = Console(width=max(WIDTH, Console().width))
+            paper.print(table(found, title))
+            if floors := floor_table(found, f"Multiply-adds that cannot be left out, {workload.name}"):
+                paper.print(floors)
     except HydraError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return BAD_INPUT if isinstance(error, ConfigError) else FAILED
-    write(results, options.output)
-    title = f"One PPO update, {workload.name}, {options.dtype}, {options.threads} threads, {options.rounds} rounds"
-    Console().print(table(results, title))
-    console.print(f"written to {options.output}", highlight=False)
+    say(f"written to {options.output}")
     return DONE
 
 
-def choose(workload: Workload, only: Sequence[str]) -> list[Contestant]:
-    """Return the contestants named, in the order of all; all where none is.
+def choose(workloads: Sequence[Workload], only: Sequence[str]) -> dict[str, list[Contestant]]:
+    """Return, by workload, the contestants named, in the order of all; those by default where none is named.
 
     Raises:
-        ConfigError: for a name that is not one of them.
+        ConfigError: for a name that none of the workloads has, and for a workload that has none of the names.
     """
-    known = contestants(workload)
+    known = {name: None for workload in workloads for name in contestants(workload)}  # a set in order
     if unknown := [name for name in only if name not in known]:
-        raise ConfigError(f"only={unknown[0]!r} is no contestant of {workload.name}; choose among {', '.join(known)}.")
-    return [contestant for name, contestant in known.items() if not only or name in only]
+        of = " or ".join(workload.name for workload in workloads)
+        raise ConfigError(f"only={unknown[0]!r} is no contestant of {of}; choose among {', '.join(known)}.")
+    chosen = {}
+    for workload in workloads:
+        names = only or by_default(workload)
+        chosen[workload.name] = [c for name, c in contestants(workload).items() if name in names]
+        if not chosen[workload.name]:
+            raise ConfigError(f"only={' '.join(only)} leaves nobody for {workload.name}; choose a single workload.")
+    return chosen
 
 
 def compare(
     workload: Workload,
     chosen: Sequence[Contestant],
     places: dict[str, Environment],
-    dtype: str,
     rounds: int,
     threads: int,
-    console: Console,
+    say: Callable[[str], None],
 ) -> list[Result]:
     """Run all contestants in turn and return their results.
 
     Args:
         rounds: counted updates of each.
         threads: of each worker; only one computes at a time.
+        say: takes lines of progress.
     """
+    products = {c.dtype: matmul(c.dtype) for c in chosen if c.ours and rounds}
     with ExitStack() as stack:
-        workers = []
-        for contestant in chosen:
-            console.print(f"building {contestant.name}", highlight=False)
+        workers = {}
+        for contestant in (*chosen, *products.values()):
+            say(f"building {contestant.name}")
             place = places[contestant.environment]
             command = [place.python, str(Path(__file__).parent / contestant.script)]
-            command.append(json.dumps(_spec(contestant, workload, dtype, rounds, threads)))
-            workers.append(stack.enter_context(Worker(contestant.name, command, _variables(place, threads))))
-        for number in range(rounds + 1):
-            for worker in workers:
-                seconds = worker.ask("update")["seconds"]
-                turn = f"round {number} of {rounds}" if number else "warm-up"
-                console.print(f"{turn}: {worker.name} {seconds:.3f} s", highlight=False)
-        for worker in workers:
-            console.print(f"measuring {worker.name}", highlight=False)
+            command.append(json.dumps(_spec(contestant, workload, rounds, threads)))
+            workers[contestant.name] = stack.enter_context(Worker(contestant.name, command, _variables(place, threads)))
+        for worker in workers.values():
+            say(f"warm-up: {worker.name} {worker.ask('update')['seconds']:.3f} s")
+        turns: dict[str, list[tuple[dict[str, Any], bool | None]]] = {name: [] for name in workers}
+        for number in range(1, rounds + 1):
+            for name, worker in workers.items():
+                answer, load = undisturbed(partial(worker.ask, "update"), worker.pid, say)
+                others = "" if load is None else f", others used {load.others:.1%} of the machine"
+                say(f"round {number} of {rounds}: {name} {answer['seconds']:.3f} s{others}")
+                turns[name].append((answer, None if load is None else load.disturbed))
+        reports = {}
+        for contestant in chosen:
+            say(f"measuring {contestant.name}")
+            worker, found = workers[contestant.name], turns[contestant.name]
             worker.ask("measure")
-        return collect({worker.name: worker.ask("quit") for worker in workers}, OURS, threads)
+            reports[contestant.name] = {
+                **worker.ask("quit"),
+                "seconds": [answer["seconds"] for answer, _ in found],
+                "phases": [answer["phases"] for answer, _ in found if "phases" in answer],
+                "disturbed": [disturbed for _, disturbed in found],
+            }
+            worker.close()
+        rates = {dtype: medians([answer["rates"] for answer, _ in turns[c.name]]) for dtype, c in products.items()}
+        return collect(workload, chosen, reports, {dtype: found for dtype, found in rates.items() if found}, threads)
 
 
-def _spec(contestant: Contestant, workload: Workload, dtype: str, rounds: int, threads: int) -> dict[str, Any]:
+def _spec(contestant: Contestant, workload: Workload, rounds: int, threads: int) -> dict[str, Any]:
     return {
         "name": contestant.name,
         "workload": asdict(workload),
-        "dtype": dtype,
+        "dtype": contestant.dtype,
         "options": contestant.options,
-        "updates": rounds + 2,  # the warm-up and the measured one
+        "updates": rounds * (1 + REPEATS) + 2,  # the warm-up and the measured one
         "threads": threads,
         "memory_module": hydra_ppo.memory.__file__,
     }
@@ -122,10 +160,12 @@ def _variables(place: Environment, threads: int) -> dict[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hydra_ppo.profiling.benchmarks.peers.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--workload", choices=list(WORKLOADS), default="w1", help="w1 is for time, w2 for memory")
-    parser.add_argument("--rounds", type=int, default=5, help="counted updates of each contestant; 0 measures peaks alone")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the weights")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contestants, all by default")
+    choices = [*WORKLOADS, "all"]
+    parser.add_argument("--workload", choices=choices, default="all", help="w1 is for time, w2 for memory; all is both")
+    parser.add_argument("--rounds", type=int, default=3, help="counted updates of each contestant; 0 measures bytes alone")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="contestants; all by default, in w2 those in fp32"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of the worker whose turn it is")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/peers.json"), help="results, as a JSON list")
     parser.add_argument("--environments", type=Path, default=Path(".peers"), help="where peers are installed")

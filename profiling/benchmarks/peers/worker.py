@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Iterable
@@ -25,7 +24,7 @@ class Session:
 
     Attributes:
         workload, dtype, options: what to build.
-        updates: that the driver may ask for, warm-up and measured one included.
+        updates: that the driver may ask for, warm-up, repeated and measured ones included.
     """
 
     def __init__(self) -> None:
@@ -35,10 +34,9 @@ class Session:
         self.dtype: str = spec["dtype"]
         self.options: dict[str, Any] = spec["options"]
         self.updates: int = spec["updates"]
-        self._live_bytes = _load(spec["memory_module"]).LiveBytes
+        self._live_bytes = _with_least(_load(spec["memory_module"]).LiveBytes)
         self._begun = 0
-        self._seconds: list[float] = []
-        self._peak: int | None = None
+        self._bytes: dict[str, int] = {}
         self._live: Any = None
         self._started = 0.0
         # What libraries print must not get between the answers.
@@ -71,16 +69,16 @@ class Session:
             self._live.__enter__()
         self._started = time.perf_counter()
 
-    def end(self) -> None:
-        """Stop the clock and answer."""
+    def end(self, **found: Any) -> None:
+        """Stop the clock and answer; `found` is what the worker itself measured and goes into the answer of an `update`."""
         seconds = time.perf_counter() - self._started
         if self._live is None:
-            self._seconds.append(seconds)
-            self._answer({"seconds": seconds})
+            self._answer({"seconds": seconds, **found})
         else:
             self._live.__exit__(None, None, None)
-            self._peak, self._live = self._live.peak, None
-            self._answer({"peak_bytes": self._peak})
+            self._bytes = {"peak_bytes": self._live.peak, "static_bytes": self._live.least}
+            self._live = None
+            self._answer(self._bytes)
 
     def check_lengths(self, lengths: Iterable[int]) -> None:
         """Raise where a response does not have the length (tokens) that the workload gives it."""
@@ -91,14 +89,11 @@ class Session:
             )
 
     def _report(self) -> dict[str, Any]:
-        timed = self._seconds[1:]  # the first one warms up
         return {
             "name": self.name,
             "workload": self.workload.name,
             "dtype": self.dtype,
-            "seconds": timed,
-            "responses_per_second": self.workload.rows / statistics.median(timed) if timed else None,
-            "peak_bytes": self._peak,
+            **self._bytes,
             "versions": {"python": platform.python_version(), **_versions()},
         }
 
@@ -115,6 +110,24 @@ def _load(path: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _with_least(live_bytes: Any) -> Any:
+    """Return the counter with one number more: the fewest bytes alive at once.
+
+    That is what stays, whatever an update does: models, adapters, optimizer state. A count before the update would not do,
+    for a trainer may still hold its last rollout then.
+    """
+
+    class Counter(live_bytes):
+        least = sys.maxsize
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            self.least = min(self.least, self.bytes)
+            return result
+
+    return Counter
 
 
 def _tensors() -> list[torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 LEARNING_RATE = 1e-5
@@ -21,6 +21,7 @@ class Workload:
         prompt_tokens, response_tokens: length of every prompt and of every response.
         epochs: passes over the rollout, each with one optimizer step.
         microbatch: rows per forward and backward pass.
+        everyone: whether all contestants take part where none is named; else those in fp32 that our patch did not touch.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Workload:
     response_tokens: int
     epochs: int
     microbatch: int
+    everyone: bool = True
 
     @property
     def end_token(self) -> int:
@@ -67,14 +69,18 @@ class Workload:
         return [[source.randrange(self.vocabulary) for _ in range(self.prompt_tokens)] for _ in range(count)]
 
 
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload("tiny", 64, 128, 2, 4, 2, 500, rows=4, prompt_tokens=8, response_tokens=8, epochs=2, microbatch=2),
-        Workload("w1", 512, 1536, 8, 8, 4, 32_000, rows=16, prompt_tokens=32, response_tokens=64, epochs=4, microbatch=4),
-        Workload("w2", 256, 768, 4, 4, 4, 128_256, rows=8, prompt_tokens=128, response_tokens=384, epochs=1, microbatch=2),
-    )
-}
+_TINY = Workload("tiny", 64, 128, 2, 4, 2, 500, rows=4, prompt_tokens=8, response_tokens=8, epochs=2, microbatch=2)
+_W1 = Workload("W1", 512, 1536, 8, 8, 4, 32_000, rows=16, prompt_tokens=32, response_tokens=64, epochs=4, microbatch=4)
+_W2 = Workload(
+    *("W2", 256, 768, 4, 4, 4, 128_256),
+    rows=8,
+    prompt_tokens=128,
+    response_tokens=384,
+    epochs=1,
+    microbatch=2,
+    everyone=False,
+)
+WORKLOADS = {workload.name.lower(): workload for workload in (_TINY, _W1, _W2)}
 
 
 @dataclass(frozen=True)
@@ -84,24 +90,52 @@ class Contestant:
     Attributes:
         script: the worker, beside this file.
         environment: where it runs: `hydra` (here), `trl112` or `trl011`.
+        dtype: of the base's weights, fp32 or bf16.
         options: that the worker reads.
     """
 
     name: str
     script: str
     environment: str
+    dtype: str
     options: dict[str, Any]
+
+    @property
+    def trunk_layers(self) -> int:
+        """Layers below all adapters, which run once a rollout; 0 for the peers."""
+        return self.options.get("trunk_layers", 0)
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is this package's own trainer, which announces its phases."""
+        return self.script == "hydra_worker.py"
+
+    @property
+    def patched(self) -> bool:
+        """Whether it is a peer with our patch."""
+        return self.options.get("patched", False)
 
 
 def contestants(workload: Workload) -> dict[str, Contestant]:
-    """Return all contestants by name, ours first."""
+    """Return all contestants by name: ours first, and those in fp32 before those in bf16."""
     trunk = workload.trunk_layers
-    found = (
-        Contestant("hydra", "hydra_worker.py", "hydra", {"trunk_layers": 0}),
-        Contestant(f"hydra-trunk{trunk}", "hydra_worker.py", "hydra", {"trunk_layers": trunk}),
-        Contestant("trl112-full", "trl112_worker.py", "trl112", {"lora": False, "patched": False}),
-        Contestant("trl112-lora", "trl112_worker.py", "trl112", {"lora": True, "patched": False}),
-        Contestant("trl112-patched", "trl112_worker.py", "trl112", {"lora": True, "patched": True}),
-        Contestant("trl011-multi", "trl011_worker.py", "trl011", {}),
+    base = (
+        Contestant("hydra", "hydra_worker.py", "hydra", "fp32", {"trunk_layers": 0}),
+        Contestant(f"hydra-trunk{trunk}", "hydra_worker.py", "hydra", "fp32", {"trunk_layers": trunk}),
+        Contestant("trl112-full", "trl112_worker.py", "trl112", "fp32", {"lora": False, "patched": False}),
+        Contestant("trl112-lora", "trl112_worker.py", "trl112", "fp32", {"lora": True, "patched": False}),
+        Contestant("trl112-patched", "trl112_worker.py", "trl112", "fp32", {"lora": True, "patched": True}),
+        Contestant("trl011-multi", "trl011_worker.py", "trl011", "fp32", {}),
     )
-    return {contestant.name: contestant for contestant in found}
+    half = tuple(replace(c, name=f"{c.name}-bf16", dtype="bf16") for c in base if not c.patched)
+    return {contestant.name: contestant for contestant in (*base, *half)}
+
+
+def by_default(workload: Workload) -> list[str]:
+    """Return the names of the contestants that take part where none is named."""
+    return [name for name, c in contestants(workload).items() if workload.everyone or (c.dtype == "fp32" and not c.patched)]
+
+
+def matmul(dtype: str) -> Contestant:
+    """Return what takes turns with the contestants to measure matrix products in a type."""
+    return Contestant(f"matmul-{dtype}", "rates_worker.py", "hydra", dtype, {})
