@@ -23,6 +23,7 @@ logger = logging.getLogger("hydra_ppo")
 
 _warned: set[str] = set()
 
+
 @dataclass(eq=False)
 class LazyLogits(Lazy):
     """Scaled logits head(hidden) / temperature, shape (..., V), fp32.

@@ -1,6 +1,6 @@
 """Trains with LLaMA-Factory's own PPO, over one base or over the models that it loads itself.
 
-    python tests/hosts/check_llamafactory.py --mode patched --folder F --output result.json
+python tests/hosts/check_llamafactory.py --mode patched --folder F --output result.json
 """
 
 from __future__ import annotations

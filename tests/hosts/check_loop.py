@@ -17,8 +17,6 @@ from tests.hosts.common import Result
 STEPS = 6
 
 
-
-
 @torch.no_grad()
 def compare(result: Result, views, separate) -> None:
     """Note how far the loop's numbers on views are from those on separate models."""

@@ -41,7 +41,7 @@ PAD = SIZE - 1  # the tests write out ids, small ones, that are no padding
 TESTS = "test_ppo_trainer.py"
 BESIDE = ("testing_constants.py", "testing_utils.py")
 
-CONFTEST = '''
+CONFTEST = """
 import os
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def pytest_sessionstart():
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         apply(HydraModel.from_config(LlamaConfig(vocab_size=32, **sizes)))
         Path("patched").touch()
-'''
+"""
 
 
 def main() -> None:

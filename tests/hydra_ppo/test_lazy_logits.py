@@ -157,8 +157,9 @@ def test_any_other_operation_gets_real_logits_and_one_warning(name, caplog, monk
         found.square().sum().backward()
         OTHERS[name](real).square().sum().backward()
         torch.testing.assert_close(hidden.grad, other.grad, rtol=1e-4, atol=1e-4)
-    assert [r.message for r in caplog.records].count(f"logits of {[B, T, V]} are computed in full for {name}: it takes their "
-                                                    "memory") == 1
+    assert [r.message for r in caplog.records].count(
+        f"logits of {[B, T, V]} are computed in full for {name}: it takes their memory"
+    ) == 1
 
 
 def test_tells_what_a_tensor_tells():

@@ -1,6 +1,6 @@
 """Writes tiny inputs for ppo.yaml: a base with random weights, prompts, and preference pairs. No download.
 
-    python make_inputs.py runs/llamafactory
+python make_inputs.py runs/llamafactory
 """
 
 from __future__ import annotations
