@@ -50,17 +50,18 @@ def ppo_arithmetic(config: PPOConfig, prompts: int | None) -> list[Quantity]:
     minibatches = rows // config.minibatch_size * config.ppo_epochs
     micro_batches = minibatches * ceil(config.minibatch_size / micro_rows)
     decoded_together = min(rows, rollout.generation_batch_size or rows)
+    copies = rollout.samples_per_prompt
     per_step = [
-        ("prompts, each with one rollout", rows),
+        ("prompts, each with one rollout" if copies == 1 else f"prompts, each with {copies} rollouts", rows // copies),
         ("batches decoded", ceil(rows / decoded_together)),
         ("minibatches = optimizer steps", minibatches),
         ("micro-batches" + (", at most" if config.microbatch_tokens else ""), micro_batches),
         ("tokens sampled, at most", rows * rollout.max_new_tokens),
         ("tokens in updates of each role, at most", rows * width * config.ppo_epochs),
     ]
-    passes = None if not prompts else rows * steps / prompts
+    passes = None if not prompts else rows // copies / prompts
     return [Quantity(name, count, count * steps) for name, count in per_step] + [
-        Quantity("passes over the prompts", None if not prompts else rows / prompts, passes)
+        Quantity("passes over the prompts", passes, None if passes is None else passes * steps)
     ]
 
 

@@ -111,7 +111,8 @@ class Builder:
         )
         decoder = self.decoder or (LeapingDecoder if self.simulate else None)
         sampler = partial(sample, lengths=[workload.response] * rows, decoder=decoder)
-        prompts = [PromptRow("", _tokens(workload.prompt))] * rows
+        # No two alike, where there are tokens enough: a prompt that is sampled from several times is run once.
+        prompts = [PromptRow("", _tokens(workload.prompt, row)) for row in range(rows)]
         trainer = PPOTrainer(model, _NoTokenizer(), settings, prompts, sampler=sampler, on_phase=on_phase)
 
         def warm_up() -> None:
@@ -153,8 +154,10 @@ def _common(workload: Workload) -> dict[str, Any]:
     }
 
 
-def _tokens(count: int) -> tuple[int, ...]:
-    return tuple(3 + i % 50 for i in range(count))
+def _tokens(count: int, row: int = 0) -> tuple[int, ...]:
+    """Return `count` tokens between 3 and 52; the last two spell the number of the row."""
+    ending = (3 + row // 50 % 50, 3 + row % 50)
+    return (tuple(3 + i % 50 for i in range(count)) + ending)[-count:]
 
 
 def _zero_gradients(optimizer: torch.optim.Optimizer) -> None:

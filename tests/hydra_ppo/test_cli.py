@@ -178,6 +178,10 @@ def test_ppo_arithmetic_by_hand():
         Quantity("tokens in updates of each role, at most", 16384, 163840),
         Quantity("passes over the prompts", 0.5, 5.0),
     ]
+    fours = replace(config, rollout=replace(config.rollout, samples_per_prompt=4))  # 16 prompts, 160 of 128 in all
+    by_name = {q.name: q for q in ppo_arithmetic(fours, prompts=128)}
+    assert by_name["prompts, each with 4 rollouts"] == Quantity("prompts, each with 4 rollouts", 16, 160)
+    assert by_name["passes over the prompts"] == Quantity("passes over the prompts", 0.125, 1.25)
     # 300 tokens hold 2 full rows of 128: 16 / 2 = 8 micro-batches per minibatch; 100 tokens hold none, so rows go alone.
     by_name = {q.name: q for q in ppo_arithmetic(replace(config, microbatch_tokens=300), None)}
     assert by_name["micro-batches, at most"].per_step == 64

@@ -11,6 +11,7 @@ from hydra_ppo.errors import ConfigError
 from hydra_ppo.model import HydraModel
 from hydra_ppo.profiling.capture import capture
 from hydra_ppo.profiling.record import Peak
+from hydra_ppo.profiling.subjects import _tokens
 from hydra_ppo.stages import Role, Stage
 from tests.profiling.models import CONFIGS, workload
 
@@ -50,6 +51,12 @@ def test_simulated_and_measured_peaks_agree_for_each_method(method, changes):
     measured = capture(sizes, method, simulate=False, device="cpu", config=CONFIGS["llama"])
     for phase, peak in measured.phases.items():
         assert simulated.phases[phase].bytes == pytest.approx(peak.bytes, rel=AGREEMENT), phase
+
+
+def test_rows_of_a_rollout_have_prompts_of_their_own():
+    """Equal ones would be run once, and the peak of sampling would look smaller than that of a real run."""
+    assert len({_tokens(64, row) for row in range(512)}) == 512
+    assert {len(_tokens(count, 7)) for count in (1, 2, 64)} == {1, 2, 64}
 
 
 def test_the_floor_is_what_the_shapes_say():
