@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -114,6 +115,7 @@ class Builder:
         # No two alike, where there are tokens enough: a prompt that is sampled from several times is run once.
         prompts = [PromptRow("", _tokens(workload.prompt, row)) for row in range(rows)]
         trainer = PPOTrainer(model, _NoTokenizer(), settings, prompts, sampler=sampler, on_phase=on_phase)
+        trainer.batches = repeat(prompts)  # in this order: a fake permutation reads as one row again and again
 
         def warm_up() -> None:
             _zero_gradients(trainer.optimizer)
