@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -251,7 +251,14 @@ def test_an_unquantised_base_needs_no_bitsandbytes(monkeypatch):
 def test_a_recompute_in_the_wrong_role_is_missed_by_far(quantization, monkeypatch):
     config = LlamaConfig(**validate.TINY, num_hidden_layers=2)
     assert check_roles(config, quantization, CPU, 16)["passed"]
-    monkeypatch.setattr(HydraModel, "_recompute_contexts", lambda self: (nullcontext(), self.adapters.using("actor")))
+    right = HydraModel._recompute_contexts
+
+    @contextmanager
+    def as_actor(model, again):
+        with again, model.adapters.using("actor"):
+            yield
+
+    monkeypatch.setattr(HydraModel, "_recompute_contexts", lambda self: (nullcontext(), as_actor(self, right(self)[1])))
     found = check_roles(config, quantization, CPU, 16)
     assert not found["passed"]
     assert found["checkpointing_off"]["critic_gradient"] < BF16_TOLERANCES["critic_gradient"]
