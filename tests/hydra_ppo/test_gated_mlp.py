@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
+from hydra_ppo.compat import VERSION
 from hydra_ppo.gated_mlp import _is_gated
 from hydra_ppo.memory import LiveBytes
 from hydra_ppo.model import HydraModel
 from tests.families import FAMILIES, randomise, sequences
 
 GATED = [name for name in ("llama", "mistral", "qwen2", "qwen3", "gemma3") if name in FAMILIES]
+
+in_todays_shape = pytest.mark.skipif(
+    Version("4.50") > VERSION, reason="the MLP of Llama had a second branch, for tensor parallel pretraining, and is left alone"
+)
 
 
 def mlps(model: HydraModel) -> list[nn.Module]:
@@ -23,7 +29,7 @@ def build(family: str, lean: bool, **options) -> HydraModel:
     model = HydraModel.from_config(FAMILIES[family], **options)
     randomise(model)
     for mlp in mlps(model) if not lean else []:
-        del mlp.forward
+        vars(mlp).pop("forward", None)
     return model
 
 
@@ -43,6 +49,7 @@ def test_values_and_gradients_are_those_of_the_modules_own_pass(family, quantiza
         torch.testing.assert_close(my_gradients[name], gradient, rtol=1e-4, atol=1e-5)
 
 
+@in_todays_shape
 @pytest.mark.parametrize("family", GATED)
 def test_every_gated_family_is_recognised(family):
     found = mlps(build(family, lean=True))
@@ -64,6 +71,7 @@ def test_an_mlp_that_does_more_is_left_alone():
     assert not _is_gated(Normed)
 
 
+@in_todays_shape
 @pytest.mark.parametrize("role", ["actor", "critic"])
 def test_two_wide_activations_are_kept_in_place_of_four(role):
     kept = []
