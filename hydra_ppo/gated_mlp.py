@@ -78,9 +78,10 @@ def _forward(mlp: Any, base: Base, activation: Activation, x: Tensor) -> Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     try:
         adapter = active_adapter(mlp.down_proj)
+        ours = base.takes(gate) and not base.trained
     except LookupError:
-        return mlp.down_proj(mlp.act_fn(gate) * up)
-    if not base.takes(gate) or base.trained:
+        ours = False
+    if not ours:
         return mlp.down_proj(mlp.act_fn(gate) * up)
     if torch.is_grad_enabled():
         return _GatedLinear.apply(gate, up, base, activation, *(adapter or (None, None, 1.0)))
@@ -113,13 +114,15 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, low, a, b = ctx.saved_tensors
-        needs_gate, needs_up, *_ = ctx.needs_input_grad
+        needs_gate, needs_up, _, _, train_a, train_b, _ = ctx.needs_input_grad
         d_hidden = ctx.base.transposed_product(gradient)
         active = ctx.activation.forward(gate)
         d_a = d_b = None
         if a is not None:
-            d_low, d_b = Adapter(a, b, ctx.scaling).gradients(low, gradient.flatten(0, -2))
-            d_a = times(d_low.T, (active * up).flatten(0, -2)).to(a.dtype)
+            adapter, flat = Adapter(a, b, ctx.scaling), gradient.flatten(0, -2)
+            d_low = adapter.gradient_of_low(flat)
+            d_b = adapter.gradient_of_b(low, flat) if train_b else None
+            d_a = times(d_low.T, (active * up).flatten(0, -2)).to(a.dtype) if train_a else None
             d_hidden.view(-1, d_hidden.shape[-1]).addmm_(d_low, a.to(d_low.dtype))
         d_up = active.mul_(d_hidden) if needs_up else None
         d_gate = ctx.activation.backward(d_hidden.mul_(up), gate) if needs_gate else None

@@ -34,11 +34,13 @@ class Adapter(NamedTuple):
         y.view(-1, y.shape[-1]).addmm_(low, self.b.to(x.dtype).T, alpha=self.scaling)
         return low
 
-    def gradients(self, low: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Return d loss / d (A x), (N, r), and d loss / d B from d loss / d y (N, O)."""
-        d_low = times(gradient, self.b.to(gradient.dtype)).mul_(self.scaling)
-        d_b = times(low.T, gradient).mul_(self.scaling).T  # this way round: wide rows
-        return d_low, d_b.to(self.b.dtype)
+    def gradient_of_low(self, gradient: Tensor) -> Tensor:
+        """Return d loss / d (A x), (N, r), from d loss / d y (N, O)."""
+        return times(gradient, self.b.to(gradient.dtype)).mul_(self.scaling)
+
+    def gradient_of_b(self, low: Tensor, gradient: Tensor) -> Tensor:
+        """Return d loss / d B, (O, r), from A x (N, r) and d loss / d y (N, O)."""
+        return times(low.T, gradient).mul_(self.scaling).T.to(self.b.dtype)  # this way round: wide rows
 
 
 def use_lean_lora(model: nn.Module) -> None:
@@ -132,15 +134,17 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, low, a, b = ctx.saved_tensors
-        needs_x, _, train_weight, train_bias, *_ = ctx.needs_input_grad
+        needs_x, _, train_weight, train_bias, train_a, train_b, _ = ctx.needs_input_grad
         flat = gradient.flatten(0, -2)
         d_x = ctx.base.transposed_product(gradient) if needs_x else None
         d_weight = times(flat.T, x.flatten(0, -2)) if train_weight else None
         d_bias = flat.sum(dim=0) if train_bias else None
         d_a = d_b = None
         if a is not None:
-            d_low, d_b = Adapter(a, b, ctx.scaling).gradients(low, flat)
-            d_a = times(d_low.T, x.flatten(0, -2)).to(a.dtype)
+            adapter = Adapter(a, b, ctx.scaling)
+            d_low = adapter.gradient_of_low(flat)
+            d_b = adapter.gradient_of_b(low, flat) if train_b else None
+            d_a = times(d_low.T, x.flatten(0, -2)).to(a.dtype) if train_a else None
             if d_x is not None:
                 d_x.view(-1, d_x.shape[-1]).addmm_(d_low, a.to(d_low.dtype))
         return d_x, None, d_weight, d_bias, d_a, d_b, None

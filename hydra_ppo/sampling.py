@@ -24,6 +24,7 @@ from hydra_ppo.errors import NonFiniteError, UnsupportedModelError
 from hydra_ppo.experience import pad_rows, split_by_length
 from hydra_ppo.kv_cache import new_cache
 from hydra_ppo.model import HydraModel
+from hydra_ppo.packing import attention_of
 
 
 @dataclass(frozen=True)
@@ -255,9 +256,5 @@ def _decoding_attention(model: HydraModel) -> Iterator[None]:
             f"model={type(model.causal_lm).__name__} was built with flash-attention in its layers, as transformers below 4.48 "
             "does, and cannot sample; load it with attn_implementation='sdpa' or use a newer transformers."
         )
-    before = config._attn_implementation
-    config._attn_implementation = "sdpa"
-    try:
+    with attention_of(config, "sdpa"):
         yield
-    finally:
-        config._attn_implementation = before

@@ -99,3 +99,21 @@ def test_runs_under_a_hosts_autocast(quantization):
         rounded.float().sum().backward()
     torch.testing.assert_close(rounded.float(), exact, rtol=0.1, atol=0.1)
     assert all(p.grad is not None for n, p in model.role_parameters("actor").items() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_frozen_adapter_passes_gradients_on(quantization):
+    """Hosts make the embeddings' output require gradients, and a reference may have an adapter that nobody trains."""
+    gradients = []
+    for change in (lambda model: model, peft_forward):
+        model = change(build(quantization=quantization))
+        for parameter in model.role_parameters("actor").values():
+            parameter.requires_grad_(False)
+        embedded = []
+        model.causal_lm.get_input_embeddings().register_forward_hook(
+            lambda layer, args, out, kept=embedded: kept.append(out.requires_grad_()) or out
+        )
+        with model.role("actor"):
+            model.hidden_states(sequences().input_ids).square().sum().backward()
+        gradients.append(embedded[0].grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
