@@ -147,17 +147,26 @@ def put_adapter(base: PreTrainedModel | PeftModel, name: str, shape: LoraConfig,
     for parameter in adapter_parameters(base, name).values():
         parameter.data = parameter.data.float()
     if folder is not None:
-        weights = folder / "adapter_model.safetensors"
-        if not weights.is_file():
-            raise ConfigError(
-                f"model.name_or_path={str(folder.parent)!r} lacks {name}/adapter_model.safetensors; save the adapter again."
-            )
-        try:
-            strangers = set_peft_model_state_dict(base, load_file(weights), adapter_name=name).unexpected_keys
-        except RuntimeError as error:  # a shape that differs
-            strangers = [str(error).strip().splitlines()[-1].strip()]
-        if strangers:
-            raise ConfigError(
-                f"adapter {str(folder)!r} does not fit this base ({strangers[0]}); load it on the base that it was trained on."
-            )
+        read_adapter(base, name, folder)
     return base
+
+
+def read_adapter(base: PeftModel, name: str, folder: Path) -> None:
+    """Copy the saved weights of adapter `name` into it.
+
+    Raises:
+        ConfigError: when the folder has no safetensors, or does not fit the base.
+    """
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise ConfigError(
+            f"model.name_or_path={str(folder.parent)!r} lacks {name}/adapter_model.safetensors; save the adapter again."
+        )
+    try:
+        strangers = set_peft_model_state_dict(base, load_file(weights), adapter_name=name).unexpected_keys
+    except RuntimeError as error:  # a shape that differs
+        strangers = [str(error).strip().splitlines()[-1].strip()]
+    if strangers:
+        raise ConfigError(
+            f"adapter {str(folder)!r} does not fit this base ({strangers[0]}); load it on the base that it was trained on."
+        )

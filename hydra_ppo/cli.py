@@ -3,7 +3,8 @@
 Other packages add commands as entry points of the group ``hydra_ppo.commands``: each a pair of one line of help and a
 function over the arguments.
 
-Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted. Errors are one line on stderr.
+Exit codes: 0 done (or stopped by a signal, with everything saved), 1 a run failed, 2 bad input, 130 interrupted. Errors are one
+line on stderr.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import NoReturn
 
 from hydra_ppo import __version__
 from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedModelError
+from hydra_ppo.interruption import StopRequested
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -71,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, BAD_INPUT, str(error), show_traceback)
     except HydraError as error:
         return _complain(error, FAILED, str(error), show_traceback)
+    except StopRequested:
+        return DONE
     except KeyboardInterrupt as error:
         return _complain(error, INTERRUPTED, "interrupted", show_traceback)
     except BrokenPipeError:
@@ -142,11 +146,11 @@ def _train(command: str, config_class: type, arguments: list[str]) -> None:
     elif "--dry-run" in request.options:
         from hydra_ppo.dry_run import dry_run
 
-        dry_run(request.config)
+        dry_run(request.config, resume="--resume" in request.options)
     else:
         from hydra_ppo import commands
 
-        getattr(commands, command)(request.config)
+        getattr(commands, command)(request.config, resume="--resume" in request.options)
 
 
 def _export(arguments: list[str]) -> None:

@@ -40,6 +40,7 @@ OPTIONS = {
     "--help": "Show this text and stop.",
     "--print-config": "Write the full configuration as YAML, with each setting's help, and stop.",
     "--dry-run": "Check settings, files and output folder, show the batch arithmetic, load no weights and stop.",
+    "--resume": "Go on with the run in run.output from its newest checkpoint; begin where there is none.",
     "--traceback": "Show where an error arose.",
 }
 UNSET = "???"

@@ -6,69 +6,170 @@ torch and transformers are imported inside the functions, so that ``--help`` and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_ppo.config import DataSettings, ModelSettings, PPOConfig, SFTConfig
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.run import Run, check_output
+from hydra_ppo.interruption import StopRequested, stopping_at_once, stopping_on_signals
+from hydra_ppo.run import Run
+from hydra_ppo.run_folder import CONFIG, check_output, read_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from hydra_ppo.checkpoint import Checkpoint
     from hydra_ppo.data import Loaded
-    from hydra_ppo.model import HydraModel
-
-
-def sft(config: SFTConfig) -> Path:
-    """Train the SFT model and the reward model jointly; return the run folder."""
-    check_output(config.run, config)
-    from hydra_ppo.data import ensure_pad_token, load_preferences
     from hydra_ppo.joint_sft import JointSFTTrainer
-
-    _seed(config.run.seed)
-    tokenizer = load_tokenizer(config.model)
-    pad_token_id = ensure_pad_token(tokenizer)
-    train_rows, eval_rows, notes = load_rows(load_preferences, tokenizer, config.data, config.run.seed)
-    stage = "base" if config.method == "full" else config.adapter
-    model = load_model(config.model, train=stage)
-    # The trainer checks the settings against model and data, so it comes before the folder.
-    trainer = JointSFTTrainer(model, config, train_rows, eval_rows, pad_token_id=pad_token_id)
-    with Run.create(config.run, config, "sft") as run:
-        for note in notes:
-            run.note(note)
-        tokenizer.save_pretrained(run.folder)
-        trainer.run = run
-        # Called whenever the held-out loss is the best so far; a save at the end would undo that.
-        trainer.save = lambda: model.save_pretrained(run.folder)
-        _finish(run, trainer.train())
-    return run.folder
-
-
-def ppo(config: PPOConfig) -> Path:
-    """Train actor and critic with PPO; return the run folder."""
-    check_output(config.run, config)
-    from hydra_ppo.checkpoint import save_checkpoint
-    from hydra_ppo.data import ensure_pad_token, load_prompts
+    from hydra_ppo.model import HydraModel
     from hydra_ppo.ppo import PPOTrainer
 
+
+def sft(config: SFTConfig, resume: bool = False) -> Path:
+    """Train the SFT model and the reward model jointly; return the run folder.
+
+    Args:
+        resume: go on with the run that the folder holds; begin where it holds none.
+
+    Raises:
+        StopRequested: on SIGTERM or SIGINT, after a checkpoint was written.
+    """
+    folder = check_output(config.run, config, command="sft", resume=resume)
+    from hydra_ppo.data import load_preferences
+    from hydra_ppo.joint_sft import JointSFTTrainer
+
+    with _stoppable(folder, "sft"):
+        with stopping_at_once():
+            loaded = _load(config, load_preferences, "base" if config.method == "full" else config.adapter, resume)
+            if loaded is None:
+                return folder
+            # The trainer checks the settings against model and data, so it comes before the folder.
+            trainer = JointSFTTrainer(
+                loaded.model, config, loaded.rows, loaded.eval_rows, pad_token_id=loaded.tokenizer.pad_token_id
+            )
+            loaded.bring(trainer)
+        with _open(config, "sft", trainer, loaded) as run:
+            # Called whenever the held-out loss is the best so far; a save at the end would undo that.
+            trainer.save_best = lambda: loaded.model.save_pretrained(run.folder)
+            _finish(run, trainer.train())
+    return folder
+
+
+def ppo(config: PPOConfig, resume: bool = False) -> Path:
+    """Train actor and critic with PPO; return the run folder. Arguments and errors as of `sft`."""
+    folder = check_output(config.run, config, command="ppo", resume=resume)
+    from hydra_ppo.data import load_prompts
+    from hydra_ppo.ppo import PPOTrainer
+
+    with _stoppable(folder, "ppo"):
+        with stopping_at_once():
+            loaded = _load(config, load_prompts, "ppo", resume)
+            if loaded is None:
+                return folder
+            trainer = PPOTrainer(loaded.model, loaded.tokenizer, config, loaded.rows, loaded.eval_rows)
+            loaded.bring(trainer)
+        with _open(config, "ppo", trainer, loaded) as run:
+            summary = trainer.train()
+            loaded.model.save_pretrained(run.folder)
+            _finish(run, summary)
+    return folder
+
+
+@dataclass
+class _Loaded:
+    """What a run is made of: rows, model, and the checkpoint that it goes on from."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[Any]
+    eval_rows: list[Any]
+    model: HydraModel
+    checkpoint: Checkpoint | None
+    identity: dict[str, Any]
+    notes: list[str]
+
+    def bring(self, trainer: PPOTrainer | JointSFTTrainer) -> None:
+        """Bring model and trainer to where the checkpoint was written."""
+        if self.checkpoint is not None:
+            from hydra_ppo.saving import read_trained
+
+            read_trained(self.model, self.checkpoint.folder)
+            trainer.load(self.checkpoint.state())
+
+
+def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded], stage: str, resume: bool) -> _Loaded | None:
+    """Load what a run is made of; None where the run is finished, which is said."""
+    from hydra_ppo.data import ensure_pad_token
+    from hydra_ppo.resume import check_unchanged, describe_run, find_checkpoint
+
+    folder = Path(config.run.output).expanduser()
+    notes: list[str] = []
+    checkpoint = find_checkpoint(folder, notes.append) if resume else None
     _seed(config.run.seed)
     tokenizer = load_tokenizer(config.model)
     ensure_pad_token(tokenizer)
-    prompts, eval_prompts, notes = load_rows(load_prompts, tokenizer, config.data, config.run.seed)
-    model = load_model(config.model, train="ppo")
-    trainer = PPOTrainer(model, tokenizer, config, prompts, eval_prompts)
-    with Run.create(config.run, config, "ppo") as run:
-        for note in notes:
+    check_vocabulary(tokenizer, config.model)
+    rows, eval_rows, found = load_rows(load, tokenizer, config.data, config.run.seed)
+    notes += found
+    if checkpoint is not None:
+        now = describe_run(config, tokenizer, rows, eval_rows)
+        check_unchanged(checkpoint, config, now)
+        steps = config.steps if isinstance(config, PPOConfig) else now["optimizer_steps"]
+        if checkpoint.position == (steps, 0) and (read_state(folder) or {}).get("state") == "finished":
+            longer = "steps" if isinstance(config, PPOConfig) else "epochs or max_steps"
+            print(f"{folder} is finished, with {steps} steps; raise {longer} to go on.")
+            return None
+        notes.append(f"goes on from {checkpoint.folder.name}")
+    elif resume:
+        notes.append(f"{folder} holds no checkpoint yet; the run starts at the first step")
+    model = load_model(config.model, train=stage)
+    identity = describe_run(config, tokenizer, rows, eval_rows)
+    return _Loaded(tokenizer, rows, eval_rows, model, checkpoint, identity, notes)
+
+
+@contextmanager
+def _open(config: SFTConfig | PPOConfig, command: str, trainer: PPOTrainer | JointSFTTrainer, loaded: _Loaded) -> Iterator[Run]:
+    """Open the run folder and let the trainer write to it."""
+    from hydra_ppo.checkpoint import save_checkpoint
+
+    done, part = trainer.position
+    resumed = loaded.checkpoint is not None
+    with Run.create(config.run, config, command, resume=resumed, done=done, sampled=done + (part > 0)) as run:
+        for note in loaded.notes:
             run.note(note)
-        tokenizer.save_pretrained(run.folder)
-        trainer.run = run
-        trainer.save = lambda step: save_checkpoint(run.folder, step, model, config.run.keep_last)
-        summary = trainer.train()
-        model.save_pretrained(run.folder)
-        _finish(run, summary)
-    return run.folder
+        loaded.tokenizer.save_pretrained(run.folder)
+
+        def save(score: float | None) -> None:
+            run.flush()
+            save_checkpoint(
+                run.folder,
+                trainer.position,
+                loaded.model.save_pretrained,
+                trainer.state(),
+                loaded.identity,
+                score=score,
+                keep_last=config.run.keep_last,
+                keep_best=config.run.keep_best,
+            )
+
+        trainer.run, trainer.save = run, save
+        yield run
+
+
+@contextmanager
+def _stoppable(folder: Path, command: str) -> Iterator[None]:
+    """Let SIGTERM and SIGINT stop the run where nothing is lost, and say how to go on."""
+    with stopping_on_signals():
+        try:
+            yield
+        except StopRequested:
+            known = folder / CONFIG
+            again = f"hydra-ppo {command} {shlex.quote(str(known))} --resume" if known.exists() else "the same command"
+            print(f"Stopped. Go on with: {again}", flush=True)
+            raise
 
 
 def export(run: Path, output: Path, adapter_only: bool) -> None:
@@ -105,6 +206,32 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
             f"model.name_or_path={settings.name_or_path!r} gives no tokenizer: {reason}; "
             "put the tokenizer's files into the model folder."
         ) from error
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:
+    """Refuse a tokenizer that gives tokens which the model has no embedding for, before a weight is read.
+
+    Raises:
+        ConfigError: naming both sizes.
+    """
+    from transformers import AutoConfig
+
+    from hydra_ppo.manifest import MANIFEST, base_folder
+
+    folder = Path(settings.name_or_path)
+    name = base_folder(folder) if (folder / MANIFEST).is_file() else settings.name_or_path
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return  # what loads the model says why
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if rows is not None and last >= rows:
+        token = tokenizer.convert_ids_to_tokens(last)
+        raise ConfigError(
+            f"model.name_or_path={settings.name_or_path!r} has embeddings for {rows} tokens, "
+            f"its tokenizer gives ids up to {last} ({token!r}); use the model's own tokenizer, or resize its embeddings."
+        )
 
 
 def load_model(settings: ModelSettings, train: str) -> HydraModel:

@@ -146,7 +146,8 @@ class RunSettings:
     overwrite: bool = setting(False, "Replace what an earlier run left in the output folder.")
     log_every: int = setting(1, "Write metrics every this many steps.")
     save_every: int = setting(50, "Write a checkpoint every this many steps; 0 writes only at the end.")
-    keep_last: int = setting(2, "Checkpoints kept on disk.")
+    keep_last: int = setting(2, "Newest checkpoints kept on disk.")
+    keep_best: int = setting(1, "Checkpoints kept besides: those with the best held-out score (ppo) or loss (sft).")
     trackers: list[Literal["tensorboard", "wandb"]] = setting(list, "Also log to these, through accelerate.")
     project: str = setting("hydra-ppo", "Project name that the trackers show.")
     memory: Literal["auto", "always", "never"] = setting(
@@ -157,7 +158,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         _check(self, "output", bool(self.output), "is empty", "name a folder, for example runs/my-run")
         _positive(self, "log_every", "keep_last")
-        _not_negative(self, "save_every", "seed")
+        _not_negative(self, "save_every", "keep_best", "seed")
 
 
 @dataclass(frozen=True)
@@ -266,10 +267,11 @@ class RewardSettings:
     missing_eos_penalty: float = setting(
         0.0, "Subtracted from the score of a response that does not end with the end-of-sequence token."
     )
+    time_limit: float | None = setting(600.0, "Seconds that a reward function may take over one batch; null waits for ever.")
 
     def __post_init__(self) -> None:
         _check(self, "sources", len(self.sources) > 0, "names no source", "give at least one")
-        _positive(self, "score_clip")
+        _positive(self, "score_clip", "time_limit")
         _not_negative(self, "missing_eos_penalty")
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from hydra_ppo.config import DataSettings, PPOConfig, SFTConfig
 from hydra_ppo.data import check_source, split_held_out
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.run import check_output
+from hydra_ppo.run_folder import check_output
 
 MIB = 2**20
 NOT_CHECKED = "not a local folder: not checked, would be downloaded"
@@ -182,13 +182,14 @@ def _check_reward_sources(config: PPOConfig) -> list[tuple[str, str]]:
     return found
 
 
-def dry_run(config: SFTConfig | PPOConfig, console: Console | None = None) -> None:
+def dry_run(config: SFTConfig | PPOConfig, console: Console | None = None, *, resume: bool = False) -> None:
     """Check files and output folder, and print what the run would do.
 
     Raises:
         ConfigError, DataError: The first thing that would stop the run.
     """
     console = console or Console()
+    command = "ppo" if isinstance(config, PPOConfig) else "sft"
     kind: Literal["preferences", "prompts"] = "prompts" if isinstance(config, PPOConfig) else "preferences"
     found = [("model.name_or_path", check_model("model.name_or_path", config.model.name_or_path))]
     if isinstance(config, PPOConfig):
@@ -201,7 +202,7 @@ def dry_run(config: SFTConfig | PPOConfig, console: Console | None = None) -> No
         split = split_held_out(range(train), config.data.eval_fraction, config.run.seed)
         train, held_out = len(split[0]), len(split[1])
         found.append(("held out", f"{held_out:,} of them, {train:,} to train on"))
-    found.append(("run.output", f"{check_output(config.run, config)} can be written"))
+    found.append(("run.output", f"{check_output(config.run, config, command=command, resume=resume)} can be written"))
     files = Table(title="Checked (no weights loaded)", title_justify="left")
     files.add_column("setting")
     files.add_column("found", overflow="fold")

@@ -27,3 +27,15 @@ class NonFiniteError(HydraError, ArithmeticError):
 
 class RewardError(HydraError, RuntimeError):
     """A reward source raised, or returned something other than one number per response. CLI exit code 1."""
+
+
+class CheckpointError(HydraError, RuntimeError):
+    """A checkpoint could not be written or read. CLI exit code 1."""
+
+
+class OutOfMemory(HydraError, MemoryError):
+    """Memory ran out with the smallest piece of work there is. CLI exit code 1."""
+
+
+class StorageError(HydraError, OSError):
+    """A file of the run folder could not be written. CLI exit code 1."""

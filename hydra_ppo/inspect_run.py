@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.plots import read_metrics
-from hydra_ppo.run import CONFIG, STATE, is_alive, read_state
+from hydra_ppo.run_folder import CONFIG, STATE, is_alive, read_state
 
 MIB = 2**20
 HIGHLIGHTS = (

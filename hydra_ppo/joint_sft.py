@@ -12,20 +12,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hydra_ppo import random_sources
+from hydra_ppo.checkpoint import Position, TrainerState
 from hydra_ppo.config import SFTConfig
 from hydra_ppo.data import PreferenceRow
 from hydra_ppo.errors import ConfigError, NonFiniteError
+from hydra_ppo.exhaustion import Limits
 from hydra_ppo.experience import Experience, split_by_length
 from hydra_ppo.functional import ranking_loss
+from hydra_ppo.interruption import StopRequested, check_stop
 from hydra_ppo.memory import PhaseMemory
 from hydra_ppo.model import HydraModel
-from hydra_ppo.optim import build_optimizer, clip_gradients, state_tensors
+from hydra_ppo.optim import build_optimizer, clip_gradients, fresh_scaler, load_optimizer, save_optimizer, state_tensors
 from hydra_ppo.recorder import Recorder, Silent
 
 
@@ -46,8 +51,13 @@ class JointSFTTrainer:
         train_rows, eval_rows: tokenised preference pairs; without eval_rows nothing is evaluated and the last model is saved.
         pad_token_id: fills up rows.
         run: takes metrics and progress.
-        save: called whenever the held-out loss is the best so far.
+        save_best: called whenever the held-out loss is the best so far; once at the end where there are no held-out pairs.
+        save: called where a checkpoint is due, with the negative held-out loss where it was just measured: every
+            `config.run.save_every` steps, at a best held-out loss, after the last step and on a wish to stop.
         on_phase: told update and optimizer as they begin.
+
+    Attributes:
+        done: steps done.
 
     Memory: gradients and two fp32 moments per trained parameter; the activations of 2 * microbatch_size rows.
     """
@@ -61,7 +71,8 @@ class JointSFTTrainer:
         *,
         pad_token_id: int,
         run: Recorder | None = None,
-        save: Callable[[], None] = lambda: None,
+        save_best: Callable[[], None] = lambda: None,
+        save: Callable[[float | None], None] = lambda score: None,
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
         stage = "base" if config.method == "full" else config.adapter
@@ -76,48 +87,106 @@ class JointSFTTrainer:
         self.train_rows, self.eval_rows = list(train_rows), list(eval_rows)[: config.eval_pairs]
         self.pad_token_id = pad_token_id
         self.run = run or Silent()
-        self.save, self.on_phase = save, on_phase
-        per_epoch = math.ceil(len(self.train_rows) / config.batch_size)
-        self.total_steps = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
+        self.save_best, self.save, self.on_phase = save_best, save, on_phase
+        self.total_steps = total_steps(config, len(self.train_rows))
         groups = [(model.role_parameters(role), config.optimizer.learning_rate) for role in model.trainable_roles]
+        self.parameter_names = {id(p): name for named, _ in reversed(groups) for name, p in named.items()}
         self.optimizer, self.schedule = build_optimizer(groups, config.optimizer, self.total_steps)
         self.memory = PhaseMemory(model, model.device, config.run.memory)
         # fp16 gradients underflow without a scaled loss; with every other type the scaler does nothing.
         half = model.causal_lm.dtype == torch.float16 or model.autocast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)
 
+        self.limits = Limits({"microbatch_size": config.microbatch_size}, model.device, lambda text: self.run.note(text))
+        self.done = 0
+        self.seconds = 0.0
+        self.best: dict[str, float | None] = {}
+        self.best_step: int | None = None
+
     def train(self) -> dict[str, Any]:
-        """Run all epochs; return the summary: steps, seconds, and the evaluation at the best step, if there was one."""
-        started = time.perf_counter()
-        best: dict[str, float] | None = None
-        best_step = None
+        """Run the steps that are left; return the summary: steps, seconds, the evaluation at the best step, if there was one.
+
+        Raises:
+            StopRequested: on a wish to stop, after `save` was called.
+        """
         if self.config.reward_coef > 0:
             self.model.reward_head_trained = True
-        with self.run.progress(self.total_steps, "SFT") as advance:
-            for step, rows in enumerate(self._batches()):
-                with self.memory.step(step, state_tensors(self.optimizer)):
-                    metrics = self.step(step, rows)
-                last = step + 1 == self.total_steps
-                if self.eval_rows and (last or (step + 1) % self.config.eval_every == 0):
-                    metrics |= (found := self.evaluate())
-                    if best is None or found["eval/loss"] < best["eval/loss"]:
-                        best, best_step = found, step + 1
-                        self.save()
-                if last or step % self.config.run.log_every == 0 or "eval/loss" in metrics:
-                    self.run.log(step + 1, metrics | self.memory.metrics())
-                advance(1, f"loss {metrics['loss/total']:.3f}")
-        if best is None:
-            self.save()
+        try:
+            with self.run.progress(self.total_steps, "SFT") as advance:
+                advance(self.done, "")
+                for rows in islice(self._batches(), self.done, None):
+                    metrics = self._whole_step(self.done, rows)
+                    advance(1, f"loss {metrics['loss/total']:.3f}")
+        except StopRequested:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.save(None)
+            raise
+        if self.best_step is None:
+            self.save_best()
         return {
             "steps": self.total_steps,
-            "best_step": best_step,
-            "seconds": time.perf_counter() - started,
+            "best_step": self.best_step,
+            "seconds": self.seconds,
             "pairs": len(self.train_rows),
-            **(best or {}),
+            **self.best,
         }
 
-    def _batches(self) -> Any:
-        """Yield `total_steps` batches of pairs, each epoch in a fresh order."""
+    def _whole_step(self, step: int, rows: Sequence[PreferenceRow]) -> dict[str, float | None]:
+        """Do the step after `step` others, evaluate, log and save where due."""
+        begun = time.perf_counter()
+        with self.memory.step(step, state_tensors(self.optimizer)):
+            metrics = self.step(step, rows)
+        self.done = step + 1
+        last = self.done == self.total_steps
+        evaluated = bool(self.eval_rows) and (last or self.done % self.config.eval_every == 0)
+        best = False
+        if evaluated:
+            metrics |= (found := self.evaluate())
+            if best := self.best_step is None or found["eval/loss"] < self.best["eval/loss"]:
+                self.best, self.best_step = found, self.done
+                self.save_best()
+        self.seconds += time.perf_counter() - begun
+        if last or evaluated or step % self.config.run.log_every == 0:
+            self.run.log(self.done, metrics | self.memory.metrics())
+        due = self.config.run.save_every > 0 and self.done % self.config.run.save_every == 0
+        if last or due or (best and self.config.run.keep_best > 0):
+            self.save(-metrics["eval/loss"] if evaluated else None)
+        return metrics
+
+    @property
+    def position(self) -> Position:
+        """Steps done, and 0: a step here is one optimizer step."""
+        return self.done, 0
+
+    def state(self) -> TrainerState:
+        """Return all that `load` needs, beside what is trained, to go on from `position` bit for bit."""
+        optimizer, schedule = save_optimizer(self.optimizer, self.schedule, self.parameter_names)
+        randoms, random_values = random_sources.capture({})
+        tensors = {f"optimizer.{k}": v for k, v in optimizer.items()} | {f"random.{k}": v for k, v in randoms.items()}
+        values = {
+            "done": self.done,
+            "seconds": self.seconds,
+            "schedule": schedule,
+            "scaler": self.scaler.state_dict(),
+            "best": self.best,
+            "best_step": self.best_step,
+            "limits": self.limits.sizes,
+            "random": random_values,
+        }
+        return TrainerState(tensors, values)
+
+    def load(self, state: TrainerState) -> None:
+        """Go on from where `state` was taken. What is trained must be as it was at that moment."""
+        values, tensors = state.values, state.groups()
+        load_optimizer(self.optimizer, self.schedule, self.parameter_names, tensors.get("optimizer", {}), values["schedule"])
+        self.scaler.load_state_dict(values["scaler"])
+        self.done, self.seconds = values["done"], values["seconds"]
+        self.best, self.best_step = values["best"], values["best_step"]
+        self.limits.sizes |= values["limits"]
+        random_sources.restore(tensors["random"], values["random"], {})
+
+    def _batches(self) -> Iterator[list[PreferenceRow]]:
+        """Yield `total_steps` batches of pairs, each epoch in a fresh order; the same ones for the same seed."""
         generator = torch.Generator().manual_seed(self.config.run.seed)
         done = 0
         while True:
@@ -128,13 +197,33 @@ class JointSFTTrainer:
                 done += 1
                 yield [self.train_rows[i] for i in order[start : start + self.config.batch_size]]
 
-    def step(self, step: int, rows: Sequence[PreferenceRow]) -> dict[str, float]:
-        """Take one optimizer step; the result does not depend on the micro-batch size."""
+    def step(self, step: int, rows: Sequence[PreferenceRow]) -> dict[str, float | None]:
+        """Take one optimizer step; the result does not depend on the micro-batch size.
+
+        Raises:
+            NonFiniteError: naming step and quantity, before anything is changed.
+            OutOfMemory: when one pair at a time does not fit.
+        """
+        return self.limits.fit(
+            "microbatch_size",
+            f"step={step + 1} phase=update",
+            lambda size: self._step(step, rows, size),
+            undo=self._drop_gradients,
+            most=len(rows),
+        )
+
+    def _drop_gradients(self) -> None:
+        """Forget what a failed step left behind."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler = fresh_scaler(self.scaler, self.model.device)
+
+    def _step(self, step: int, rows: Sequence[PreferenceRow], microbatch_size: int) -> dict[str, float | None]:
         config = self.config
         self.model.train()
         tokens = sum(len(row.chosen_ids) for row in rows)
         totals = torch.zeros(3, device=self.model.device)
-        for group in split_by_length([_length(row) for row in rows], config.microbatch_size):
+        for group in split_by_length([_length(row) for row in rows], microbatch_size):
+            check_stop()
             self._announce("update")
             sums = self.pass_over([rows[i] for i in group])
             loss = config.sft_coef * sums.nll / tokens + config.reward_coef * sums.ranking / len(rows)
@@ -167,13 +256,18 @@ class JointSFTTrainer:
         self.on_phase(phase)
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float | None]:
         """Return held-out perplexity (per response token, None without SFT), pair accuracy (None without reward) and loss."""
         self.model.eval()
         rows = self.eval_rows
-        totals = torch.zeros(3, device=self.model.device)
-        for group in split_by_length([_length(row) for row in rows], 4 * self.config.microbatch_size):
-            totals += torch.stack(list(self.pass_over([rows[i] for i in group])))
+
+        def total(size: int) -> Tensor:
+            totals = torch.zeros(3, device=self.model.device)
+            for group in split_by_length([_length(row) for row in rows], 4 * size):
+                totals += torch.stack(list(self.pass_over([rows[i] for i in group])))
+            return totals
+
+        totals = self.limits.fit("microbatch_size", f"step={self.done} evaluation", total, most=len(rows))
         nll, ranking, correct = totals.tolist()
         nll /= sum(len(row.chosen_ids) for row in rows)
         found = _metrics(self.config, nll, ranking / len(rows), correct / len(rows), "eval/reward_accuracy")
@@ -208,6 +302,12 @@ class JointSFTTrainer:
             ranking = ranking_loss(chosen, rejected).sum()
             correct = (chosen > rejected).float().sum()
         return PairSums(nll, ranking, correct)
+
+
+def total_steps(config: SFTConfig, pairs: int) -> int:
+    """Return the optimizer steps of a run over so many training pairs."""
+    whole = math.ceil(pairs / config.batch_size) * config.epochs
+    return min(whole, config.max_steps or whole)
 
 
 def _length(row: PreferenceRow) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ppo.errors import DataError
-from hydra_ppo.run import METRICS
+from hydra_ppo.run_folder import METRICS
 
 MIB = 2**20
 MEMORY_METRIC = re.compile(r"memory/(.+)_peak_bytes")

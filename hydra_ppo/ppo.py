@@ -19,16 +19,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hydra_ppo.announce import allocating
-from hydra_ppo.config import PPOConfig
+from hydra_ppo.checkpoint import Position, TrainerState
+from hydra_ppo.config import PPOConfig, RolloutSettings
 from hydra_ppo.data import PromptRow
 from hydra_ppo.errors import ConfigError, NonFiniteError
+from hydra_ppo.exhaustion import Limits
 from hydra_ppo.experience import Experience
 from hydra_ppo.functional import (
     adaptive_kl_coef,
@@ -40,9 +43,12 @@ from hydra_ppo.functional import (
     value_loss,
     whiten,
 )
+from hydra_ppo.interruption import StopRequested, check_stop
 from hydra_ppo.memory import PhaseMemory
 from hydra_ppo.model import HydraModel
-from hydra_ppo.optim import build_optimizer, clip_gradients, state_tensors
+from hydra_ppo.optim import build_optimizer, clip_gradients, fresh_scaler, state_tensors
+from hydra_ppo.ppo_metrics import POLICY, VALUE, compare, mean_of, rollout_metrics
+from hydra_ppo.ppo_state import PartialStep, PromptBatches, Totals, capture_sources, load_state, save_state
 from hydra_ppo.recorder import Recorder, Silent
 from hydra_ppo.rewards import Scorer
 from hydra_ppo.rollout import collect_experience
@@ -54,11 +60,6 @@ if TYPE_CHECKING:
 EVAL_SEED = 1_000_003
 """Held-out prompts are sampled with this seed, so that evaluations differ by the policy alone."""
 
-COMPARED = (
-    *("eval_scores_before", "eval_scores_after", "eval_scores_gain_se", "eval_kl"),
-    *("eval_repeated_4grams_before", "eval_repeated_4grams_after"),
-)
-
 
 class PPOTrainer:
     """Trains actor and critic of a HydraModel.
@@ -69,9 +70,14 @@ class PPOTrainer:
         config: every setting.
         prompts, eval_prompts: tokenised prompts; without eval_prompts nothing is evaluated.
         run: takes metrics, samples and progress.
-        save: called with the step number every `config.run.save_every` steps.
+        save: called where a checkpoint is due, with the held-out score where it was just measured: every
+            `config.run.save_every` steps, at a best held-out score, after the last step and on a wish to stop.
         sampler: samples the responses; called as `hydra_ppo.sampling.sample` is.
         on_phase: told rollout, score, update-actor, update-critic and optimizer as they begin.
+
+    Attributes:
+        done: steps done.
+        partial: the step that is being updated on, None outside of the updates.
 
     Memory: beyond the model, gradients and two fp32 moments per parameter of the two adapters and the value head.
     """
@@ -85,7 +91,7 @@ class PPOTrainer:
         eval_prompts: Sequence[PromptRow] = (),
         *,
         run: Recorder | None = None,
-        save: Callable[[int], None] = lambda step: None,
+        save: Callable[[float | None], None] = lambda score: None,
         sampler: Callable[..., Samples] = sample,
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
@@ -109,79 +115,146 @@ class PPOTrainer:
         self.kl_coef = config.kl.coef
         self.generator = torch.Generator(model.device).manual_seed(config.run.seed)
         self.shuffler = torch.Generator().manual_seed(config.run.seed)
-        self.batches = self._prompt_batches()
-        minibatches = config.rollout.batch_size // config.minibatch_size
+        copies = config.rollout.samples_per_prompt
+        self.batches = PromptBatches(self.prompts, config.rollout.batch_size // copies, copies, self.shuffler)
         actor, critic = model.role_parameters("actor"), model.role_parameters("critic")
         rate = config.optimizer.learning_rate
         self.optimizer, self.schedule = build_optimizer(
             [(actor, rate), (critic, config.critic_learning_rate or rate)],
             config.optimizer,
-            config.steps * config.ppo_epochs * minibatches,
+            optimizer_steps(config),
         )
         self.actor_parameters, self.critic_parameters = list(actor.values()), list(critic.values())
+        self.parameter_names = {id(parameter): name for name, parameter in (critic | actor).items()}
         self.memory = PhaseMemory(model, model.device, config.run.memory)
         # fp16 gradients underflow without a scaled loss; with every other type the scaler does nothing.
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=model.causal_lm.dtype == torch.float16)
 
+        sizes = {
+            "rollout.generation_batch_size": config.rollout.generation_batch_size or max(len(self.eval_prompts), self._rows),
+            "rollout.score_batch_size": config.rollout.score_batch_size,
+            "microbatch_size": config.microbatch_size,
+        }
+        self.limits = Limits(sizes, model.device, lambda text: self.run.note(text))
+        self.done = 0
+        self.partial: PartialStep | None = None
+        self.totals = Totals()
+        self._sources = capture_sources(self)
+        self._begun = time.perf_counter()
+
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        """Run all steps and return the summary: steps, seconds, responses per second, evaluations before and after."""
-        started = time.perf_counter()
-        before = self.evaluate(0)
-        after = before
-        totals = {"responses": 0, "seconds": 0.0}
-        peaks: dict[str, int] = {}
-        with self.run.progress(self.config.steps, "PPO") as advance:
-            for step in range(1, self.config.steps + 1):
-                begun = time.perf_counter()
-                with self.memory.step(step - 1, state_tensors(self.optimizer)):
-                    metrics = self.step(step)
-                seconds = time.perf_counter() - begun
-                metrics |= self._throughput(metrics, seconds) | self.memory.metrics()
-                for phase, peak in self.memory.peaks.items():
-                    peaks[phase] = max(peak, peaks.get(phase, 0))
-                totals = {
-                    "responses": totals["responses"] + self.config.rollout.batch_size,
-                    "seconds": totals["seconds"] + seconds,
-                }
-                last = step == self.config.steps
-                evaluated = last or (self.config.eval_every > 0 and step % self.config.eval_every == 0)
-                if evaluated:
-                    after = self.evaluate(step)
-                    metrics |= {k: v for k, v in after.items() if not isinstance(v, list)}
-                if evaluated or step % self.config.run.log_every == 0:
-                    self.run.log(step, metrics)
-                if self.config.run.save_every and step % self.config.run.save_every == 0:
-                    self.save(step)
-                advance(1, f"score {metrics['objective/scores']:.3f}  KL {metrics['objective/kl']:.2f}")
+        """Run the steps that are left and return the summary: steps, seconds, responses per second, before and after.
+
+        Raises:
+            StopRequested: on a wish to stop, after `save` was called.
+        """
+        totals = self.totals
+        try:
+            if totals.before is None:
+                totals.before = totals.after = self.evaluate(0)
+                self._sources = capture_sources(self)  # a reward function may have drawn random numbers
+            with self.run.progress(self.config.steps, "PPO") as advance:
+                advance(self.done, "")
+                while self.done < self.config.steps:
+                    metrics = self._whole_step(self.done + 1)
+                    advance(1, f"score {metrics['objective/scores']:.3f}  KL {metrics['objective/kl']:.2f}")
+        except StopRequested:
+            # The gradients of the minibatch that was begun go; it is done again. Parameters are those of the last step.
+            self.optimizer.zero_grad(set_to_none=True)
+            self.save(None)
+            raise
         return {
             "steps": self.config.steps,
-            "seconds": time.perf_counter() - started,
-            "responses_per_second": totals["responses"] / totals["seconds"],
-            "peak_bytes": max(peaks.values(), default=None),
-            "phase_peak_bytes": peaks or None,
-            **compare(before, after),
+            "seconds": totals.seconds,
+            "responses_per_second": totals.responses / totals.seconds,
+            "peak_bytes": max(totals.peaks.values(), default=None),
+            "phase_peak_bytes": totals.peaks or None,
+            **compare(totals.before, totals.after),
         }
 
+    def _whole_step(self, step: int) -> dict[str, float | None]:
+        """Do a step, evaluate, log and save where due."""
+        config, totals = self.config, self.totals
+        self._begun = time.perf_counter()
+        with self.memory.step(step - 1, state_tensors(self.optimizer)):
+            metrics = self._advance(step)
+        assert self.partial is not None
+        seconds = self.partial.seconds + time.perf_counter() - self._begun
+        metrics |= self._throughput(metrics, seconds) | self.memory.metrics()
+        last = step == config.steps
+        evaluated = last or (config.eval_every > 0 and step % config.eval_every == 0)
+        found = self.evaluate(step) if evaluated else {}
+        metrics |= {k: v for k, v in found.items() if not isinstance(v, list)}
+        if evaluated or step % config.run.log_every == 0:
+            self.run.log(step, metrics)
+
+        totals.after = found or totals.after
+        totals.responses += self._rows
+        totals.seconds += seconds
+        for phase, peak in self.memory.peaks.items():
+            totals.peaks[phase] = max(peak, totals.peaks.get(phase, 0))
+        self._close(step, metrics)
+        score = found.get("eval/scores")
+        best = score is not None and (totals.best_score is None or score > totals.best_score)
+        if best:
+            totals.best_score = score
+        due = config.run.save_every > 0 and step % config.run.save_every == 0
+        if last or due or (best and config.run.keep_best > 0):
+            self.save(score)
+        return metrics
+
+    @property
+    def position(self) -> Position:
+        """Steps done, and optimizer steps done of the next one."""
+        return self.done, 0 if self.partial is None else self.partial.optimizer_steps
+
+    def state(self) -> TrainerState:
+        """Return all that `load` needs, beside adapters and heads, to go on from `position` bit for bit."""
+        return save_state(self, self._sources, time.perf_counter() - self._begun)
+
+    def load(self, state: TrainerState) -> None:
+        """Go on from where `state` was taken. Adapters and heads of the model must be those of that moment."""
+        load_state(self, state)
+        self._sources = capture_sources(self)
+
     def step(self, step: int) -> dict[str, float | None]:
-        """Do one rollout and its updates; return the metrics.
+        """Do one rollout and its updates, or what is left of them; return the metrics.
 
         Raises:
             NonFiniteError: naming step, phase and quantity.
             RewardError: when a reward source fails.
+            OutOfMemory: when one row at a time does not fit.
         """
-        rows = next(self.batches)
-        experience = collect_experience(
-            self.model,
-            [row.ids for row in rows],
-            self.config.rollout,
-            eos_ids=self.eos_ids,
-            pad_id=self.pad_id,
-            generator=self.generator,
-            on_phase=self._announce,
-            sampler=self.sampler,
+        metrics = self._advance(step)
+        self._close(step, metrics)
+        return metrics
+
+    def _advance(self, step: int) -> dict[str, float | None]:
+        """Do what is left of a step, but leave it open: an evaluation that is stopped can be done again."""
+        if self.partial is None:
+            self.partial = self._rollout(step)
+            self._sources = capture_sources(self)
+        part = self.partial
+        metrics = part.metrics | self.update(
+            part.experience, train_actor=step > self.config.critic_warmup_steps, step=step, part=part
         )
+        part.experience = part.experience.with_tensors(trunk=None)  # large, and of no more use
+        return metrics | {"kl_coef": self.kl_coef, "lr": self.schedule.get_last_lr()[0]}
+
+    def _close(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Count a step as done."""
+        if self.config.kl.adaptive:
+            kl = self.config.kl
+            self.kl_coef = adaptive_kl_coef(self.kl_coef, metrics["objective/kl"], kl.target, kl.horizon, self._rows)
+        self.done, self.partial = step, None
+        self._sources = capture_sources(self)
+
+    def _rollout(self, step: int) -> PartialStep:
+        """Sample and score one batch of responses; return it with its advantages."""
+        rows = next(self.batches)
+        experience = self._collect(rows, self.generator, f"step={step}", self._announce)
         raw, shaped = self._score(experience, rows, f"step={step} phase=score")
         if step % self.config.sample_every == 0 or step == 1:
             self.run.samples(step, self._samples(experience, rows, raw))
@@ -191,54 +264,67 @@ class PPOTrainer:
             scores = torch.tensor(shaped, device=self.model.device)
             experience = with_advantages(experience, scores, self.config, self.kl_coef)
         explained = explained_variance(experience.old_values, experience.returns, experience.response_mask)
-        metrics |= self.update(experience, train_actor=step > self.config.critic_warmup_steps, step=step)
-        metrics |= {
-            "value/explained_variance": explained.item(),
-            "kl_coef": self.kl_coef,
-            "lr": self.schedule.get_last_lr()[0],
-        }
-        if self.config.kl.adaptive:
-            kl = self.config.kl
-            self.kl_coef = adaptive_kl_coef(self.kl_coef, metrics["objective/kl"], kl.target, kl.horizon, len(experience))
-        return metrics
+        return PartialStep(experience, metrics | {"value/explained_variance": explained.item()})
 
-    def update(self, experience: Experience, *, train_actor: bool = True, step: int = 0) -> dict[str, float | None]:
-        """Run the PPO epochs over one rollout whose advantages and returns are filled in."""
-        config, model = self.config, self.model
-        model.train()
-        actor_stats: list[Tensor] = []
-        critic_stats: list[Tensor] = []
-        stopped = False
-        for minibatch in experience.minibatches(config.ppo_epochs, config.minibatch_size, self.shuffler):
-            count = minibatch.response_mask.sum()
-            policy = torch.zeros(5, device=model.device)
-            value = torch.zeros(2, device=model.device)
-            for rows in minibatch.split(config.microbatch_size, config.microbatch_tokens):
-                with allocating("experience"):
-                    micro = minibatch.select(rows)
-                if train_actor and not stopped:
-                    self._announce("update-actor")
-                    policy += self.actor_backward(micro, count)
-                self._announce("update-critic")
-                value += self.critic_backward(micro, count)
-            # Reading the KL waits for the device, so only who asks for the early stop pays for it.
-            if config.target_kl is not None and train_actor and not stopped and policy[1].item() > config.target_kl:
-                stopped = True
-                for parameter in self.actor_parameters:
-                    parameter.grad = None
-            self._announce("optimizer")
-            norms = self.optimizer_step()
-            if train_actor and not stopped:
-                actor_stats.append(torch.cat([policy, norms[:1]]))
-            critic_stats.append(torch.cat([value, norms[1:]]))
-        metrics = _mean_of(
-            actor_stats,
-            ("policy/loss", "policy/approx_kl", "policy/clip_frac", "policy/ratio", "policy/entropy", "policy/grad_norm"),
-        )
-        metrics |= _mean_of(critic_stats, ("value/loss", "value/clip_frac", "value/grad_norm"))
-        metrics["policy/stopped_early"] = float(stopped)
+    def update(
+        self, experience: Experience, *, train_actor: bool = True, step: int = 0, part: PartialStep | None = None
+    ) -> dict[str, float | None]:
+        """Run the PPO epochs over one rollout whose advantages and returns are filled in.
+
+        Args:
+            part: what was done already; counts on as minibatches are done.
+        """
+        config = self.config
+        part = part or PartialStep(experience)
+        self.model.train()
+        for number, minibatch in enumerate(experience.minibatches(config.ppo_epochs, config.minibatch_size, self.shuffler)):
+            if number < part.optimizer_steps:
+                continue
+            micro_batches = minibatch.split(self.limits.sizes["microbatch_size"], config.microbatch_tokens)
+            self.limits.fit(
+                "microbatch_size",
+                f"step={step} phase=update",
+                lambda rows, minibatch=minibatch: self._minibatch(minibatch, rows, part, train_actor),
+                undo=self._drop_gradients,
+                most=max(len(rows) for rows in micro_batches),
+            )
+        metrics = mean_of(part.actor_stats, POLICY) | mean_of(part.critic_stats, VALUE)
+        metrics["policy/stopped_early"] = float(part.stopped)
         self._check(step, "update", metrics)
         return metrics
+
+    def _minibatch(self, minibatch: Experience, microbatch_size: int, part: PartialStep, train_actor: bool) -> None:
+        """Take one optimizer step; the result does not depend on the micro-batch size."""
+        config, device = self.config, self.model.device
+        count = minibatch.response_mask.sum()
+        policy, value = torch.zeros(5, device=device), torch.zeros(2, device=device)
+        stopped = part.stopped
+        for rows in minibatch.split(microbatch_size, config.microbatch_tokens):
+            check_stop()
+            with allocating("experience"):
+                micro = minibatch.select(rows)
+            if train_actor and not stopped:
+                self._announce("update-actor")
+                policy += self.actor_backward(micro, count)
+            self._announce("update-critic")
+            value += self.critic_backward(micro, count)
+        # Reading the KL waits for the device, so only who asks for the early stop pays for it.
+        if config.target_kl is not None and train_actor and not stopped and policy[1].item() > config.target_kl:
+            stopped = True
+            for parameter in self.actor_parameters:
+                parameter.grad = None
+        self._announce("optimizer")
+        norms = self.optimizer_step()
+        if train_actor and not stopped:
+            part.actor_stats.append(torch.cat([policy, norms[:1]]))
+        part.critic_stats.append(torch.cat([value, norms[1:]]))
+        part.stopped = stopped
+        part.optimizer_steps += 1
+
+    def _drop_gradients(self) -> None:
+        """Forget what a failed minibatch left behind."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler = fresh_scaler(self.scaler, self.model.device)
 
     def actor_backward(self, micro: Experience, count: Tensor) -> Tensor:
         """Add the actor's gradients of one micro-batch; return (5,) loss, approx_kl, clip_frac, ratio, entropy."""
@@ -295,15 +381,7 @@ class PPOTrainer:
         if not self.eval_prompts:
             return {}
         generator = torch.Generator(self.model.device).manual_seed(EVAL_SEED)
-        experience = collect_experience(
-            self.model,
-            [row.ids for row in self.eval_prompts],
-            self.config.rollout,
-            eos_ids=self.eos_ids,
-            pad_id=self.pad_id,
-            generator=generator,
-            sampler=self.sampler,
-        )
+        experience = self._collect(self.eval_prompts, generator, f"step={step} evaluation")
         raw, _ = self._score(experience, self.eval_prompts, f"step={step} phase=evaluation", shape=False)
         found = rollout_metrics(experience, raw, raw, 0.0, self.eos_ids)
         return {
@@ -315,6 +393,35 @@ class PPOTrainer:
             "scores": raw,
             "responses": self._texts(experience),
         }
+
+    def _collect(
+        self,
+        rows: Sequence[PromptRow],
+        generator: torch.Generator,
+        where: str,
+        on_phase: Callable[[str], None] = lambda phase: None,
+    ) -> Experience:
+        return collect_experience(
+            self.model,
+            [row.ids for row in rows],
+            self.config.rollout,
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+            generator=generator,
+            on_phase=on_phase,
+            sampler=self.sampler,
+            limits=self.limits,
+            where=where,
+        )
+
+    def rollout_settings(self) -> RolloutSettings:
+        """Return the rollout's settings as far as they fit into memory."""
+        return replace(self.config.rollout, score_batch_size=self.limits.sizes["rollout.score_batch_size"])
+
+    @property
+    def _rows(self) -> int:
+        """Responses of a step."""
+        return self.config.rollout.batch_size
 
     def _score(
         self, experience: Experience, rows: Sequence[PromptRow], where: str, shape: bool = True
@@ -333,23 +440,11 @@ class PPOTrainer:
             {"prompt": row.text, "response": text, "score": score} for row, text, score in zip(rows, texts, scores, strict=True)
         ][: self.config.minibatch_size]
 
-    def _prompt_batches(self) -> Iterator[list[PromptRow]]:
-        """Yield the prompt of each response of a step, for ever; an epoch's remainder is filled up from the next epoch."""
-        copies = self.config.rollout.samples_per_prompt
-        size = self.config.rollout.batch_size // copies
-        pending: list[int] = []
-        while True:
-            while len(pending) < size:
-                pending += torch.randperm(len(self.prompts), generator=self.shuffler).tolist()
-            yield [self.prompts[i] for i in pending[:size] for _ in range(copies)]
-            pending = pending[size:]
-
     def _throughput(self, metrics: dict[str, Any], seconds: float) -> dict[str, float]:
-        rows = self.config.rollout.batch_size
         return {
             "time/seconds": seconds,
-            "time/responses_per_second": rows / seconds,
-            "time/tokens_per_second": rows * metrics["rollout/response_length"] / seconds,
+            "time/responses_per_second": self._rows / seconds,
+            "time/tokens_per_second": self._rows * metrics["rollout/response_length"] / seconds,
         }
 
     def _check(self, step: int, phase: str, metrics: dict[str, Any]) -> None:
@@ -375,61 +470,9 @@ def with_advantages(experience: Experience, scores: Tensor, config: PPOConfig, k
     return experience.with_tensors(advantages=advantages, returns=returns)
 
 
-def rollout_metrics(
-    experience: Experience, raw: Sequence[float], shaped: Sequence[float], kl_coef: float, eos_ids: Sequence[int]
-) -> dict[str, float | None]:
-    """Return what the rollout shows, with one wait for the device."""
-    assert experience.old_logprobs is not None
-    assert experience.ref_logprobs is not None
-    assert experience.old_values is not None
-    rows = len(experience)
-    kl = (experience.old_logprobs - experience.ref_logprobs).sum() / rows
-    surprise = -experience.old_logprobs.sum() / rows
-    drift = kl.new_zeros(())
-    if experience.sampler_logprobs is not None:
-        drift = (experience.sampler_logprobs - experience.old_logprobs).abs().max()
-    value_mean = masked_mean(experience.old_values, experience.response_mask)
-    kl_value, entropy, drift_value, value = torch.stack([kl, surprise, drift, value_mean]).tolist()
-    mean = sum(raw) / rows
-    return {
-        "objective/scores": mean,
-        "objective/scores_std": math.sqrt(sum((s - mean) ** 2 for s in raw) / rows),
-        "objective/rlhf_reward": sum(shaped) / rows - kl_coef * kl_value,
-        "objective/kl": kl_value,
-        "objective/entropy": entropy,
-        "value/mean": value,
-        "rollout/response_length": sum(experience.response_lengths) / rows,
-        "rollout/eos_rate": sum(experience.ended(eos_ids)) / rows,
-        "rollout/repeated_4grams": repeated_ngrams(experience.responses(), 4),
-        "rollout/logprob_drift": drift_value if experience.sampler_logprobs is not None else None,
-    }
-
-
-def repeated_ngrams(responses: Sequence[Sequence[int]], n: int) -> float:
-    """Return the share of n-grams that stood in the same response before; a policy that games its reward repeats itself."""
-    total = repeated = 0
-    for response in responses:
-        grams = [tuple(response[i : i + n]) for i in range(len(response) - n + 1)]
-        total += len(grams)
-        repeated += len(grams) - len(set(grams))
-    return repeated / total if total else 0.0
-
-
-def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Return held-out scores before and after, and the standard error of the mean difference, prompt by prompt."""
-    if not before:
-        return dict.fromkeys(COMPARED)
-    gains = [b - a for a, b in zip(before["scores"], after["scores"], strict=True)]
-    mean = sum(gains) / len(gains)
-    variance = sum((g - mean) ** 2 for g in gains) / max(len(gains) - 1, 1)
-    return {
-        "eval_scores_before": before["eval/scores"],
-        "eval_scores_after": after["eval/scores"],
-        "eval_scores_gain_se": math.sqrt(variance / len(gains)),
-        "eval_kl": after["eval/kl"],
-        "eval_repeated_4grams_before": before["eval/repeated_4grams"],
-        "eval_repeated_4grams_after": after["eval/repeated_4grams"],
-    }
+def optimizer_steps(config: PPOConfig) -> int:
+    """Return the optimizer steps of a run."""
+    return config.steps * config.ppo_epochs * (config.rollout.batch_size // config.minibatch_size)
 
 
 def end_tokens(model: HydraModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -440,10 +483,3 @@ def end_tokens(model: HydraModel, tokenizer: PreTrainedTokenizerBase) -> list[in
     if not found:
         raise ConfigError("tokenizer.eos_token=None leaves responses without an end; set eos_token in tokenizer_config.json.")
     return found
-
-
-def _mean_of(stats: Sequence[Tensor], names: Sequence[str]) -> dict[str, float | None]:
-    """Average per-minibatch statistics, with one wait for the device; None where there were none."""
-    if not stats:
-        return dict.fromkeys(names)
-    return dict(zip(names, torch.stack(list(stats)).mean(dim=0).tolist(), strict=True))

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from hydra_ppo.config import RewardSettings, RewardSource
 from hydra_ppo.errors import ConfigError, NonFiniteError, RewardError
+from hydra_ppo.interruption import stopping_at_once
+from hydra_ppo.time_limit import TimeLimitExceeded, time_limit
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -81,7 +83,9 @@ class Scorer:
         total = [0.0] * len(responses)
         for source, function in self._sources:
             name = source.kind if source.target is None else f"{source.kind} {source.target}"
-            values = head_scores if function is None else _call(function, name, prompts, responses, where)
+            values = head_scores
+            if function is not None:
+                values = _call(function, name, prompts, responses, where, self.settings.time_limit)
             for row, value in enumerate(values):
                 if not math.isfinite(value):
                     raise NonFiniteError(
@@ -125,9 +129,17 @@ def _load(source: RewardSource, device: torch.device) -> RewardFunction | None:
     return function
 
 
-def _call(function: RewardFunction, name: str, prompts: Sequence[str], responses: Sequence[str], where: str) -> list[float]:
+def _call(
+    function: RewardFunction, name: str, prompts: Sequence[str], responses: Sequence[str], where: str, limit: float | None
+) -> list[float]:
     try:
-        values = function(list(prompts), list(responses))
+        with stopping_at_once(), time_limit(limit):
+            values = function(list(prompts), list(responses))
+    except TimeLimitExceeded:
+        raise RewardError(
+            f"{where}: {name} took over reward.time_limit={limit:g} s; mend the function or raise the limit, then go on with "
+            "--resume."
+        ) from None
     except Exception as error:
         raise RewardError(f"{where}: {name} raised {type(error).__name__}: {error}; mend the function.") from error
     if isinstance(values, Tensor):

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from hydra_ppo.announce import allocating
 from hydra_ppo.config import RolloutSettings
+from hydra_ppo.exhaustion import Limits
 from hydra_ppo.experience import Experience
+from hydra_ppo.interruption import check_stop
 from hydra_ppo.model import HydraModel
 from hydra_ppo.sampling import Samples, sample
 
@@ -25,6 +27,8 @@ def collect_experience(
     generator: torch.Generator,
     on_phase: Callable[[str], None] = lambda phase: None,
     sampler: Callable[..., Samples] = sample,
+    limits: Limits | None = None,
+    where: str = "",
 ) -> Experience:
     """Sample a response to each prompt and score it in the three other roles.
 
@@ -36,19 +40,39 @@ def collect_experience(
         generator: source of randomness, on the model's device.
         on_phase: told "rollout" and "score" as they begin.
         sampler: called as `sample` is.
+        limits: what has fitted into memory so far; where it runs out, fewer rows are decoded or scored at once.
+        where: step, for the log.
 
     Returns:
         Experience with old_logprobs, ref_logprobs, old_values (B, R) and scores (B,) of the reward head.
 
     Memory: the KV cache while sampling; afterwards five (B, R) tensors.
     """
-    on_phase("rollout")
-    samples = sampler(model, prompts, settings, eos_ids, generator)
+    rows = len(prompts)
+    together = settings.generation_batch_size or rows
+    sizes = {"rollout.generation_batch_size": together, "rollout.score_batch_size": settings.score_batch_size}
+    limits = limits or Limits(sizes, model.device)
+    before = generator.get_state()
+
+    def decode(size: int) -> Samples:
+        on_phase("rollout")
+        return sampler(model, prompts, replace(settings, generation_batch_size=size), eos_ids, generator)
+
+    def score_all(size: int) -> Experience:
+        on_phase("score")
+        return score(model, experience, replace(settings, score_batch_size=size))
+
+    samples = limits.fit(
+        "rollout.generation_batch_size",
+        f"{where} phase=rollout",
+        decode,
+        undo=lambda: generator.set_state(before),
+        most=min(together, rows),
+    )
     with allocating("experience"):
         experience = Experience.from_lists(prompts, samples.responses, pad_id, model.device)
         experience.old_logprobs = _pad(samples.logprobs, experience)
-    on_phase("score")
-    return score(model, experience, settings)
+    return limits.fit("rollout.score_batch_size", f"{where} phase=score", score_all, most=rows)
 
 
 @torch.no_grad()
@@ -64,6 +88,7 @@ def score(model: HydraModel, experience: Experience, settings: RolloutSettings) 
         scores = torch.zeros(shape[0], device=model.device)
         trunk = _room_for_trunk(model, experience, settings)
     for rows in experience.split(settings.score_batch_size):
+        check_stop()
         with allocating("experience"):
             part = experience.select(rows)
             sequences = part.sequences()

@@ -6,6 +6,7 @@
     metrics.jsonl   one object per logged step: step, time (seconds since the epoch), metrics (null: not measured)
     samples.jsonl   one object per recorded sample: step and what the trainer gives
     state.json      command, state (running, finished, failed, interrupted), pid, times, versions, error
+    .lock           held by the process that writes the folder
     log.txt         what was printed
     summary.json    written last, by ``finish``
 """
@@ -13,23 +14,22 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
-import shutil
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import yaml
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -38,117 +38,13 @@ from rich.text import Text
 from hydra_ppo import __version__
 from hydra_ppo.config import PPOConfig, RunSettings, SFTConfig
 from hydra_ppo.config_io import as_values, render_yaml
-from hydra_ppo.errors import ConfigError
+from hydra_ppo.errors import ConfigError, StorageError
+from hydra_ppo.files import sync
+from hydra_ppo.interruption import StopRequested
+from hydra_ppo.run_folder import CONFIG, LOG, METRICS, SAMPLES, STATE, SUMMARY, check_output, clear, lock, read_state
 
-CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
-STATE, LOG, SUMMARY = "state.json", "log.txt", "summary.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
-TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-
-WRITTEN_FILES = (
-    *(CONFIG, METRICS, SAMPLES, STATE, LOG, SUMMARY),
-    *("hydra.json", "heads.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
-)
-WRITTEN_FOLDERS = ("sft", "reward", "actor", "critic", "base", "checkpoints", "plots", "tensorboard", "wandb")
 SAMPLE_ROWS_SHOWN = 4
-
-
-def read_state(folder: Path) -> dict[str, Any] | None:
-    """Return ``state.json`` of a run folder, or None where there is none or it cannot be read."""
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return state if isinstance(state, dict) else None
-
-
-def is_alive(state: Mapping[str, Any]) -> bool | None:
-    """Say whether the process that wrote ``state`` still runs; None where it ran on another machine."""
-    if state.get("host") != socket.gethostname():
-        return None
-    try:
-        os.kill(int(state["pid"]), 0)
-    except (ProcessLookupError, KeyError, TypeError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def check_output(settings: RunSettings, config: Any = None) -> Path:
-    """Check that a run may be written to ``settings.output``, and change nothing.
-
-    Raises:
-        ConfigError: The folder holds a run (and ``overwrite`` is off), other files, a run in progress, or the
-            model or data that this run reads; or a tracker's package is missing.
-    """
-    folder = Path(settings.output).expanduser()
-    name = f"run.output={settings.output!r}"
-    _check_trackers(settings)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{name} is a file; choose a folder.")
-    parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(
-            f"{name} cannot be made, {parent} is {'read-only' if parent.is_dir() else 'a file'}; choose another folder."
-        )
-    if not folder.exists() or not any(folder.iterdir()):
-        return folder
-    state = read_state(folder)
-    if state is None and not (folder / STATE).exists():
-        raise ConfigError(f"{name} is not empty and holds no run; choose another folder.")
-    verdict = (state or {}).get("state")
-    if verdict == "running" and is_alive(state or {}):
-        raise ConfigError(f"{name} is being written by process {(state or {}).get('pid')}; choose another folder.")
-    if not settings.overwrite:
-        holds = "a finished run" if verdict == "finished" else f"an unfinished run ({verdict or 'unreadable state'})"
-        raise ConfigError(f"{name} holds {holds}; choose another folder or pass --run.overwrite true.")
-    for setting, source in _sources(config):
-        path = Path(source).expanduser()
-        if path.exists() and (path.resolve() == folder.resolve() or folder.resolve() in path.resolve().parents):
-            raise ConfigError(f"{name} with run.overwrite=true would delete {setting}={source!r}; choose another folder.")
-    return folder
-
-
-def _sources(config: Any) -> Iterator[tuple[str, str]]:
-    if is_dataclass(config) and not isinstance(config, type):
-        yield "model.name_or_path", config.model.name_or_path
-        if base := _base_beside(Path(config.model.name_or_path)):
-            yield "the base of model.name_or_path", base
-        yield "data.train", config.data.train
-        if config.data.eval:
-            yield "data.eval", config.data.eval
-
-
-def _base_beside(folder: Path) -> str | None:
-    """Return the local base that a saved model of this program stands on, where it has one."""
-    try:
-        base = json.loads((folder / "hydra.json").read_text(encoding="utf-8"))["base"]
-        return str(folder / base["name_or_path"]) if base["relative"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _check_trackers(settings: RunSettings) -> None:
-    for tracker in settings.trackers:
-        package = TRACKER_PACKAGES[tracker]
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"run.trackers=[{tracker}] needs the package {package}, which is not installed; "
-                "run pip install 'hydra-ppo[track]'."
-            )
-
-
-def clear(folder: Path) -> None:
-    """Remove what this program writes from a run folder, and nothing else."""
-    for name in (*WRITTEN_FILES, *WRITTEN_FOLDERS):
-        path = folder / name
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        elif path.is_dir() and name in WRITTEN_FOLDERS:
-            shutil.rmtree(path)
 
 
 class Run:
@@ -162,50 +58,76 @@ class Run:
         self._settings = settings
         self._state = state
         self._console = console
+        self._lock: FileLock | None = None
         self._trackers: list[Any] = []
         self._not_finite: set[str] = set()
 
     @classmethod
-    def create(cls, settings: RunSettings, config: SFTConfig | PPOConfig | dict[str, Any], command: str) -> Run:
+    def create(
+        cls,
+        settings: RunSettings,
+        config: SFTConfig | PPOConfig | dict[str, Any],
+        command: str,
+        *,
+        resume: bool = False,
+        done: int = 0,
+        sampled: int = 0,
+    ) -> Run:
         """Make the folder and write its config and state; nothing is made or removed where a check fails.
 
         Args:
             settings: The run's own settings.
             config: Written to ``config.yaml``.
             command: Name of what runs, such as ``ppo``.
+            resume: Go on with the run that the folder holds: its metrics and samples stay as far as they count.
+            done: Steps done; metrics of later ones are dropped, they will be written again.
+            sampled: Steps whose samples stay.
 
         Raises:
-            ConfigError: See ``check_output``; also where the folder cannot be made.
+            ConfigError: See ``check_output``; also where the folder cannot be made, or another process writes it.
         """
-        folder = check_output(settings, config)
+        folder = check_output(settings, config, command=command, resume=resume)
         values = config if isinstance(config, dict) else as_values(config)
+        if not isinstance(config, dict):
+            values["run"]["overwrite"] = False  # how the run began; whoever loads this file goes on with it
         text = (
             yaml.safe_dump(config, sort_keys=False)
             if isinstance(config, dict)
             else render_yaml(type(config), values, comments=False)
         )
+        name = f"run.output={settings.output!r}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            held = lock(folder, name)
         except OSError as error:
-            raise ConfigError(f"run.output={settings.output!r} cannot be made ({error.strerror}); choose another.") from None
-        clear(folder)
+            raise ConfigError(f"{name} cannot be written ({error.strerror}); choose another folder.") from None
+        before = (read_state(folder) or {}) if resume and done + sampled else {}
         state = {
             "command": command,
             "state": "running",
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "started": _now(),
+            "started": before.get("started") or _now(),
+            "resumed": [*before.get("resumed", []), {"time": _now(), "step": done}] if before else [],
             "finished": None,
             "error": None,
             "version": __version__,
             "python": sys.version.split()[0],
             "packages": {name: _version(name) for name in PACKAGES},
+            "tracking_id": before.get("tracking_id") or uuid.uuid4().hex,
         }
         run = cls(folder, settings, state, Console(stderr=True))
-        run._write_state()
-        (folder / CONFIG).write_text(text, encoding="utf-8")
+        run._lock = held
         try:
-            run._start_trackers(values)
+            if done + sampled == 0:
+                clear(folder)
+            else:
+                (folder / SUMMARY).unlink(missing_ok=True)
+                keep_steps(folder / METRICS, done)
+                keep_steps(folder / SAMPLES, max(done, sampled))
+            run._write_state()
+            (folder / CONFIG).write_text(text, encoding="utf-8")
+            run._start_trackers(values, done)
         except BaseException as error:
             run._close("failed", error)
             raise
@@ -262,8 +184,7 @@ class Run:
         """Write one line to the console and, with the time, to ``log.txt``."""
         line = " ".join(text.split())
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-        with (self.folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(f"{_now()} {line}\n")
+        self._write(LOG, f"{_now()} {line}\n")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json`` and mark the run finished."""
@@ -274,7 +195,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt | StopRequested):
             self._close("interrupted", error)
         elif error is not None:
             self._close("failed", error)
@@ -293,10 +214,25 @@ class Run:
         return None
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=_as_plain) + "\n")
+        self._write(name, json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=_as_plain) + "\n")
 
-    def _start_trackers(self, values: Mapping[str, Any]) -> None:
+    def _write(self, name: str, text: str) -> None:
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise StorageError(
+                f"{self.folder / name} cannot be written ({error.strerror}); the last checkpoint is intact: make room or make "
+                "the folder writable, then go on with --resume."
+            ) from error
+
+    def flush(self) -> None:
+        """See that what was written so far is on the disk."""
+        for name in (METRICS, SAMPLES):
+            if (self.folder / name).exists():
+                sync(self.folder / name)
+
+    def _start_trackers(self, values: Mapping[str, Any], done: int) -> None:
         if not self._settings.trackers:
             return
         # accelerate imports torch, so only who asks for a tracker pays for it.
@@ -309,9 +245,12 @@ class Run:
         flat = {name: value if isinstance(value, int | float | str) else str(value) for name, value in _flat(values)}
         for name in self._settings.trackers:
             if name == "tensorboard":
-                tracker = TensorBoardTracker(self._settings.project, self.folder / "tensorboard")
+                # What a dead process logged beyond its last checkpoint is logged again.
+                purge = {"purge_step": done + 1} if done else {}
+                tracker = TensorBoardTracker(self._settings.project, self.folder / "tensorboard", **purge)
             else:
-                tracker = WandBTracker(self._settings.project, dir=str(self.folder), name=self.folder.name)
+                same = {"id": self._state["tracking_id"], "resume": "allow"}
+                tracker = WandBTracker(self._settings.project, dir=str(self.folder), name=self.folder.name, **same)
             start_tracker(tracker)
             self._trackers.append(tracker)
             tracker.store_init_configuration(flat)
@@ -319,13 +258,37 @@ class Run:
     def _close(self, state: str, error: BaseException | None) -> None:
         line = None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
         self._state |= {"state": state, "finished": _now(), "error": line}
-        self._write_state()
-        trackers, self._trackers = self._trackers, []
-        for tracker in trackers:
-            tracker.finish()
+        try:
+            self._write_state()
+        except OSError:  # a full disk: why the run ended matters more, and a lock that nobody holds says that it did
+            if error is None:
+                raise
+        finally:
+            trackers, self._trackers = self._trackers, []
+            for tracker in trackers:
+                tracker.finish()
+            if self._lock is not None:
+                self._lock.release()
 
     def _write_state(self) -> None:
         _write_json(self.folder / STATE, self._state)
+
+
+def keep_steps(path: Path, last: int) -> None:
+    """Drop records of later steps than `last`, and a line that was half written, from a file of JSON lines."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n") and isinstance(record, dict) and record.get("step", 0) <= last:
+            kept.append(line)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(b"".join(kept))
+    partial.replace(path)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from hydra_ppo.config import RolloutSettings
 from hydra_ppo.drawing import draw
 from hydra_ppo.errors import NonFiniteError, UnsupportedModelError
 from hydra_ppo.experience import pad_rows, split_by_length
+from hydra_ppo.interruption import check_stop
 from hydra_ppo.kv_cache import new_cache
 from hydra_ppo.model import HydraModel
 from hydra_ppo.packing import attention_of
@@ -158,6 +159,7 @@ class Decoder:
         keep = _processors(settings)
         step = 0
         while True:
+            check_stop()
             drawn = draw(self.head.logits(self.hidden, settings.temperature), uniform[step, self.index], keep)
             tokens[step, self.index] = drawn.tokens
             logprobs[step, self.index] = drawn.logprobs

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from hydra_ppo.adapters import read_adapter
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.manifest import MANIFEST, describe_base
+from hydra_ppo.manifest import MANIFEST, describe_base, read_manifest
 
 if TYPE_CHECKING:
     from hydra_ppo.model import HydraModel
@@ -70,3 +71,23 @@ def read_heads(heads: nn.ModuleDict, folder: Path, manifest: dict[str, Any]) -> 
             )
         with torch.no_grad():
             head.weight.copy_(weight)
+
+
+def read_trained(model: HydraModel, folder: Path) -> None:
+    """Bring adapters, heads, and the base where it is itself trained, to what `write_model` wrote, bit for bit.
+
+    Raises:
+        ConfigError: when the folder does not fit the model.
+    """
+    manifest = read_manifest(folder)
+    for name in model.stage.adapters:
+        read_adapter(model.base, name, folder / name)
+    read_heads(model.heads, folder, manifest)
+    model.reward_head_trained = manifest["reward_head_trained"]
+    if model.stage.tunes_base:
+        state: dict[str, Tensor] = {}
+        for path in sorted((folder / "base").glob("*.safetensors")):
+            state |= load_file(path)
+        found = model.causal_lm.load_state_dict(state, strict=False)
+        if found.unexpected_keys:
+            raise ConfigError(f"{str(folder / 'base')!r} is of another model ({found.unexpected_keys[0]}); use its own.")

@@ -10,18 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [
-    {"errors", "recorder", "products"},
+    {"errors", "recorder", "products", "files", "interruption"},
     {"bases"},
     {"config", "functional", "experience", "logprobs", "memory", "sources", "row_formats", "announce", "stages", "lora"}
     | {"gated_mlp"}
-    | {"compat", "recompute", "packing", "trunk"},
+    | {"compat", "recompute", "packing", "trunk", "exhaustion", "random_sources", "fingerprint", "time_limit"},
     {"architecture", "config_io", "data", "lazy", "padding", "drawing", "kv_cache"},
     {"loading", "optim", "rewards", "adapters", "manifest", "lazy_logits", "sampled_logits"},
     {"model", "passes", "saving", "views"},
     {"sampling", "checkpoint", "export"},
     {"rollout"},
-    {"joint_sft", "ppo"},
-    {"run", "plots", "inspect_run"},
+    {"joint_sft", "ppo", "ppo_metrics", "ppo_state"},
+    {"run_folder", "run", "plots", "inspect_run", "resume"},
     {"dry_run", "doctor"},
     {"cli_config", "commands"},
     {"quickstart.corpus", "quickstart.run", "quickstart"},

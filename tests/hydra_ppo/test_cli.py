@@ -88,7 +88,7 @@ def test_bad_input_is_one_line_and_exit_2(argv, message, capsys):
     ],
 )
 def test_exit_codes(error, code, line, capsys, inputs, monkeypatch):
-    def fail(config):
+    def fail(config, resume):
         raise error
 
     monkeypatch.setattr(commands, "ppo", fail)
@@ -101,13 +101,16 @@ def test_exit_codes(error, code, line, capsys, inputs, monkeypatch):
 def test_commands_get_what_was_parsed(capsys, inputs, monkeypatch, tmp_path):
     seen = []
     for module, name in ((commands, "sft"), (commands, "ppo"), (commands, "export"), (quickstart, "main")):
-        monkeypatch.setattr(module, name, lambda *arguments, name=name: seen.append((name, *arguments)))
+        monkeypatch.setattr(
+            module, name, lambda *arguments, name=name, **options: seen.append((name, *arguments, *options.items()))
+        )
     assert call(capsys, "sft", *inputs, "--epochs", "3")[0] == 0
-    assert call(capsys, "ppo", *inputs, "--rollout.batch_size", "32")[0] == 0
+    assert call(capsys, "ppo", *inputs, "--rollout.batch_size", "32", "--resume")[0] == 0
     assert call(capsys, "export", "model", "--output", "plain", "--adapter-only")[0] == 0
     assert call(capsys, "quickstart")[0] == 0
     assert call(capsys, "quickstart", "--output", "q", "--seed", "3", "--overwrite")[0] == 0
     assert (seen[0][1].epochs, seen[1][1].rollout.batch_size) == (3, 32)
+    assert (seen[0][2:], seen[1][2:]) == ((("resume", False),), (("resume", True),))
     assert seen[2:] == [
         ("export", Path("model"), Path("plain"), True),
         ("main", Path("runs/quickstart"), 0, False),

@@ -99,7 +99,7 @@ def test_sft_then_ppo_then_inspect_then_export(project, method, tmp_path, capsys
     report = json.loads(capsys.readouterr().out)
     assert report["state"] == "finished"
     assert main(["ppo", str(tmp_path / "ppo.yaml")]) == 2
-    assert "holds a finished run; choose another folder or pass --run.overwrite" in capsys.readouterr().err
+    assert "holds a finished run; choose another folder, go on with --resume" in capsys.readouterr().err
 
     assert main(["export", str(run), "--output", str(tmp_path / "merged")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -88,7 +88,7 @@ def test_lora_training_learns_both_and_leaves_the_base_alone(quantization):
     model = hydra("sft", quantization=quantization, lora=LoraSettings(r=8))
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     memo, saves = Memo(), []
-    summary = train(model, sft_config(epochs=6, reward_coef=0.5), run=memo, save=lambda: saves.append(1)).train()
+    summary = train(model, sft_config(epochs=6, reward_coef=0.5), run=memo, save_best=lambda: saves.append(1)).train()
     first = next(m for _, m in memo.steps if "eval/perplexity" in m)
     assert summary["eval/perplexity"] < first["eval/perplexity"] < 32
     assert summary["eval/reward_accuracy"] > 0.9

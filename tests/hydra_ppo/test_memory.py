@@ -5,12 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hydra_ppo.checkpoint import save_checkpoint
 from hydra_ppo.config import OptimizerSettings
 from hydra_ppo.memory import LiveBytes, PhaseMemory
-from hydra_ppo.model import HydraModel
 from hydra_ppo.optim import build_optimizer, clip_gradients
-from tests.training import write_model
 
 CPU = torch.device("cpu")
 
@@ -64,31 +61,6 @@ def test_modes(mode, measured):
         if memory.peaks:
             found.append(step)
     assert found == measured
-
-
-def test_checkpoints_are_whole_and_only_the_last_are_kept(tmp_path):
-    model = HydraModel.from_pretrained(write_model(tmp_path / "base"))
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path / "run", step, model, keep_last=2)
-    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == ["step-000002", "step-000003"]
-    assert HydraModel.from_pretrained(tmp_path / "run" / "checkpoints" / "step-000003").roles == model.roles
-
-
-def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    model = HydraModel.from_pretrained(write_model(tmp_path / "base"))
-    save_checkpoint(tmp_path / "run", 1, model, keep_last=1)
-
-    def full(folder):
-        folder.mkdir(parents=True)
-        (folder / "hydra.json").write_text("{")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(model, "save_pretrained", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path / "run", 2, model, keep_last=1)
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000001"]
-    assert HydraModel.from_pretrained(tmp_path / "run" / "checkpoints" / "step-000001").roles == model.roles
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import torch
 
 from hydra_ppo.config import KLSettings, OptimizerSettings, RewardSettings, RewardSource, RolloutSettings
 from hydra_ppo.errors import ConfigError, NonFiniteError
-from hydra_ppo.ppo import COMPARED, PPOTrainer, compare, repeated_ngrams, with_advantages
+from hydra_ppo.ppo import PPOTrainer, with_advantages
+from hydra_ppo.ppo_metrics import COMPARED, compare, repeated_ngrams
 from hydra_ppo.rollout import collect_experience
 from tests.families import randomise
 from tests.hydra_ppo.test_joint_sft import Memo
@@ -213,9 +214,11 @@ def test_samples_checkpoints_and_evaluation_come_when_asked():
     memo.samples = lambda step, rows: saved.append(("samples", step, len(rows), sorted(rows[0])))
     config = ppo_config(reward=LOW_WORDS, steps=4, sample_every=2, eval_every=2)
     config = replace(config, run=replace(config.run, save_every=3))
-    trainer(config=config, run=memo, eval_prompts=prompts(4), save=lambda step: saved.append(("save", step))).train()
+    trainer(config=config, run=memo, eval_prompts=prompts(4), save=lambda score: saved.append(("save", score is None))).train()
     keys = ["prompt", "response", "score"]
-    assert saved == [("samples", 1, 4, keys), ("samples", 2, 4, keys), ("save", 3), ("samples", 4, 4, keys)]
+    # The first evaluation is the best so far; step 3 is due; step 4 is the last.
+    best, due, last = ("save", False), ("save", True), ("save", False)
+    assert saved == [("samples", 1, 4, keys), ("samples", 2, 4, keys), best, due, ("samples", 4, 4, keys), last]
     assert ["eval/scores" in m for _, m in memo.steps] == [False, True, False, True]
 
 

@@ -15,7 +15,8 @@ from hydra_ppo import __version__
 from hydra_ppo.cli_config import load_config
 from hydra_ppo.config import DataSettings, ModelSettings, PPOConfig, RunSettings, SFTConfig
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.run import WRITTEN_FILES, WRITTEN_FOLDERS, Run, check_output
+from hydra_ppo.run import Run
+from hydra_ppo.run_folder import WRITTEN_FILES, WRITTEN_FOLDERS, check_output
 
 
 def make_config(folder: Path, **settings) -> PPOConfig:
@@ -69,7 +70,7 @@ def test_a_finished_run(tmp_path, capsys):
     assert state["packages"]["torch"]
     assert (folder / "log.txt").read_text().endswith(" two lines\n")
     assert "two lines\n" in capsys.readouterr().err
-    assert tree(folder) == ["config.yaml", "log.txt", "metrics.jsonl", "samples.jsonl", "state.json", "summary.json"]
+    assert tree(folder) == [".lock", "config.yaml", "log.txt", "metrics.jsonl", "samples.jsonl", "state.json", "summary.json"]
 
 
 def test_settings_may_be_a_plain_dict(tmp_path):
@@ -145,10 +146,19 @@ def leave_run(folder: Path, ending: str) -> None:
 @pytest.mark.parametrize(
     ("ending", "message"),
     [
-        ("finished", "holds a finished run; choose another folder or pass --run.overwrite true."),
-        ("failed", "holds an unfinished run (failed); choose another folder or pass --run.overwrite true."),
-        ("killed", "holds an unfinished run (running); choose another folder or pass --run.overwrite true."),
-        ("broken", "holds an unfinished run (unreadable state); choose another folder or pass --run.overwrite true."),
+        ("finished", "holds a finished run"),
+        (
+            "failed",
+            "holds an unfinished run (failed); choose another folder, go on with --resume, or pass --run.overwrite true.",
+        ),
+        (
+            "killed",
+            "holds an unfinished run (running); choose another folder, go on with --resume, or pass --run.overwrite true.",
+        ),
+        (
+            "broken",
+            "holds an unfinished run (unreadable state); choose another folder, go on with --resume, or pass --run.overwrite true.",
+        ),
     ],
 )
 def test_an_earlier_run_is_kept_unless_overwrite(ending, message, tmp_path):
@@ -159,16 +169,19 @@ def test_an_earlier_run_is_kept_unless_overwrite(ending, message, tmp_path):
     before = tree(folder)
     with pytest.raises(ConfigError) as error:
         create(make_config(folder))
-    assert str(error.value) == f"run.output={str(folder)!r} {message}"
+    remedy = "choose another folder, go on with --resume, or pass --run.overwrite true."
+    assert str(error.value) == f"run.output={str(folder)!r} {message}; {remedy}"
     assert tree(folder) == before
     create(make_config(folder, overwrite=True)).finish({})
-    assert tree(folder) == ["config.yaml", "state.json", "summary.json"]
+    assert tree(folder) == [".lock", "config.yaml", "state.json", "summary.json"]
 
 
 def test_a_run_in_progress_is_never_overwritten(tmp_path):
-    create(make_config(tmp_path / "run"))
-    with pytest.raises(ConfigError, match=f"is being written by process {os.getpid()}; choose another folder"):
+    run = create(make_config(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=f"is being written by process {os.getpid()}; wait for it, stop it, or choose"):
         create(make_config(tmp_path / "run", overwrite=True))
+    run.finish({})
+    create(make_config(tmp_path / "run", overwrite=True)).finish({})
 
 
 def test_overwrite_removes_only_what_this_program_writes(tmp_path):
@@ -188,7 +201,7 @@ def test_overwrite_removes_only_what_this_program_writes(tmp_path):
     (folder / "mine").mkdir()
     (folder / "mine/metrics.jsonl").write_text("mine")
     create(make_config(folder, overwrite=True)).finish({})
-    assert tree(folder) == ["config.yaml", "mine", "mine/metrics.jsonl", "notes.md", "state.json", "summary.json"]
+    assert tree(folder) == [".lock", "config.yaml", "mine", "mine/metrics.jsonl", "notes.md", "state.json", "summary.json"]
     assert (outside / "precious").read_text() == "kept"
 
 
@@ -265,7 +278,7 @@ def test_missing_tracker_package_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_does_not_start_marks_the_run_failed(tmp_path, monkeypatch):
-    def fail(self, values):
+    def fail(self, values, done):
         raise OSError("no connection")
 
     monkeypatch.setattr(Run, "_start_trackers", fail)

@@ -1,0 +1,84 @@
+"""Short digests that tell whether a model, a tokenizer or the data are still what a run began with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WHOLE = 256 * 2**20
+"""Files up to this many bytes are read whole."""
+PLACES, BLOCK = 256, 64 * 2**10
+"""Of a larger file: how many places are read, and how many bytes at each. 16 MiB of an 8B shard take well under a second."""
+
+
+def model_digests(folder: Path) -> dict[str, str]:
+    """Return a digest of every file of a model that decides what it computes: config and safetensors, by path."""
+    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*/adapter_model.safetensors")])
+    paths += [path for path in (folder / "config.json", folder / "hydra.json") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
+
+
+def file_digest(path: Path) -> str:
+    """Return a digest of size and content; of a large file, of its beginning, its end and places in between."""
+    stat = path.stat()
+    return _digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: str, size: int, changed: int) -> str:
+    """Read a file once for as long as it stays the same."""
+    found = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= WHOLE:
+            while block := file.read(2**20):
+                found.update(block)
+        else:
+            for place in range(PLACES):
+                file.seek((size - BLOCK) * place // (PLACES - 1))
+                found.update(file.read(BLOCK))
+    return found.hexdigest()[:32]
+
+
+def model_folder(name_or_path: str) -> Path | None:
+    """Return where the files of a model lie: the folder itself, or the hub's cache; None where it is not here."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name_or_path, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of vocabulary, special tokens, chat template and how text is cut."""
+    content: list[Any] = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        content.append({name: rules.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "model")})
+    return _of(content)
+
+
+def rows_digest(*parts: Iterable[Any]) -> str:
+    """Return a digest of tokenised rows, part by part, in their order."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(b"part")
+        for row in part:
+            found.update(repr(row).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()[:32]
+
+
+def _of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -1,0 +1,84 @@
+"""What a PPO step and a PPO run are measured by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydra_ppo.experience import Experience
+from hydra_ppo.functional import masked_mean
+
+POLICY = ("policy/loss", "policy/approx_kl", "policy/clip_frac", "policy/ratio", "policy/entropy", "policy/grad_norm")
+VALUE = ("value/loss", "value/clip_frac", "value/grad_norm")
+COMPARED = (
+    *("eval_scores_before", "eval_scores_after", "eval_scores_gain_se", "eval_kl"),
+    *("eval_repeated_4grams_before", "eval_repeated_4grams_after"),
+)
+
+
+def rollout_metrics(
+    experience: Experience, raw: Sequence[float], shaped: Sequence[float], kl_coef: float, eos_ids: Sequence[int]
+) -> dict[str, float | None]:
+    """Return what the rollout shows, with one wait for the device."""
+    assert experience.old_logprobs is not None
+    assert experience.ref_logprobs is not None
+    assert experience.old_values is not None
+    rows = len(experience)
+    kl = (experience.old_logprobs - experience.ref_logprobs).sum() / rows
+    surprise = -experience.old_logprobs.sum() / rows
+    drift = kl.new_zeros(())
+    if experience.sampler_logprobs is not None:
+        drift = (experience.sampler_logprobs - experience.old_logprobs).abs().max()
+    value_mean = masked_mean(experience.old_values, experience.response_mask)
+    kl_value, entropy, drift_value, value = torch.stack([kl, surprise, drift, value_mean]).tolist()
+    mean = sum(raw) / rows
+    return {
+        "objective/scores": mean,
+        "objective/scores_std": math.sqrt(sum((s - mean) ** 2 for s in raw) / rows),
+        "objective/rlhf_reward": sum(shaped) / rows - kl_coef * kl_value,
+        "objective/kl": kl_value,
+        "objective/entropy": entropy,
+        "value/mean": value,
+        "rollout/response_length": sum(experience.response_lengths) / rows,
+        "rollout/eos_rate": sum(experience.ended(eos_ids)) / rows,
+        "rollout/repeated_4grams": repeated_ngrams(experience.responses(), 4),
+        "rollout/logprob_drift": drift_value if experience.sampler_logprobs is not None else None,
+    }
+
+
+def repeated_ngrams(responses: Sequence[Sequence[int]], n: int) -> float:
+    """Return the share of n-grams that stood in the same response before; a policy that games its reward repeats itself."""
+    total = repeated = 0
+    for response in responses:
+        grams = [tuple(response[i : i + n]) for i in range(len(response) - n + 1)]
+        total += len(grams)
+        repeated += len(grams) - len(set(grams))
+    return repeated / total if total else 0.0
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Return held-out scores before and after, and the standard error of the mean difference, prompt by prompt."""
+    if not before:
+        return dict.fromkeys(COMPARED)
+    gains = [b - a for a, b in zip(before["scores"], after["scores"], strict=True)]
+    mean = sum(gains) / len(gains)
+    variance = sum((g - mean) ** 2 for g in gains) / max(len(gains) - 1, 1)
+    return {
+        "eval_scores_before": before["eval/scores"],
+        "eval_scores_after": after["eval/scores"],
+        "eval_scores_gain_se": math.sqrt(variance / len(gains)),
+        "eval_kl": after["eval/kl"],
+        "eval_repeated_4grams_before": before["eval/repeated_4grams"],
+        "eval_repeated_4grams_after": after["eval/repeated_4grams"],
+    }
+
+
+def mean_of(stats: Sequence[Tensor], names: Sequence[str]) -> dict[str, float | None]:
+    """Average per-minibatch statistics, with one wait for the device; None where there were none."""
+    if not stats:
+        return dict.fromkeys(names)
+    return dict(zip(names, torch.stack(list(stats)).mean(dim=0).tolist(), strict=True))

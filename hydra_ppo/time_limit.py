@@ -1,0 +1,62 @@
+"""Ends a call of foreign code that takes too long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from hydra_ppo.errors import ConfigError
+
+SIGNAL = signal.SIGRTMIN + 5
+"""Not SIGALRM, which reward functions use for limits of their own."""
+GRACE = 30.0
+"""Seconds that code which Python cannot interrupt is waited for, before the process ends."""
+
+
+class TimeLimitExceeded(Exception):
+    """The block took too long."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise TimeLimitExceeded inside the block after so many seconds; None sets no limit.
+
+    Sleeping and waiting for a network are cut short, as is Python code. C code that never returns to Python is not: then
+    the process ends after `GRACE` more seconds.
+
+    Raises:
+        ConfigError: outside the main thread, which alone can be interrupted.
+    """
+    if seconds is None:
+        yield
+        return
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
+        raise ConfigError(f"reward.time_limit={seconds} needs the main thread of the process; train there, or set it to null.")
+    done = threading.Event()
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        if not done.is_set():
+            raise TimeLimitExceeded
+
+    def watch() -> None:
+        if done.wait(seconds):
+            return
+        signal.pthread_kill(main.ident, SIGNAL)
+        if done.wait(GRACE):
+            return
+        print(f"a call took over {seconds:g} s and cannot be interrupted; the process ends.", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    # Left in place afterwards: a signal on its way would otherwise end the process.
+    signal.signal(SIGNAL, ring)
+    threading.Thread(target=watch, daemon=True, name="time-limit").start()
+    try:
+        yield
+    finally:
+        done.set()
