@@ -116,13 +116,22 @@ def check_head(architecture: Architecture) -> None:
     A model may scale or shift its logits after the head; log-probs from hidden states would then be silently wrong.
 
     Raises:
-        UnsupportedModelError: when they differ.
+        UnsupportedModelError: when they differ, or are not finite.
     """
     weight = architecture.output_embeddings.weight
     if weight.device.type == "meta":
         return
     tokens = torch.tensor([[0, min(5, weight.shape[0] - 1)]], device=weight.device)
     expected = architecture.causal_lm(input_ids=tokens, use_cache=False).logits.float()
+    if not expected.isfinite().all():
+        named = architecture.causal_lm.named_parameters()
+        broken = next(
+            (name for name, weight in named if weight.is_floating_point() and not weight.isfinite().all()), "none alone"
+        )
+        raise UnsupportedModelError(
+            f"model={type(architecture.causal_lm).__name__} computes logits that are NaN or infinite (weight that is: {broken}); get "
+            "the model again, or use a wider model.dtype."
+        )
     hidden: Tensor = architecture.backbone(input_ids=tokens, use_cache=False).last_hidden_state
     found = architecture.lm_head().logits(hidden)
     difference = (expected - found).abs().max() / expected.abs().max().clamp(min=1e-6)

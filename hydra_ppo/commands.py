@@ -90,6 +90,7 @@ class _Loaded:
     checkpoint: Checkpoint | None
     identity: dict[str, Any]
     notes: list[str]
+    resume: bool
 
     def bring(self, trainer: PPOTrainer | JointSFTTrainer) -> None:
         """Bring model and trainer to where the checkpoint was written."""
@@ -127,7 +128,7 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded], stage: str
         notes.append(f"{folder} holds no checkpoint yet; the run starts at the first step")
     model = load_model(config.model, train=stage)
     identity = describe_run(config, tokenizer, rows, eval_rows)
-    return _Loaded(tokenizer, rows, eval_rows, model, checkpoint, identity, notes)
+    return _Loaded(tokenizer, rows, eval_rows, model, checkpoint, identity, notes, resume)
 
 
 @contextmanager
@@ -136,8 +137,7 @@ def _open(config: SFTConfig | PPOConfig, command: str, trainer: PPOTrainer | Joi
     from hydra_ppo.checkpoint import save_checkpoint
 
     done, part = trainer.position
-    resumed = loaded.checkpoint is not None
-    with Run.create(config.run, config, command, resume=resumed, done=done, sampled=done + (part > 0)) as run:
+    with Run.create(config.run, config, command, resume=loaded.resume, done=done, sampled=done + (part > 0)) as run:
         for note in loaded.notes:
             run.note(note)
         loaded.tokenizer.save_pretrained(run.folder)

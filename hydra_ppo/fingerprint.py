@@ -25,6 +25,13 @@ def model_digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
 
 
+def weights_digest(name_or_path: str) -> str | None:
+    """Return one digest of all weights of a model in a folder or the hub's cache; None where they are not there."""
+    folder = model_folder(name_or_path)
+    digests = {} if folder is None else {path.name: file_digest(path) for path in folder.glob("*.safetensors")}
+    return _of(digests) if digests else None
+
+
 def file_digest(path: Path) -> str:
     """Return a digest of size and content; of a large file, of its beginning, its end and places in between."""
     stat = path.stat()

@@ -30,7 +30,15 @@ from hydra_ppo.functional import ranking_loss
 from hydra_ppo.interruption import StopRequested, check_stop
 from hydra_ppo.memory import PhaseMemory
 from hydra_ppo.model import HydraModel
-from hydra_ppo.optim import build_optimizer, clip_gradients, fresh_scaler, load_optimizer, save_optimizer, state_tensors
+from hydra_ppo.optim import (
+    build_optimizer,
+    check_finite,
+    clip_gradients,
+    fresh_scaler,
+    load_optimizer,
+    save_optimizer,
+    state_tensors,
+)
 from hydra_ppo.recorder import Recorder, Silent
 
 
@@ -160,6 +168,7 @@ class JointSFTTrainer:
 
     def state(self) -> TrainerState:
         """Return all that `load` needs, beside what is trained, to go on from `position` bit for bit."""
+        check_finite(self.optimizer, self.parameter_names, f"step={self.done} phase=save")
         optimizer, schedule = save_optimizer(self.optimizer, self.schedule, self.parameter_names)
         randoms, random_values = random_sources.capture({})
         tensors = {f"optimizer.{k}": v for k, v in optimizer.items()} | {f"random.{k}": v for k, v in randoms.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ppo.errors import ConfigError
+from hydra_ppo.fingerprint import weights_digest
 
 MANIFEST = "hydra.json"
 
@@ -42,3 +43,17 @@ def describe_base(name_or_path: str, folder: Path) -> dict[str, Any]:
     if Path(name_or_path).is_dir():
         return {"name_or_path": os.path.relpath(Path(name_or_path).resolve(), folder.resolve()), "relative": True}
     return {"name_or_path": name_or_path, "relative": False}
+
+
+def check_base(folder: Path, base: str) -> None:
+    """Refuse adapters on another base than they were trained on; nothing is known of those saved before it was written down.
+
+    Raises:
+        ConfigError: naming both folders.
+    """
+    known, found = read_manifest(folder)["base"].get("weights"), weights_digest(base)
+    if known is not None and found is not None and known != found:
+        raise ConfigError(
+            f"model.name_or_path={str(folder)!r} holds adapters of another base than {base!r}, whose weights have changed; "
+            "put their own base back, or train them again."
+        )

@@ -23,7 +23,7 @@ from hydra_ppo.gated_mlp import use_lean_mlps
 from hydra_ppo.loading import DTYPES, base_from_config, load_base
 from hydra_ppo.logprobs import TokenLogprobs, token_logprobs
 from hydra_ppo.lora import use_lean_linear, use_lean_lora
-from hydra_ppo.manifest import MANIFEST, base_folder, read_manifest
+from hydra_ppo.manifest import MANIFEST, base_folder, check_base, read_manifest
 from hydra_ppo.packing import Packing, States, attention_of, packing_attention
 from hydra_ppo.recompute import disable_native_checkpointing, enable_recompute
 from hydra_ppo.saving import read_heads, write_model
@@ -172,6 +172,8 @@ class HydraModel(nn.Module):
         path = Path(name_or_path)
         saved = path if (path / MANIFEST).is_file() else None
         base = base_folder(path) if saved is not None else str(name_or_path)
+        if saved is not None:
+            check_base(saved, base)
         causal_lm = load_base(
             base,
             quantization=quantization,

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from hydra_ppo.config import OptimizerSettings
+from hydra_ppo.errors import NonFiniteError
 
 
 def build_optimizer(
@@ -47,6 +48,26 @@ def build_optimizer(
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale gradients down to `max_norm` (None: leave them) and return the norm () that they had."""
     return nn.utils.clip_grad_norm_(list(parameters), float("inf") if max_norm is None else max_norm)
+
+
+def check_finite(optimizer: torch.optim.Optimizer, names: Mapping[int, str], where: str) -> None:
+    """Refuse to save parameters that are NaN or infinite.
+
+    Args:
+        names: of the parameters, by id.
+        where: step and phase, for the message.
+
+    Raises:
+        NonFiniteError: naming the first such parameter.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    finite = torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).tolist()
+    for parameter, fine in zip(parameters, finite, strict=True):
+        if not fine:
+            raise NonFiniteError(
+                f"{where}: {names[id(parameter)]} is not finite; it is not saved. Lower optimizer.learning_rate, then go on with "
+                "--resume from the checkpoint before."
+            )
 
 
 def fresh_scaler(scaler: torch.amp.GradScaler, device: torch.device) -> torch.amp.GradScaler:

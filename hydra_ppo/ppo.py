@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hydra_ppo import random_sources
 from hydra_ppo.announce import allocating
 from hydra_ppo.checkpoint import Position, TrainerState
 from hydra_ppo.config import PPOConfig, RolloutSettings
@@ -46,7 +47,7 @@ from hydra_ppo.functional import (
 from hydra_ppo.interruption import StopRequested, check_stop
 from hydra_ppo.memory import PhaseMemory
 from hydra_ppo.model import HydraModel
-from hydra_ppo.optim import build_optimizer, clip_gradients, fresh_scaler, state_tensors
+from hydra_ppo.optim import build_optimizer, check_finite, clip_gradients, fresh_scaler, state_tensors
 from hydra_ppo.ppo_metrics import POLICY, VALUE, compare, mean_of, rollout_metrics
 from hydra_ppo.ppo_state import PartialStep, PromptBatches, Totals, capture_sources, load_state, save_state
 from hydra_ppo.recorder import Recorder, Silent
@@ -154,7 +155,6 @@ class PPOTrainer:
         try:
             if totals.before is None:
                 totals.before = totals.after = self.evaluate(0)
-                self._sources = capture_sources(self)  # a reward function may have drawn random numbers
             with self.run.progress(self.config.steps, "PPO") as advance:
                 advance(self.done, "")
                 while self.done < self.config.steps:
@@ -212,6 +212,7 @@ class PPOTrainer:
 
     def state(self) -> TrainerState:
         """Return all that `load` needs, beside adapters and heads, to go on from `position` bit for bit."""
+        check_finite(self.optimizer, self.parameter_names, f"step={self.done + 1} phase=save")
         return save_state(self, self._sources, time.perf_counter() - self._begun)
 
     def load(self, state: TrainerState) -> None:
@@ -259,7 +260,7 @@ class PPOTrainer:
         if step % self.config.sample_every == 0 or step == 1:
             self.run.samples(step, self._samples(experience, rows, raw))
         metrics = rollout_metrics(experience, raw, shaped, self.kl_coef, self.eos_ids)
-        self._check(step, "rollout", metrics)
+        self._check(f"step={step} phase=rollout", metrics)
         with allocating("experience"):
             scores = torch.tensor(shaped, device=self.model.device)
             experience = with_advantages(experience, scores, self.config, self.kl_coef)
@@ -288,10 +289,12 @@ class PPOTrainer:
                 undo=self._drop_gradients,
                 most=max(len(rows) for rows in micro_batches),
             )
-        metrics = mean_of(part.actor_stats, POLICY) | mean_of(part.critic_stats, VALUE)
-        metrics["policy/stopped_early"] = float(part.stopped)
-        self._check(step, "update", metrics)
-        return metrics
+        # The one wait for the device; what is first not finite is the cause of all that follows.
+        policy, value = ([] if not rows else torch.stack(rows).tolist() for rows in (part.actor_stats, part.critic_stats))
+        for rows, names in ((policy, POLICY), (value, VALUE)):
+            for number, row in enumerate(rows, 1):
+                self._check(f"step={step} phase=update, optimizer step {number}", dict(zip(names, row, strict=True)))
+        return mean_of(policy, POLICY) | mean_of(value, VALUE) | {"policy/stopped_early": float(part.stopped)}
 
     def _minibatch(self, minibatch: Experience, microbatch_size: int, part: PartialStep, train_actor: bool) -> None:
         """Take one optimizer step; the result does not depend on the micro-batch size."""
@@ -381,8 +384,10 @@ class PPOTrainer:
         if not self.eval_prompts:
             return {}
         generator = torch.Generator(self.model.device).manual_seed(EVAL_SEED)
-        experience = self._collect(self.eval_prompts, generator, f"step={step} evaluation")
-        raw, _ = self._score(experience, self.eval_prompts, f"step={step} phase=evaluation", shape=False)
+        # A reward function may draw random numbers; training must not depend on when it was last evaluated.
+        with random_sources.kept():
+            experience = self._collect(self.eval_prompts, generator, f"step={step} evaluation")
+            raw, _ = self._score(experience, self.eval_prompts, f"step={step} phase=evaluation", shape=False)
         found = rollout_metrics(experience, raw, raw, 0.0, self.eos_ids)
         return {
             "eval/scores": found["objective/scores"],
@@ -447,12 +452,12 @@ class PPOTrainer:
             "time/tokens_per_second": self._rows * metrics["rollout/response_length"] / seconds,
         }
 
-    def _check(self, step: int, phase: str, metrics: dict[str, Any]) -> None:
+    def _check(self, where: str, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
             overflow = name.endswith("grad_norm") and self.scaler.is_enabled() and self.scaler.get_scale() >= 1
             if value is not None and not math.isfinite(value) and not overflow:
                 raise NonFiniteError(
-                    f"step={step} phase={phase}: {name} is {value}; lower optimizer.learning_rate or use a wider model.dtype. "
+                    f"{where}: {name} is {value}; lower optimizer.learning_rate or use a wider model.dtype. "
                     "The last checkpoint is intact."
                 )
 

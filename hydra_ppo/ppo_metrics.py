@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hydra_ppo.experience import Experience
 from hydra_ppo.functional import masked_mean
@@ -77,8 +76,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def mean_of(stats: Sequence[Tensor], names: Sequence[str]) -> dict[str, float | None]:
-    """Average per-minibatch statistics, with one wait for the device; None where there were none."""
-    if not stats:
+def mean_of(rows: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, float | None]:
+    """Average per-minibatch statistics; None where there were none."""
+    if not rows:
         return dict.fromkeys(names)
-    return dict(zip(names, torch.stack(list(stats)).mean(dim=0).tolist(), strict=True))
+    return {name: math.fsum(column) / len(rows) for name, column in zip(names, zip(*rows, strict=True), strict=True)}

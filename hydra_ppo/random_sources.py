@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -34,3 +35,13 @@ def restore(tensors: Mapping[str, Tensor], values: Mapping[str, Any], generators
     numpy.random.set_state((name, tensors["numpy"].numpy().astype("uint32"), place, has_gauss, gauss))
     version, state, gauss = values["python"]
     random.setstate((version, tuple(state), gauss))
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Bring the global sources back to what they were before the block, whatever it drew."""
+    before = capture({})
+    try:
+        yield
+    finally:
+        restore(*before, {})

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hydra_ppo.adapters import read_adapter
 from hydra_ppo.errors import ConfigError
+from hydra_ppo.fingerprint import weights_digest
 from hydra_ppo.manifest import MANIFEST, describe_base, read_manifest
 
 if TYPE_CHECKING:
@@ -41,7 +42,10 @@ def write_model(model: HydraModel, folder: Path) -> None:
         model.causal_lm.save_pretrained(folder / "base")
         base: dict[str, Any] = {"name_or_path": "base", "relative": True}
     else:
-        base = describe_base(str(model.causal_lm.name_or_path), folder)
+        name = str(model.causal_lm.name_or_path)
+        base = describe_base(name, folder)
+        if (digest := weights_digest(name)) is not None:
+            base["weights"] = digest
     manifest = {
         "format": 1,
         "base": base,

@@ -147,18 +147,9 @@ def leave_run(folder: Path, ending: str) -> None:
     ("ending", "message"),
     [
         ("finished", "holds a finished run"),
-        (
-            "failed",
-            "holds an unfinished run (failed); choose another folder, go on with --resume, or pass --run.overwrite true.",
-        ),
-        (
-            "killed",
-            "holds an unfinished run (running); choose another folder, go on with --resume, or pass --run.overwrite true.",
-        ),
-        (
-            "broken",
-            "holds an unfinished run (unreadable state); choose another folder, go on with --resume, or pass --run.overwrite true.",
-        ),
+        ("failed", "holds an unfinished run (failed)"),
+        ("killed", "holds an unfinished run (running)"),
+        ("broken", "holds an unfinished run (unreadable state)"),
     ],
 )
 def test_an_earlier_run_is_kept_unless_overwrite(ending, message, tmp_path):

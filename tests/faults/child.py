@@ -1,0 +1,84 @@
+"""A run in a process of its own, which may kill itself at a chosen point."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+from hydra_ppo import interruption
+
+PRELOAD = ["hydra_ppo.commands", "hydra_ppo.ppo", "hydra_ppo.joint_sft", "hydra_ppo.resume", "tests.faults.rewards"]
+PHASES = {"rollout": "sampling", "score": "rollout", "update": "ppo", "sft-update": "joint_sft"}
+FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
+
+Point = tuple[str, int]
+"""Where a process kills itself: a phase or "write", and the how-manieth micro-step or touch of a checkpoint's files."""
+
+
+def context() -> multiprocessing.context.ForkServerContext:
+    """Return a source of processes that have imported everything already."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(PRELOAD)
+    return found
+
+
+def run(arguments: list[str], log: str, point: Point | None = None, limit: dict[str, int] | None = None) -> None:
+    """Run a command; what it prints goes to `log`.
+
+    Args:
+        point: where to die.
+        limit: `file_bytes`, the largest file that may be written, as on a disk that is full.
+    """
+    import torch
+
+    from hydra_ppo.cli import main
+
+    torch.set_num_threads(1)
+    with Path(log).open("a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
+        if point is not None:
+            _die_at(*point)
+        if limit is not None:
+            _limit(limit["file_bytes"])
+        code = main(arguments)
+        file.flush()
+        os._exit(code)
+
+
+def _die_at(where: str, number: int) -> None:
+    seen = {"count": 0}
+
+    def count() -> None:
+        seen["count"] += 1
+        if seen["count"] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if where == "write":
+
+        def hear(event: str, arguments: tuple) -> None:
+            if event in FILE_EVENTS and "/checkpoints/" in str(arguments[0]):
+                count()
+
+        sys.addaudithook(hear)
+        return
+    check = interruption.check_stop
+
+    def counting() -> None:
+        count()
+        check()
+
+    import importlib
+
+    importlib.import_module(f"hydra_ppo.{PHASES[where]}").check_stop = counting
+
+
+def _limit(size: int) -> None:
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
