@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-hosts quickstart real-text bench bench-linear bench-peers lint clean
+.PHONY: test test-faults soak test-hosts quickstart real-text bench bench-linear bench-peers lint clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -16,6 +16,14 @@ $(STAMP): setup.cfg constraints.txt
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+# Everything that can go wrong, done on purpose: killed, full disk, damage, NaN, no memory, bad input. A line per fault.
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest tests/faults -m "" --durations=5
+
+# 300 PPO steps on a tiny model: memory, file handles and metrics. Table, and a picture under runs/soak.
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak $(ARGS)
 
 # The trainers of every supported host, unmodified, with and without the patch; builds their environments in .hosts first.
 test-hosts: $(STAMP)

@@ -149,7 +149,9 @@ def _train(command: str, config_class: type, arguments: list[str]) -> None:
         dry_run(request.config, resume="--resume" in request.options)
     else:
         from hydra_ppo import commands
+        from hydra_ppo.dry_run import check_files
 
+        check_files(request.config)
         getattr(commands, command)(request.config, resume="--resume" in request.options)
 
 
@@ -161,6 +163,7 @@ def _export(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if not options.run.is_dir():
         raise ConfigError(f"{options.run} is not a folder; name a run folder of ppo or sft.")
+    check_folder("output", options.output)
     from hydra_ppo import commands
 
     commands.export(options.run, options.output, options.adapter_only)
@@ -172,6 +175,7 @@ def _quickstart(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=_seed, default=0, help="Seed of every random source.")
     parser.add_argument("--overwrite", action="store_true", help="Replace what an earlier quickstart left there.")
     options = parser.parse_args(arguments)
+    check_folder("output", options.output)
     from hydra_ppo.quickstart import run
 
     run.main(options.output, options.seed, options.overwrite)
@@ -194,6 +198,21 @@ def _doctor(arguments: list[str]) -> int:
     from hydra_ppo.doctor import doctor
 
     return doctor(as_json=options.json)
+
+
+def check_folder(setting: str, path: Path) -> None:
+    """Refuse a file, and what would lie below one, as a folder to write to.
+
+    Raises:
+        ConfigError: naming the file that stands in the way.
+    """
+    try:
+        obstacle = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
+    except OSError as error:
+        raise ConfigError(f"{setting}={str(path)!r} cannot be made ({error.strerror}); choose another folder.") from None
+    if obstacle is not None:
+        why = "is a file" if obstacle == path else f"cannot be made, {obstacle} is a file"
+        raise ConfigError(f"{setting}={str(path)!r} {why}; choose a folder.")
 
 
 def _seed(text: str) -> int:

@@ -103,7 +103,10 @@ def parse(config_class: type[Config], command: str, argv: Sequence[str]) -> Requ
     flat = {name: value for name, value in flat.items() if value is not None or not known[name].required}
     parser = make_parser(config_class, command)
     _parse_object(parser, known, flat)
-    parser.set_defaults({name: UNSET for name, setting in known.items() if setting.required} | flat)
+    # jsonargparse fills a list's items from those at the same place of its default, but a flag replaces the file's list.
+    replaced = {name for name, _ in flags if name in flat and item_class(known[name].hint) is not None}
+    defaults = {name: value for name, value in flat.items() if name not in replaced}
+    parser.set_defaults({name: UNSET for name, setting in known.items() if setting.required} | defaults)
     try:
         namespace = parser.parse_args([f"--{name}={value}" for name, value in flags])
     except ArgumentError as error:

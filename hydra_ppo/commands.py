@@ -64,9 +64,14 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
     folder = check_output(config.run, config, command="ppo", resume=resume)
     from hydra_ppo.data import load_prompts
     from hydra_ppo.ppo import PPOTrainer
+    from hydra_ppo.rewards import load_function
 
     with _stoppable(folder, "ppo"):
         with stopping_at_once():
+            for source in config.reward.sources:
+                if source.kind == "function":
+                    assert source.target is not None
+                    load_function(source.target)  # what is wrong with it is known before a weight is read
             loaded = _load(config, load_prompts, "ppo", resume)
             if loaded is None:
                 return folder

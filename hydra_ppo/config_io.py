@@ -155,16 +155,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: The file is missing, unreadable, empty, malformed (with the line) or not a mapping.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder, not a YAML file; name the file, for example {path / 'config.yaml'}.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = None if path.is_dir() else path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; name a YAML file of settings, or give the settings as flags.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text; name a YAML file of settings.") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); name a readable YAML file.") from None
+    except (OSError, ValueError) as error:  # ValueError for a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be read ({reason}); name a readable YAML file.") from None
+    if text is None:
+        raise ConfigError(f"{path} is a folder, not a YAML file; name the file, for example {path / 'config.yaml'}.")
     try:
         content = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
@@ -172,6 +173,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or getattr(error, "context", None) or " ".join(str(error).split())
         raise ConfigError(f"{where}: {problem}; correct the YAML there.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply; correct the YAML there.") from None
+    except ValueError as error:  # a date that is none, a number of thousands of digits
+        raise ConfigError(f"{path}: {error}; correct the YAML there, or put the value in quotes.") from None
     if content is None:
         raise ConfigError(f"{path} is empty; write settings in it, or leave it out and give them as flags.")
     if not isinstance(content, dict):
@@ -201,14 +206,19 @@ def flatten(content: Mapping[Any, Any], config_class: type, prefix: str = "", ro
             raise unknown_setting(f"{prefix}{key}", root)
         if not is_dataclass(hint):
             check_items(name, hint, value)
-            flat[name] = value
+            found = {name: value}
         elif rest or isinstance(value, Mapping):
-            flat |= flatten({rest: value} if rest else value, hint, f"{name}.", root)
+            found = flatten({rest: value} if rest else value, hint, f"{name}.", root)
         elif value is not None:
             member = fields(hint)[0].name
             raise ConfigError(
                 f"{name}={value!r} is not a group of settings; indent its members below it, for example {member}."
             )
+        else:
+            continue
+        if twice := flat.keys() & found.keys():
+            raise ConfigError(f"{min(twice)} is given twice, nested and with dots; leave one out.")
+        flat |= found
     return flat
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -17,8 +18,11 @@ from hydra_ppo.config import DataSettings, PPOConfig, SFTConfig
 from hydra_ppo.data import check_source, split_held_out
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.run_folder import check_output
+from hydra_ppo.sources import exists, local_path
 
 MIB = 2**20
+LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors itself refuses more."""
 NOT_CHECKED = "not a local folder: not checked, would be downloaded"
 
 
@@ -97,11 +101,15 @@ def check_model(setting: str, name_or_path: str) -> str:
     """Check the files of a model and say in a few words what was found.
 
     Raises:
-        ConfigError: A path that does not exist, a folder without config or weights, or a shard that is missing.
+        ConfigError: A path that does not exist, a folder without config or weights, or a file that is missing or torn.
     """
     path = Path(name_or_path)
     name = f"{setting}={name_or_path!r}"
-    if path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read ({error.strerror}); check the path.") from None
+    if is_file:
         raise ConfigError(f"{name} is a file; name the folder that holds it.")
     if not path.is_dir():
         if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
@@ -125,22 +133,64 @@ def check_model(setting: str, name_or_path: str) -> str:
         raise ConfigError(f"{name} holds weights as pytorch_model.bin only; save them again as safetensors.")
     else:
         raise ConfigError(f"{name} holds config.json but no weights; add model.safetensors.")
+    for shard in shards:
+        check_weights(name, path / shard)
     size = sum((path / shard).stat().st_size for shard in shards)
     return f"local folder, {size / MIB:,.1f} MiB of weights"
 
 
 def _check_saved_model(name: str, path: Path) -> str:
     try:
-        base = json.loads((path / "hydra.json").read_text(encoding="utf-8"))["base"]
-        base_name, relative = base["name_or_path"], base["relative"]
-    except (ValueError, KeyError, TypeError):
+        manifest = json.loads((path / "hydra.json").read_text(encoding="utf-8"))
+        base_name, relative = str(manifest["base"]["name_or_path"]), manifest["base"]["relative"]
+        adapters, heads = [str(adapter) for adapter in manifest.get("adapters", [])], manifest.get("heads", [])
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{name} holds a broken hydra.json; save the model again.") from None
+    for adapter in adapters:
+        _check_adapter(name, path, adapter)
+    if heads:
+        if not (path / "heads.safetensors").is_file():
+            raise ConfigError(f"{name} lacks heads.safetensors; save the model again.")
+        check_weights(name, path / "heads.safetensors", "save the model again")
     if not relative:
         return f"saved by this program; base {base_name}: {check_model('the base of ' + name, base_name)}"
     base_path = path / base_name
     if not base_path.is_dir():
         raise ConfigError(f"{name} needs its base at {base_name!r} beside it; put it back there.")
     return f"saved by this program; base: {check_model('the base of ' + name, str(base_path))}"
+
+
+def _check_adapter(name: str, path: Path, adapter: str) -> None:
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (path / adapter / file).is_file():
+            raise ConfigError(f"{name} lacks {adapter}/{file}; save the model again.")
+    try:
+        json.loads((path / adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        raise ConfigError(f"{name} holds a broken {adapter}/adapter_config.json; save the model again.") from None
+    check_weights(name, path / adapter / "adapter_model.safetensors", "save the model again")
+
+
+def check_weights(name: str, path: Path, remedy: str = "copy the model again") -> None:
+    """Refuse a safetensors file that is shorter than its header says, or has none; no tensor is read.
+
+    Raises:
+        ConfigError: with ``name``, the file and ``remedy``.
+    """
+    size = path.stat().st_size
+    needed = None
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size >= 8 and length <= LONGEST_HEADER:
+            try:
+                tensors = json.loads(file.read(length) or "{}")
+                needed = 8 + length + max((v["data_offsets"][1] for k, v in tensors.items() if k != "__metadata__"), default=0)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+                needed = 8 + length if 8 + length > size else None
+    if needed is None:
+        raise ConfigError(f"{name}: {path.name} is not safetensors; {remedy}.")
+    if size < needed:
+        raise ConfigError(f"{name}: {path.name} has {size:,} bytes of {needed:,} or more; {remedy}.")
 
 
 def check_data(data: DataSettings, kind: Literal["preferences", "prompts"]) -> tuple[int | None, int | None]:
@@ -161,7 +211,7 @@ def check_data(data: DataSettings, kind: Literal["preferences", "prompts"]) -> t
 
 
 def _is_hub_name(source: str) -> bool:
-    is_path = Path(source).expanduser().exists() or Path(source).suffix in (".json", ".jsonl", ".parquet")
+    is_path = exists(local_path(source)) or Path(source).suffix in (".json", ".jsonl", ".parquet")
     return not is_path and source.count("/") <= 1 and not source.startswith((".", "/", "~"))
 
 
@@ -182,6 +232,19 @@ def _check_reward_sources(config: PPOConfig) -> list[tuple[str, str]]:
     return found
 
 
+def check_files(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
+    """Check device, model and reward sources as far as that needs no weights; return what was found, by setting.
+
+    Raises:
+        ConfigError: The first thing that would stop the run.
+    """
+    device = config.model.device
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"model.device={device!r} is not a device; use auto, cpu, cuda or cuda:N.")
+    found = [("model.name_or_path", check_model("model.name_or_path", config.model.name_or_path))]
+    return found + _check_reward_sources(config) if isinstance(config, PPOConfig) else found
+
+
 def dry_run(config: SFTConfig | PPOConfig, console: Console | None = None, *, resume: bool = False) -> None:
     """Check files and output folder, and print what the run would do.
 
@@ -191,9 +254,7 @@ def dry_run(config: SFTConfig | PPOConfig, console: Console | None = None, *, re
     console = console or Console()
     command = "ppo" if isinstance(config, PPOConfig) else "sft"
     kind: Literal["preferences", "prompts"] = "prompts" if isinstance(config, PPOConfig) else "preferences"
-    found = [("model.name_or_path", check_model("model.name_or_path", config.model.name_or_path))]
-    if isinstance(config, PPOConfig):
-        found += _check_reward_sources(config)
+    found = check_files(config)
     train, held_out = check_data(config.data, kind)
     found.append(("data.train", _rows(train, kind)))
     if config.data.eval is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from hydra_ppo.dry_run import check_model
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.manifest import MANIFEST, base_folder
 
@@ -25,7 +26,7 @@ def export_actor(run: str | Path, output: str | Path, *, adapter_only: bool = Fa
     Memory: the unquantised base once, on the CPU (nothing with `adapter_only`).
 
     Raises:
-        ConfigError: when `run` holds no saved model, or `output` is not empty.
+        ConfigError: when `run` holds no whole model, or `output` is not empty; nothing is made then.
     """
     import torch
     from peft import PeftModel
@@ -41,12 +42,14 @@ def export_actor(run: str | Path, output: str | Path, *, adapter_only: bool = Fa
     adapter = next((name for name in ("actor", "sft") if (run / name / "adapter_config.json").is_file()), None)
     if adapter is None and adapter_only:
         raise ConfigError(f"run={str(run)!r} trained the base itself and has no adapter; export it without --adapter-only.")
-    output.mkdir(parents=True, exist_ok=True)
+    check_model("run", str(run))
+    base_name = base_folder(run)
     if adapter_only:
+        output.mkdir(parents=True, exist_ok=True)
         shutil.copytree(run / adapter, output, dirs_exist_ok=True)
     else:
         # LoRA deltas cannot be added to 4-bit or 8-bit weights without rounding them away: the base is loaded whole.
-        base = AutoModelForCausalLM.from_pretrained(base_folder(run), **dtype_option("auto"), use_safetensors=True)
+        base = AutoModelForCausalLM.from_pretrained(base_name, **dtype_option("auto"), use_safetensors=True)
         if getattr(base, "is_quantized", False):
             base = dequantised(base, torch.bfloat16)
         merged = PeftModel.from_pretrained(base, run / adapter).merge_and_unload() if adapter else base

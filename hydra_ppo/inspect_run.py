@@ -13,6 +13,7 @@ from rich.text import Text
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.plots import read_metrics
 from hydra_ppo.run_folder import CONFIG, STATE, is_alive, read_state
+from hydra_ppo.sources import exists, local_path
 
 MIB = 2**20
 HIGHLIGHTS = (
@@ -37,8 +38,8 @@ def inspect_run(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The folder is missing or holds no run.
     """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
+    folder = local_path(str(folder))
+    if not exists(folder) or not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; name a run folder.")
     state = read_state(folder)
     if state is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -119,7 +120,7 @@ def load_base(
         if quantization is not None and "quantization_config" not in options:
             quantize_linears(model, quantization, compute)
         return model
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         where = "the folder" if Path(name_or_path).exists() else "no folder of that name, and the hub"
         raise ConfigError(
             f"model.name_or_path={name_or_path!r} cannot be loaded ({where}): {_first_line(error)}; "

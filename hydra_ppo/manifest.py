@@ -22,7 +22,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder / MANIFEST} is not a manifest of this program ({error}); save the model again.") from error
     if missing:
         raise ConfigError(f"{folder / MANIFEST} lacks {', '.join(sorted(missing))}; save the model again.")
+    if not _is_sound(manifest):
+        raise ConfigError(f"{folder / MANIFEST} holds values of other types than this program writes; save the model again.")
     return manifest
+
+
+def _is_sound(manifest: dict[str, Any]) -> bool:
+    """Say whether values have the types that `saving.write_model` gives them."""
+    base, roles = manifest["base"], manifest["roles"]
+    return (
+        isinstance(base, dict)
+        and isinstance(base.get("name_or_path"), str)
+        and isinstance(base.get("relative"), bool)
+        and isinstance(roles, dict)
+        and all(isinstance(role, dict) and role.keys() == {"adapter", "head"} for role in roles.values())
+        and all(isinstance(manifest[name], list) for name in ("adapters", "heads"))
+        and isinstance(manifest["trunk_layers"], int)
+    )
 
 
 def base_folder(folder: Path) -> str:

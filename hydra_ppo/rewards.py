@@ -113,19 +113,28 @@ def _load(source: RewardSource, device: torch.device) -> RewardFunction | None:
     assert source.target is not None
     if source.kind == "classifier":
         return _Classifier(source.target, device)
-    module_name, function_name = source.target.split(":")
+    return load_function(source.target)
+
+
+def load_function(target: str) -> RewardFunction:
+    """Import a reward function.
+
+    Raises:
+        ConfigError: when there is none of that name, or its module does not run.
+    """
+    module_name, function_name = target.split(":")
     # A console script does not have the working directory on its path; `python -m` does. Users expect it.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module may raise anything
         raise ConfigError(
-            f"reward target={source.target!r} cannot be imported ({error}); check module and function name, and run from the "
-            "folder that holds the module."
+            f"reward target={target!r} cannot be imported ({type(error).__name__}: {error}); check module and function name, "
+            "and run from the folder that holds the module."
         ) from error
     if not callable(function):
-        raise ConfigError(f"reward target={source.target!r} is not callable; name a function over (prompts, responses).")
+        raise ConfigError(f"reward target={target!r} is not callable; name a function over (prompts, responses).")
     return function
 
 

@@ -68,8 +68,15 @@ def check_output(settings: RunSettings, config: Any = None, *, command: str = ""
     """
     if resume and settings.overwrite:
         raise ConfigError("--resume with run.overwrite=true asks for two things; leave one out.")
-    folder = Path(settings.output).expanduser()
     name = f"run.output={settings.output!r}"
+    try:
+        folder = Path(settings.output).expanduser()
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, `~` of an unknown user
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{name} cannot be made ({reason}); choose another folder.") from None
     _check_trackers(settings)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{name} is a file; choose a folder.")

@@ -43,9 +43,9 @@ def open_source(source: DataSource, split: str) -> Source:
             raise DataError(f"source={source!r} holds no rows; give a file, a hub dataset or an iterable of dicts.")
         return Source("examples", "row", enumerate(source, 1))
     name = os.fspath(source)
-    path = Path(name).expanduser()
+    path = local_path(name)
     readers = {".json": _read_json, ".parquet": _read_parquet}
-    if not name or not path.exists():
+    if not name or not exists(path):
         if path.suffix in (".jsonl", *readers) or not _HUB_NAME.fullmatch(name):
             raise DataError(f"{name or repr(name)}: no such file; check the path.")
         hub_path, _, config = name.partition(":")
@@ -57,6 +57,22 @@ def open_source(source: DataSource, split: str) -> Source:
     if path.suffix in readers:
         return Source(name, "row", enumerate(readers[path.suffix](name, path), 1))
     raise DataError(f"{name}: files of type {path.suffix!r} are not supported; use .jsonl, {' or '.join(readers)}.")
+
+
+def local_path(name: str) -> Path:
+    """Return the path that a name stands for; `~` of a user that is not known stays as it is."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def exists(path: Path) -> bool:
+    """Say whether there is such a file or folder; what no file can be called is not there."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _unreadable(name: str, error: Exception) -> DataError:

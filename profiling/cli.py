@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hydra_ppo.cli import Parser
+from hydra_ppo.cli import Parser, check_folder
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.profiling.workload import QUANTIZATIONS, Workload
 
@@ -56,6 +56,8 @@ def profile(arguments: list[str]) -> None:
                 f"methods={method!r} is not a method of stage={options.stage!r}; choose among "
                 f"{', '.join(STAGES[options.stage])}."
             )
+    if options.output is not None:
+        check_folder("output", options.output)
     from hydra_ppo.profiling import commands
 
     if options.learning:
@@ -112,6 +114,10 @@ def plan(arguments: list[str]) -> int:
     margin = None if options.margin is None else parse_size("margin", options.margin)
     if options.output is not None and options.output.exists():
         raise ConfigError(f"output={str(options.output)!r} exists; name another file.")
+    if options.output is not None:
+        check_folder("output", options.output.parent)
+    if options.count < 1:
+        raise ConfigError(f"count={options.count} must be at least 1; choose a positive number.")
     from hydra_ppo.profiling import commands
 
     workload = Workload(model=_required(options.model), dtype=options.dtype, prompt=options.prompt, response=options.response)
