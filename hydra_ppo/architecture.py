@@ -129,8 +129,8 @@ def check_head(architecture: Architecture) -> None:
             (name for name, weight in named if weight.is_floating_point() and not weight.isfinite().all()), "none alone"
         )
         raise UnsupportedModelError(
-            f"model={type(architecture.causal_lm).__name__} computes logits that are NaN or infinite (weight that is: {broken}); "
-            "get the model again, or use a wider model.dtype."
+            f"model={type(architecture.causal_lm).__name__} computes logits that are NaN or infinite (weight that is: "
+            f"{broken}); get the model again, or use a wider model.dtype."
         )
     hidden: Tensor = architecture.backbone(input_ids=tokens, use_cache=False).last_hidden_state
     found = architecture.lm_head().logits(hidden)

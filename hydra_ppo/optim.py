@@ -65,8 +65,8 @@ def check_finite(optimizer: torch.optim.Optimizer, names: Mapping[int, str], whe
     for parameter, fine in zip(parameters, finite, strict=True):
         if not fine:
             raise NonFiniteError(
-                f"{where}: {names[id(parameter)]} is not finite; it is not saved. Lower optimizer.learning_rate and start anew from "
-                "the checkpoint before."
+                f"{where}: {names[id(parameter)]} is not finite; it is not saved. Lower optimizer.learning_rate, and "
+                "start from the checkpoint before."
             )
 
 

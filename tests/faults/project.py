@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from safetensors.torch import load_file
 
@@ -76,6 +78,11 @@ def write(path: Path, settings: dict[str, Any]) -> str:
     """Write settings as YAML; return the path."""
     path.write_text(yaml.safe_dump(settings))
     return str(path)
+
+
+def quick_first(names: Iterable[str], quick: int) -> list[Any]:
+    """Return test parameters of which all but the first few are left to `make test-faults`."""
+    return [name if i < quick else pytest.param(name, marks=pytest.mark.long) for i, name in enumerate(names)]
 
 
 def weights(run: Path) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from hydra_ppo.cli import main
 from tests.faults import rewards
 from tests.faults.child import context
 from tests.faults.child import run as run_child
-from tests.faults.project import assert_same, make_project, merge, ppo_settings, sft_settings, write
+from tests.faults.project import assert_same, make_project, merge, ppo_settings, quick_first, sft_settings, write
 
 NOISY = "tests.faults.rewards:noisy"
 
@@ -68,7 +68,7 @@ REWARDS = {
 }
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", quick_first(REWARDS, 2))
 def test_a_reward_function_that(name, project, whole, monkeypatch, capsys, fault):
     function = f"tests.faults.rewards:{name}"
     assert go(project, name, function=function) == 1
@@ -106,6 +106,7 @@ def test_nan_in_the_base(project, capsys, fault):
     fault("NaN in a weight of the base", "exit 2, the weight is named", "nothing was written")
 
 
+@pytest.mark.long
 def test_nan_for_one_token_only(project, capsys, fault):
     """What no look at the model finds before it meets that token."""
     from safetensors.torch import load_file, save_file
@@ -120,7 +121,7 @@ def test_nan_for_one_token_only(project, capsys, fault):
     fault("NaN in one embedding of the base", "exit 1, phase and quantity are named", "no model was written")
 
 
-@pytest.mark.parametrize("where", ["policy/loss", "value/loss", "policy/grad_norm"])
+@pytest.mark.parametrize("where", quick_first(["policy/grad_norm", "policy/loss", "value/loss"], 1))
 def test_nan_in_training(where, project, whole, monkeypatch, capsys, fault):
     from hydra_ppo.ppo import PPOTrainer
 
@@ -163,6 +164,7 @@ def test_nan_in_sft(project, monkeypatch, capsys):
     assert last_line(capsys).startswith("step=1 phase=update: loss/sft is nan")
 
 
+@pytest.mark.long
 def test_a_stop_after_nan_does_not_save_it(project, whole, monkeypatch, capsys):
     """A wish to stop that comes between NaN and its detection must not make a checkpoint of it."""
     from hydra_ppo.interruption import StopRequested
@@ -214,6 +216,7 @@ def test_a_disk_that_is_full_while_saving(project, whole, monkeypatch, fault):
     )
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_for_the_metrics(project, whole, monkeypatch, capsys, fault):
     from hydra_ppo.run import Run
 
@@ -248,6 +251,7 @@ def test_a_folder_that_cannot_be_written(project, capsys, fault):
     fault("a run folder that cannot be written", "exit 2, one line", "nothing was written")
 
 
+@pytest.mark.long
 def test_a_folder_that_becomes_unwritable(project, whole, monkeypatch, capsys, fault):
     """Permissions do not stop the superuser, a file where a folder should be stops everybody."""
     assert go(project, "locked", steps=2) == 0

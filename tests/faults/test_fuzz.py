@@ -21,6 +21,7 @@ from hydra_ppo.config import DataSettings, PPOConfig, SFTConfig
 from hydra_ppo.config_io import settings_of
 from hydra_ppo.data import check_source, load_preferences, load_prompts
 from hydra_ppo.errors import ConfigError, DataError
+from tests.faults.project import quick_first
 from tests.training import tokenizer
 
 CONFIGS = {"ppo": PPOConfig, "sft": SFTConfig}
@@ -109,7 +110,7 @@ PIECES = st.sampled_from(
 BYTES = st.binary(max_size=64) | st.lists(PIECES | st.binary(max_size=4), max_size=12).map(b"".join)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("suffix", quick_first([".jsonl", ".json", ".parquet"], 1))
 @bounded(80)
 @given(content=BYTES)
 def test_any_bytes_as_a_file(place, suffix, content):
@@ -120,7 +121,7 @@ def test_any_bytes_as_a_file(place, suffix, content):
     assert tree(place) == before
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", None])
+@pytest.mark.parametrize("suffix", quick_first([".jsonl", ".json", None], 1))
 @bounded(80)
 @given(rows=ROWS)
 def test_any_rows(place, suffix, rows):
@@ -141,6 +142,7 @@ CHATS = st.lists(
 )
 
 
+@pytest.mark.long
 @bounded(40)
 @given(columns=st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "text"]), COLUMN | NUMBERS | CHATS))
 def test_any_parquet(place, columns):
@@ -152,6 +154,7 @@ def test_any_parquet(place, columns):
     read(path)
 
 
+@pytest.mark.long
 @bounded(20)
 @given(name=st.text(max_size=20) | st.sampled_from(["~", "~nobody/x", ".", "..", "/", "a\0b", "x" * 300, "a.jsonl/b.jsonl"]))
 def test_any_name_of_a_file(place, name):
@@ -161,6 +164,7 @@ def test_any_name_of_a_file(place, name):
     run(place, ["ppo", *GOOD, f"--data.train={name}", "--dry-run"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["ppo", "sft"])
 @bounded(15)
 @given(rows=ROWS)
@@ -226,6 +230,7 @@ def test_any_text_as_settings(place, command, content):
     load(place, command, content, "--print-config")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", CONFIGS)
 @bounded(40)
 @given(tree=TREES)
@@ -233,6 +238,7 @@ def test_any_mapping_as_settings(place, command, tree):
     load(place, command, yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass"), "--print-config")
 
 
+@pytest.mark.long
 @bounded(20)
 @given(tree=TREES)
 def test_dry_run_with_any_settings(place, tree):
@@ -247,7 +253,7 @@ TOKENS = st.sampled_from([*OPTIONS, "pairs.jsonl", "model", "gone.yaml"]) | FLAG
 TOKENS |= st.builds("{}={}".format, FLAGS, VALUES)
 
 
-@pytest.mark.parametrize("stop", ["--dry-run", "--print-config"])
+@pytest.mark.parametrize("stop", quick_first(["--print-config", "--dry-run"], 1))
 @bounded(40)
 @given(tokens=st.lists(TOKENS, max_size=4), command=st.sampled_from(["ppo", "sft"]))
 def test_any_command_line(place, stop, tokens, command):
@@ -255,6 +261,7 @@ def test_any_command_line(place, stop, tokens, command):
     run(place, [command, stop, *GOOD, *tokens])
 
 
+@pytest.mark.long
 @bounded(40)
 @given(
     command=st.sampled_from(["export", "inspect", "profile", "plan", "quickstart", "doctor", "pppo", ""]) | st.text(max_size=5),

@@ -12,7 +12,7 @@ import torch
 from hydra_ppo.cli import main
 from hydra_ppo.errors import OutOfMemory
 from hydra_ppo.exhaustion import Limits, free_bytes, is_out_of_memory
-from tests.faults.project import assert_same, make_project, ppo_settings, records, sft_settings, weights, write
+from tests.faults.project import assert_same, make_project, ppo_settings, quick_first, records, sft_settings, weights, write
 
 CPU = torch.device("cpu")
 GPU_TEXT = "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 8.00 GiB."
@@ -33,9 +33,9 @@ def run(project, command, name, **changes):
 
 SIZES = {
     "rollout": ("rollout.generation_batch_size", {"rollout": {"generation_batch_size": 4}}),
+    "update-critic": ("microbatch_size", {"microbatch_size": 2}),
     "score": ("rollout.score_batch_size", {"rollout": {"score_batch_size": 2}}),
     "update-actor": ("microbatch_size", {"microbatch_size": 2}),
-    "update-critic": ("microbatch_size", {"microbatch_size": 2}),
     "optimizer": ("microbatch_size", {"microbatch_size": 2}),
 }
 START = {"rollout": {"generation_batch_size": 8, "score_batch_size": 4}, "microbatch_size": 4, "eval_every": 0, "steps": 3}
@@ -61,7 +61,7 @@ def fail_once(monkeypatch, phase, number=1, error=GPU_TEXT):
     monkeypatch.setattr(PPOTrainer, "_announce", announcing)
 
 
-@pytest.mark.parametrize("phase", SIZES)
+@pytest.mark.parametrize("phase", quick_first(SIZES, 2))
 def test_each_phase_of_ppo(phase, project, monkeypatch, fault):
     """In the first optimizer step all that follows has the smaller size, so the bits are the same."""
     setting, smaller = SIZES[phase]
@@ -84,6 +84,7 @@ def _free(line):
     return re.search(r"asked, ([\d,]+) bytes free", line)[1]
 
 
+@pytest.mark.long
 def test_later_in_a_run(project, monkeypatch):
     """Optimizer steps before the failure were summed in other pieces: equal but for rounding."""
     code, reference = run(project, "ppo", "small-later", **halved(microbatch_size=2))
@@ -98,6 +99,7 @@ def test_later_in_a_run(project, monkeypatch):
     assert records(after)[-1]["rollout/response_length"] == records(reference)[-1]["rollout/response_length"]
 
 
+@pytest.mark.long
 def test_twice_and_the_size_outlives_a_resume(project, monkeypatch):
     with monkeypatch.context() as patch:
         fail_once(patch, "update-actor")

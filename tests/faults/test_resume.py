@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from hydra_ppo.cli import main
-from tests.faults.project import assert_same, make_project, ppo_settings, records, sft_settings, write
+from tests.faults.project import assert_same, make_project, ppo_settings, quick_first, records, sft_settings, write
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,9 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["trainer.safetensors", "trainer.json", "checkpoint.json", "actor/adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    "name", quick_first(["trainer.safetensors", "checkpoint.json", "trainer.json", "actor/adapter_model.safetensors"], 1)
+)
 def test_one_flipped_bit_in_the_newest_checkpoint(name, project, run, capsys, fault):
     flip(run / "checkpoints" / "step-000006" / name)
     assert go_on(project, run) == 0
@@ -54,6 +56,7 @@ def test_one_flipped_bit_in_the_newest_checkpoint(name, project, run, capsys, fa
     fault(f"a flipped bit in {name} of the newest checkpoint", "named, the one before it used", "same bits")
 
 
+@pytest.mark.long
 def test_every_checkpoint_damaged(project, run, capsys):
     for folder in (run / "checkpoints").iterdir():
         flip(folder / "trainer.safetensors")
@@ -70,7 +73,7 @@ def test_a_planted_pickle_is_never_read(project, run, capsys, fault):
     fault("a pickle planted in a checkpoint", "refused by name, never opened, the one before it used", "same bits")
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("name", quick_first(["metrics.jsonl", "samples.jsonl"], 1))
 def test_a_torn_last_line(name, project, run):
     shutil.rmtree(run / "checkpoints" / "step-000006")
     with (run / name).open("a") as file:
@@ -95,6 +98,7 @@ def test_a_finished_run_is_made_longer(project, tmp_path, fault):
     fault("a finished run of 3 steps asked for 6", "went on", "same bits as 6 steps from the start")
 
 
+@pytest.mark.long
 def test_a_finished_sft_run_is_made_longer(project, tmp_path):
     for name, epochs in (("whole-sft", 4), ("short-sft", 2)):
         assert main(["sft", write(tmp_path / "sft.yaml", sft_settings(project, name, epochs=epochs))]) == 0
@@ -128,6 +132,7 @@ def test_ctrl_c_right_after_a_save_and_again(project, run, monkeypatch, capsys, 
     fault("SIGINT right after a checkpoint, twice", "one checkpoint of that step", "same bits")
 
 
+@pytest.mark.long
 def test_a_second_signal_stops_at_once(project, run, monkeypatch):
     shutil.rmtree(run / "checkpoints" / "step-000006")
 
@@ -150,7 +155,7 @@ FREE = {
 }
 
 
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", quick_first(FREE, 1))
 def test_what_may_change(name, project, run):
     shutil.rmtree(run / "checkpoints" / "step-000006")
     assert go_on(project, run, **FREE[name]) == 0
@@ -161,6 +166,7 @@ def test_what_may_change(name, project, run):
     assert ours == theirs
 
 
+@pytest.mark.long
 def test_a_moved_run_goes_on(project, run):
     shutil.rmtree(run / "checkpoints" / "step-000006")
     run.rename(run.parent / "elsewhere")
@@ -180,7 +186,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", quick_first(REFUSED, 2))
 def test_what_may_not_change(name, project, run, capsys, monkeypatch):
     monkeypatch.setattr("hydra_ppo.commands.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     changes, parts = REFUSED[name]
@@ -241,7 +247,7 @@ class _swapped:
             os.rename(f"{path}.kept", path)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", quick_first(["linear", "cosine"], 1))
 def test_a_schedule_that_looks_at_the_end_cannot_be_made_longer(schedule, project, tmp_path, capsys):
     optimizer = {"schedule": schedule, "learning_rate": 1e-3}
     settings = ppo_settings(project, f"decay-{schedule}", steps=2, optimizer=optimizer)

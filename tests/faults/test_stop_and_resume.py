@@ -9,7 +9,7 @@ import pytest
 
 from hydra_ppo import interruption
 from hydra_ppo.cli import main
-from tests.faults.project import assert_same, make_project, ppo_settings, sft_settings, write
+from tests.faults.project import assert_same, make_project, ppo_settings, quick_first, sft_settings, write
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def stop_at(monkeypatch, number):
     return seen
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", quick_first(VARIANTS, 1))
 def test_ppo_stopped_again_and_again(project, whole, variant, monkeypatch, capsys, tmp_path):
     reference = whole("ppo", variant)
     settings = ppo_settings(project, **VARIANTS[variant])
@@ -80,7 +80,7 @@ def test_ppo_stopped_again_and_again(project, whole, variant, monkeypatch, capsy
     assert_same(tmp_path / "run", reference)
 
 
-@pytest.mark.parametrize("variant", ["fp32", "nf4", "full"])
+@pytest.mark.parametrize("variant", quick_first(["fp32", "nf4", "full"], 1))
 def test_sft_stopped_again_and_again(project, whole, variant, monkeypatch, tmp_path):
     reference = whole("sft", variant)
     settings = sft_settings(project, **(VARIANTS | SFT_VARIANTS)[variant])
