@@ -12,7 +12,7 @@ from types import FrameType
 
 from hydra_ppo.errors import ConfigError
 
-SIGNAL = signal.SIGRTMIN + 5
+SIGNAL = signal.SIGRTMIN + 5 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 """Not SIGALRM, which reward functions use for limits of their own."""
 GRACE = 30.0
 """Seconds that code which Python cannot interrupt is waited for, before the process ends."""

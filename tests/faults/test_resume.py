@@ -37,6 +37,17 @@ def go_on(project, run, /, **changes):
     return main(["ppo", write(run.parent / "again.yaml", settings), "--resume"])
 
 
+def test_a_checkpoint_holds_what_is_trained_and_little_else(project):
+    """Weight and two moments of each trained parameter, in fp32; no base."""
+    from safetensors.torch import load_file
+
+    folder = project / "whole" / "checkpoints" / "step-000006"
+    files = [folder / name / "adapter_model.safetensors" for name in ("actor", "critic")] + [folder / "heads.safetensors"]
+    trained = sum(tensor.numel() for file in files for tensor in load_file(file).values())
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert 12 * trained < size < 12 * trained + 160 * 1024  # names, random sources, settings
+
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
