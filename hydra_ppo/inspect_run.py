@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.plots import read_metrics
-from hydra_ppo.run_folder import CONFIG, STATE, is_alive, read_state
+from hydra_ppo.run_folder import CONFIG, STATE, has_died, read_state
 from hydra_ppo.sources import exists, local_path
 
 MIB = 2**20
@@ -47,7 +47,7 @@ def inspect_run(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} holds {what}, so it is not a run; name a folder that sft, ppo or quickstart wrote.")
     records = read_metrics(folder)
     verdict, error = state.get("state"), state.get("error")
-    if verdict == "running" and is_alive(state) is False:
+    if has_died(folder, state):
         verdict, error = "interrupted", f"process {state.get('pid')} is gone"
     command = state.get("command")
     # A metric that this kind of run logs but this run has not measured is shown, as null.

@@ -40,19 +40,6 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else None
 
 
-def is_alive(state: Mapping[str, Any]) -> bool | None:
-    """Say whether the process that wrote ``state`` still runs; None where it ran on another machine."""
-    if state.get("host") != socket.gethostname():
-        return None
-    try:
-        os.kill(int(state["pid"]), 0)
-    except (ProcessLookupError, KeyError, TypeError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def check_output(settings: RunSettings, config: Any = None, *, command: str = "", resume: bool = False) -> Path:
     """Check that a run may be written to ``settings.output``, and change nothing.
 
@@ -107,6 +94,11 @@ def check_output(settings: RunSettings, config: Any = None, *, command: str = ""
         if path.exists() and (path.resolve() == folder.resolve() or folder.resolve() in path.resolve().parents):
             raise ConfigError(f"{name} with run.overwrite=true would delete {setting}={source!r}; choose another folder.")
     return folder
+
+
+def has_died(folder: Path, state: Mapping[str, Any]) -> bool:
+    """Say whether a run that calls itself running has lost its process; not known, so no, of one on another machine."""
+    return state.get("state") == "running" and state.get("host") == socket.gethostname() and not is_locked(folder)
 
 
 def is_locked(folder: Path) -> bool:
