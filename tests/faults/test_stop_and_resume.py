@@ -61,7 +61,7 @@ def stop_at(monkeypatch, number):
 
 
 @pytest.mark.parametrize("variant", quick_first(VARIANTS, 1))
-def test_ppo_stopped_again_and_again(project, whole, variant, monkeypatch, capsys, tmp_path):
+def test_ppo_stopped_again_and_again(project, whole, variant, monkeypatch, capsys, tmp_path, fault):
     reference = whole("ppo", variant)
     settings = ppo_settings(project, **VARIANTS[variant])
     settings["run"]["output"] = str(tmp_path / "run")
@@ -78,10 +78,11 @@ def test_ppo_stopped_again_and_again(project, whole, variant, monkeypatch, capsy
     assert stops == 10
     assert main([*arguments, "--resume"]) == 0
     assert_same(tmp_path / "run", reference)
+    fault(f"SIGTERM x 10 in ppo, {variant}", "saved, exit 0, --resume", "same bits, metrics, samples")
 
 
 @pytest.mark.parametrize("variant", quick_first(["fp32", "nf4", "full"], 1))
-def test_sft_stopped_again_and_again(project, whole, variant, monkeypatch, tmp_path):
+def test_sft_stopped_again_and_again(project, whole, variant, monkeypatch, tmp_path, fault):
     reference = whole("sft", variant)
     settings = sft_settings(project, **(VARIANTS | SFT_VARIANTS)[variant])
     settings["run"]["output"] = str(tmp_path / "run")
@@ -92,3 +93,4 @@ def test_sft_stopped_again_and_again(project, whole, variant, monkeypatch, tmp_p
             assert main([*arguments, "--resume"]) == 0
     assert main([*arguments, "--resume"]) == 0
     assert_same(tmp_path / "run", reference)
+    fault(f"SIGTERM x 6 in sft, {variant}", "saved, exit 0, --resume", "same bits, metrics")
