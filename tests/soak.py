@@ -42,7 +42,7 @@ def take(step: int) -> Sample:
     """Measure this process; tensors that only a reference cycle keeps count as live."""
     storages = {}
     for found in gc.get_objects():
-        if isinstance(found, torch.Tensor) and found.layout == torch.strided:
+        if issubclass(type(found), torch.Tensor) and found.layout == torch.strided:
             storage = found.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     status = Path("/proc/self/status").read_text()
@@ -99,9 +99,10 @@ def draw(samples: list[Sample], path: Path) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     settled = next(sample for sample in samples if sample.step >= min(SETTLED, samples[-1].step))
-    for name, label in (("tensor_bytes", "live tensors"), ("resident_bytes", "resident memory"), ("handles", "file handles")):
+    lines = (("tensor_bytes", "live tensors", 5), ("resident_bytes", "resident memory", 1.5), ("handles", "file handles", 1.5))
+    for name, label, width in lines:
         values = [100 * (getattr(sample, name) / getattr(settled, name) - 1) for sample in samples]
-        axes.plot([sample.step for sample in samples], values, label=label)
+        axes.plot([sample.step for sample in samples], values, label=label, linewidth=width)
     axes.axhspan(-100 * FLAT, 100 * FLAT, alpha=0.12, color="gray", label="within 1%")
     axes.set(xlabel="PPO step", ylabel=f"% above step {settled.step}", ylim=(-3, 3))
     axes.spines[["top", "right"]].set_visible(False)
