@@ -257,6 +257,34 @@ def test_tensorboard(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("objective/kl")] == [(1, 0.5), (2, 0.25)]
 
 
+def test_a_run_that_goes_on_logs_no_step_twice(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = make_config(tmp_path / "run", trackers=["tensorboard"], project="proj")
+    run = create(config)
+    for step in (1, 2, 3):
+        run.log(step, {"objective/kl": float(step)})
+        run.samples(step, [{"prompt": "p"}])
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "objec')  # killed here
+    first = state_of(run.folder)
+    run.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    again = Run.create(config.run, config, "ppo", resume=True, done=2, sampled=3)
+    again.log(3, {"objective/kl": 30.0})
+    again.finish({})
+    assert [(line["step"], line["objective/kl"]) for line in lines_of(run.folder / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
+    assert [line["step"] for line in lines_of(run.folder / "samples.jsonl")] == [1, 2, 3]
+    state = state_of(run.folder)
+    assert (state["started"], state["tracking_id"]) == (first["started"], first["tracking_id"])
+    assert [entry["step"] for entry in state["resumed"]] == [2]
+    events = accumulator.EventAccumulator(str(run.folder / "tensorboard/proj"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("objective/kl")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
 def test_missing_tracker_package_leaves_nothing(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
