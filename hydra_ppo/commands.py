@@ -141,8 +141,10 @@ def _open(config: SFTConfig | PPOConfig, command: str, trainer: PPOTrainer | Joi
     """Open the run folder and let the trainer write to it."""
     from hydra_ppo.checkpoint import save_checkpoint
 
-    done, part = trainer.position
-    with Run.create(config.run, config, command, resume=loaded.resume, done=done, sampled=done + (part > 0)) as run:
+    done, _ = trainer.position
+    # A rollout that is kept is not sampled again, also where none of its optimizer steps is done.
+    sampled = done + (getattr(trainer, "partial", None) is not None)
+    with Run.create(config.run, config, command, resume=loaded.resume, done=done, sampled=sampled) as run:
         for note in loaded.notes:
             run.note(note)
         loaded.tokenizer.save_pretrained(run.folder)

@@ -81,6 +81,24 @@ def test_ppo_stopped_again_and_again(project, whole, variant, monkeypatch, capsy
     fault(f"SIGTERM x 10 in ppo, {variant}", "saved, exit 0, --resume", "same bits, metrics, samples")
 
 
+def test_ppo_stopped_between_rollout_and_first_update(project, whole, monkeypatch, tmp_path):
+    """No checkpoint is there yet, so the rollout is kept: its samples must be too."""
+    settings = ppo_settings(project)
+    settings["run"]["output"] = str(tmp_path / "run")
+    arguments = ["ppo", write(tmp_path / "run.yaml", settings), "--resume"]
+    check = interruption.check_stop
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        check()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hydra_ppo.ppo.check_stop", stop)
+        assert main(arguments) == 0
+    assert main(arguments) == 0
+    assert_same(tmp_path / "run", whole("ppo", "fp32"))
+
+
 @pytest.mark.parametrize("variant", quick_first(["fp32", "nf4", "full"], 1))
 def test_sft_stopped_again_and_again(project, whole, variant, monkeypatch, tmp_path, fault):
     reference = whole("sft", variant)
