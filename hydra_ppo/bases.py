@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hydra_ppo.products import linear, times
+from hydra_ppo.products import linear, linear_of_few, times
 
 
 class Dense:
@@ -33,11 +33,20 @@ class Dense:
 
     def takes(self, x: Tensor) -> bool:
         """Return whether `product` computes what the layer itself would."""
-        return x.dtype == self.layer.weight.dtype and _untouched(self.layer) and not torch.is_autocast_enabled(x.device.type)
+        return self.takes_type(x.dtype) and not torch.is_autocast_enabled(x.device.type)
+
+    def takes_type(self, dtype: torch.dtype) -> bool:
+        """Return whether it takes inputs of this type outside of autocast."""
+        return dtype == self.layer.weight.dtype and _untouched(self.layer)
 
     def product(self, x: Tensor) -> Tensor:
         """Return W x + b, (..., O), without a graph."""
         return linear(x, self.weight, self.bias)
+
+    def product_of_few(self, x: Tensor) -> Tensor:
+        """Return W x + b for a few rows x (N, I): (N, O), in any order of memory, without a graph."""
+        y = linear_of_few(x, self.weight)
+        return y if self.bias is None else y.add_(self.bias)
 
     def transposed_product(self, gradient: Tensor) -> Tensor:
         """Return W^T g, (..., I), in memory of its own."""
@@ -55,12 +64,18 @@ class FourBit:
 
     def takes(self, x: Tensor) -> bool:
         """Return whether `product` computes what the layer itself would."""
-        return _untouched(self.layer) and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type)
+        return self.takes_type(x.dtype) and not torch.is_autocast_enabled(x.device.type)
+
+    def takes_type(self, dtype: torch.dtype) -> bool:
+        """Return whether it takes inputs of this type outside of autocast."""
+        return dtype.is_floating_point and _untouched(self.layer)
 
     def product(self, x: Tensor) -> Tensor:
         """Return W x + b, (..., O), without a graph."""
         with torch.no_grad():
             return type(self.layer).forward(self.layer, x)
+
+    product_of_few = product
 
     def transposed_product(self, gradient: Tensor) -> Tensor:
         """Return W^T g, (..., I), in memory of its own."""

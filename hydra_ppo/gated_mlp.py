@@ -63,6 +63,12 @@ def use_lean_mlps(layers: nn.Module) -> None:
             mlp.forward = partial(_forward, mlp, base, activation)
 
 
+def activation_of(mlp: nn.Module) -> Activation | None:
+    """Return the activation of an MLP that has this forward pass, None of any other."""
+    forward = vars(mlp).get("forward")
+    return forward.args[2] if isinstance(forward, partial) and forward.func is _forward else None
+
+
 @lru_cache
 def _is_gated(kind: type[nn.Module]) -> bool:
     """Return whether a module's forward pass is the product above and nothing else, by its source."""

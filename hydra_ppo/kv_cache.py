@@ -104,11 +104,17 @@ class GrowingLayer(_Layer):
             part.keep(sources, moved, origins)
         self._publish()
 
+    def extend(self, count: int) -> None:
+        """Append that many columns, to be written."""
+        for part, held in zip(self.parts, (self.keys, self.values), strict=True):
+            part.extend(count, held)
+        self._publish()
+
     def leap(self, count: int) -> None:
         """Append that many columns of zeros."""
-        for part, held in zip(self.parts, (self.keys, self.values), strict=True):
-            part.extend(count, held).zero_()
-        self._publish()
+        self.extend(count)
+        for held in (self.keys, self.values):
+            held[:, :, -count:].zero_()
 
     def _publish(self) -> None:
         self.keys, self.values = (part.filled for part in self.parts)
@@ -142,6 +148,12 @@ class KVCache(DynamicCache):
             moved, origins = torch.tensor(moves, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
             for layer in self.layers:
                 layer.keep(sources, moved, origins)
+
+    def extend(self, count: int) -> None:
+        """Append that many columns to every layer, to be written."""
+        with allocating("kv cache"):
+            for layer in self.layers:
+                layer.extend(count)
 
     def leap(self, count: int) -> None:
         """Append that many columns of zeros."""

@@ -59,6 +59,14 @@ def use_lean_linear(layers: nn.Module) -> None:
             layer.forward = partial(_plain_forward, layer, base)
 
 
+def base_under(layer: nn.Module) -> Base | None:
+    """Return the frozen half of a layer that has this forward pass, or its class's own; None where another library's runs."""
+    forward = vars(layer).get("forward")
+    if isinstance(forward, partial) and forward.func in (_forward, _plain_forward):
+        return forward.args[1]
+    return None if isinstance(layer, LoraLayer) else base_of(layer)
+
+
 def active_adapter(layer: nn.Module) -> Adapter | None:
     """Return the one adapter that is active on a layer; None where there is none.
 

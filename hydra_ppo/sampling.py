@@ -23,7 +23,8 @@ from hydra_ppo.drawing import draw
 from hydra_ppo.errors import NonFiniteError, UnsupportedModelError
 from hydra_ppo.experience import pad_rows, split_by_length
 from hydra_ppo.interruption import check_stop
-from hydra_ppo.kv_cache import new_cache
+from hydra_ppo.kv_cache import ConcatenatingCache, KVCache, new_cache
+from hydra_ppo.lean_decoding import LeanBackbone, supports
 from hydra_ppo.model import HydraModel
 from hydra_ppo.packing import attention_of
 
@@ -120,6 +121,7 @@ class Decoder:
             copies = torch.tensor(sources, device=device)
             self.hidden, self.positions, mask = self.hidden[copies], self.positions[copies], mask[copies]
         self._prepare_masks([len(prompt) for prompt in prompts], mask)
+        self.lean = _lean_backbone(model, self.cache)
 
     def _prepare_masks(self, lengths: Sequence[int], mask: Tensor) -> None:
         """Decide by layer type what a query may see, for prompts of these lengths with this mask (B, P)."""
@@ -206,16 +208,20 @@ class Decoder:
 
     def _advance(self, token: Tensor, step: int, given: Sequence[int] | None) -> int:
         """Feed `token` (B, 1), the one of number `step`, keep the hidden state that comes out, return the next number."""
-        position = self.positions[:, None]  # (B, 1)
-        run = partial(self.model.hidden_states, token, past_key_values=self.cache, position_ids=position)
-        if self.masked:
-            with decoding_mask(self.model.architecture.layers, self.types, self.seen(), self.dtype) as mask:
-                hidden = run(attention_mask=mask)
+        if self.lean is not None:
+            self.hidden = self.lean(token, self.positions, self.seen() if self.masked else None)
         else:
-            hidden = run()
-        self.hidden = hidden[:, 0]
+            self.hidden = self._next_hidden(token)
         self.positions = self.positions + 1
         return step + 1
+
+    def _next_hidden(self, token: Tensor) -> Tensor:
+        position = self.positions[:, None]  # (B, 1)
+        run = partial(self.model.hidden_states, token, past_key_values=self.cache, position_ids=position)
+        if not self.masked:
+            return run()[:, 0]
+        with decoding_mask(self.model.architecture.layers, self.types, self.seen(), self.dtype) as mask:
+            return run(attention_mask=mask)[:, 0]
 
     def seen(self) -> dict[str, Tensor]:
         """Return by layer type (B, S) whether the next token sees each column, its own included."""
@@ -233,6 +239,15 @@ def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], li
     places: dict[tuple[int, ...], int] = {}
     sources = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
     return list(places), sources
+
+
+def _lean_backbone(model: HydraModel, cache: KVCache | ConcatenatingCache) -> LeanBackbone | None:
+    if not isinstance(cache, KVCache) or not supports(model):
+        return None
+    try:
+        return LeanBackbone(model, cache)
+    except LookupError:
+        return None
 
 
 def _processors(settings: RolloutSettings) -> Callable[[Tensor], Tensor] | None:

@@ -28,13 +28,18 @@ class Trunk:
         self._taken: list[Tensor] | None = None
         self._packing: Packing | None = None
         for layer in layers[:count]:
-            layer.forward = _Skippable(self, layer.forward)
+            layer.forward = SkippableForward(self, layer.forward)
         layers[count].register_forward_pre_hook(self._enter, with_kwargs=True)
 
     @property
     def given(self) -> bool:
         """Whether the trunk is left out at the moment."""
         return self._given is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether the layers run as if there were no trunk: none is left out, and what leaves it is not collected."""
+        return self._given is None and self._taken is None
 
     @contextmanager
     def take(self) -> Iterator[list[Tensor]]:
@@ -71,7 +76,7 @@ class Trunk:
         return ((self._given, *args[1:]), kwargs) if args else (args, kwargs | {name: self._given})
 
 
-class _Skippable:
+class SkippableForward:
     """The forward pass of one layer of the trunk."""
 
     def __init__(self, trunk: Trunk, inner: Any) -> None:

@@ -18,6 +18,7 @@ LAYERS = [
     {"architecture", "config_io", "data", "lazy", "padding", "drawing", "kv_cache"},
     {"loading", "optim", "rewards", "adapters", "manifest", "lazy_logits", "sampled_logits"},
     {"model", "passes", "saving", "views"},
+    {"lean_decoding"},
     {"sampling", "checkpoint"},
     {"rollout"},
     {"joint_sft", "ppo", "ppo_metrics", "ppo_state"},
