@@ -27,6 +27,7 @@ from hydra_ppo.errors import ConfigError, NonFiniteError
 from hydra_ppo.exhaustion import Limits
 from hydra_ppo.experience import Experience, split_by_length
 from hydra_ppo.functional import ranking_loss
+from hydra_ppo.host_memory import keep_freed_memory
 from hydra_ppo.interruption import StopRequested, check_stop
 from hydra_ppo.memory import PhaseMemory
 from hydra_ppo.model import HydraModel
@@ -91,6 +92,7 @@ class JointSFTTrainer:
             )
         if not train_rows:
             raise ConfigError("data.train holds no preference pair after the held-out ones are taken; give more rows.")
+        keep_freed_memory(model.device)
         self.model, self.config = model, config
         self.train_rows, self.eval_rows = list(train_rows), list(eval_rows)[: config.eval_pairs]
         self.pad_token_id = pad_token_id

@@ -44,6 +44,7 @@ from hydra_ppo.functional import (
     value_loss,
     whiten,
 )
+from hydra_ppo.host_memory import keep_freed_memory
 from hydra_ppo.interruption import StopRequested, check_stop
 from hydra_ppo.memory import PhaseMemory
 from hydra_ppo.model import HydraModel
@@ -100,6 +101,7 @@ class PPOTrainer:
             raise ConfigError(f"model is at stage {model.train_stage!r}, PPO needs 'ppo'; build it with train='ppo'.")
         if not prompts:
             raise ConfigError("data.train holds no prompt after the held-out ones are taken; give more rows.")
+        keep_freed_memory(model.device)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.prompts, self.eval_prompts = list(prompts), list(eval_prompts)[: config.eval_prompts]
         self.run = run or Silent()

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [
-    {"errors", "recorder", "products", "files", "interruption"},
+    {"errors", "recorder", "products", "files", "interruption", "host_memory"},
     {"bases"},
     {"config", "functional", "experience", "logprobs", "memory", "sources", "row_formats", "announce", "stages", "lora"}
     | {"gated_mlp"}
