@@ -41,8 +41,7 @@ class LeanBackbone:
     Raises:
         LookupError: when the adapters in force are none that can be run here.
 
-    Memory: a copy of the adapters' first halves (r x I) of all layers but the output and down projections, in the compute
-    type; where that is not fp32, of the rest of the adapters too.
+    Memory: a copy of the adapters' first halves (r x I) of the q, k, v, gate and up projections, in the compute type.
     """
 
     def __init__(self, model: HydraModel, cache: KVCache) -> None:
@@ -162,8 +161,9 @@ class _Projections:
 
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
         adapters = [active_adapter(layer) for layer in layers]
-        downs = [adapter.a.to(dtype) for adapter in adapters if adapter is not None]
-        self.down = None if not downs else downs[0] if len(downs) == 1 else torch.cat(downs)  # (sum of r, I)
+        downs = [adapter.a for adapter in adapters if adapter is not None]
+        # (sum of r, I). One alone is the adapter's own, and cast where it is used: all of them together are many.
+        self.down = None if not downs else downs[0] if len(downs) == 1 else torch.cat([down.to(dtype) for down in downs])
         self.parts: list[tuple[Base, slice, Tensor | None, float]] = []
         begin = 0
         for layer, adapter in zip(layers, adapters, strict=True):
@@ -173,17 +173,17 @@ class _Projections:
                 self.parts.append((base, slice(0), None, 0.0))
             else:
                 own = slice(begin, begin + len(adapter.a))
-                self.parts.append((base, own, adapter.b.to(dtype).T, adapter.scaling))
+                self.parts.append((base, own, adapter.b, adapter.scaling))
                 begin = own.stop
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Return what each layer makes of x (B, I): (B, O), in whatever order of memory its kernel leaves it."""
-        low = None if self.down is None else functional.linear(x, self.down)
+        low = None if self.down is None else functional.linear(x, self.down.to(x.dtype))
         found = []
         for base, own, up, scaling in self.parts:
             y = base.product_of_few(x)
             if up is not None and low is not None:
-                y.addmm_(low[:, own], up, alpha=scaling)
+                y.addmm_(low[:, own], up.to(x.dtype).T, alpha=scaling)
             found.append(y)
         return found
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from itertools import count
 from types import SimpleNamespace
 
+import torch
 from torch import nn
 from transformers import LlamaConfig
 from worker import Session
@@ -31,6 +33,9 @@ def main() -> None:
     """Build the trainer and do updates until told to stop."""
     session = Session()
     workload = session.workload
+    if session.options.get("plain"):
+        torch.backends.mkldnn.enabled = False
+        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "")  # which `keep_freed_memory` takes for the user's own choice
     model = HydraModel.from_config(
         LlamaConfig(**workload.llama()),
         dtype=session.dtype,

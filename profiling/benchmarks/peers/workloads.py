@@ -111,13 +111,21 @@ class Contestant:
         return self.script == "hydra_worker.py"
 
     @property
+    def plain(self) -> bool:
+        """Whether it is ours without what depends on the processor and the C library; takes part only where it is named."""
+        return self.options.get("plain", False)
+
+    @property
     def patched(self) -> bool:
         """Whether it is a peer with our patch."""
         return self.options.get("patched", False)
 
 
 def contestants(workload: Workload) -> dict[str, Contestant]:
-    """Return all contestants by name: ours first, and those in fp32 before those in bf16."""
+    """Return all contestants by name: ours first, and those in fp32 before those in bf16.
+
+    `hydra-plain` has what every library has here: torch's own kernel for fp32, and memory that the C library gives back.
+    """
     trunk = workload.trunk_layers
     base = (
         Contestant("hydra", "hydra_worker.py", "hydra", "fp32", {"trunk_layers": 0}),
@@ -128,12 +136,14 @@ def contestants(workload: Workload) -> dict[str, Contestant]:
         Contestant("trl011-multi", "trl011_worker.py", "trl011", "fp32", {}),
     )
     half = tuple(replace(c, name=f"{c.name}-bf16", dtype="bf16") for c in base if not c.patched)
-    return {contestant.name: contestant for contestant in (*base, *half)}
+    plain = Contestant("hydra-plain", "hydra_worker.py", "hydra", "fp32", {"trunk_layers": 0, "plain": True})
+    return {contestant.name: contestant for contestant in (*base, *half, plain)}
 
 
 def by_default(workload: Workload) -> list[str]:
     """Return the names of the contestants that take part where none is named."""
-    return [name for name, c in contestants(workload).items() if workload.everyone or (c.dtype == "fp32" and not c.patched)]
+    known = {name: c for name, c in contestants(workload).items() if not c.plain}
+    return [name for name, c in known.items() if workload.everyone or (c.dtype == "fp32" and not c.patched)]
 
 
 def matmul(dtype: str) -> Contestant:
