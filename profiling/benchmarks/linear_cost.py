@@ -10,7 +10,8 @@ are decoded together. So
   be a T x T, nor with the vocabulary, which would be a T x V. While sampling that holds less: the cache has as many tokens as
   are decoded together, and the logits of one step are (rows, V) by nature; both are small beside the update's peak.
 
-"Attention itself" is the call of scaled_dot_product_attention and its backward pass, timed inside the very steps that are
+"Attention itself" is the call of scaled_dot_product_attention (while decoding short rows, of what stands for it) and its
+backward pass, timed inside the very steps that are
 reported. What the KV cache does beside it is not part of it.
 """
 
@@ -39,6 +40,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from hydra_ppo import lean_decoding
 from hydra_ppo.config import DataSettings, LoraSettings, ModelSettings, PPOConfig, RolloutSettings, RunSettings
 from hydra_ppo.data import PromptRow
 from hydra_ppo.errors import ConfigError
@@ -153,7 +155,7 @@ class _Timed(torch.autograd.Function):
 
 @contextmanager
 def timed_attention(clock: Clock) -> Iterator[None]:
-    """Time every scaled_dot_product_attention inside the block, backward passes included."""
+    """Time every attention inside the block, backward passes included."""
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def timed(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -162,11 +164,19 @@ def timed_attention(clock: Clock) -> Iterator[None]:
         with clock.paying_attention():
             return attention(query, key, value, **options)
 
+    products = lean_decoding.attend_by_products
+
+    def timed_products(*args: Any) -> Tensor:
+        with clock.paying_attention():
+            return products(*args)
+
     torch.nn.functional.scaled_dot_product_attention = timed
+    lean_decoding.attend_by_products = timed_products
     try:
         yield
     finally:
         torch.nn.functional.scaled_dot_product_attention = attention
+        lean_decoding.attend_by_products = products
 
 
 class Subject:

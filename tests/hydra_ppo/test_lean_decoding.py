@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
-from hydra_ppo import sampling
+from hydra_ppo import lean_decoding, sampling
 from hydra_ppo.bases import base_of
 from hydra_ppo.config import LoraSettings
 from hydra_ppo.kv_cache import KVCache, new_cache
@@ -72,9 +72,11 @@ def check_same(monkeypatch, model: HydraModel, close: float = 2e-6, role: str = 
                 assert mine == pytest.approx(theirs, abs=close)
 
 
+@pytest.mark.parametrize("short", [0, lean_decoding.SHORT], ids=["kernel", "products"])
 @pytest.mark.parametrize("role", ["actor", "reference"])
 @pytest.mark.parametrize("family", LEAN)
-def test_numbers_are_those_of_the_modules(family, role, monkeypatch):
+def test_numbers_are_those_of_the_modules(family, role, short, monkeypatch):
+    monkeypatch.setattr(lean_decoding, "SHORT", short)
     check_same(monkeypatch, build(family), role=role)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hydra_ppo import drawing, kv_cache, sampling
+from hydra_ppo import drawing, kv_cache, lean_decoding, sampling
 from hydra_ppo.compat import MASKS_BY_LAYER_TYPE
 from hydra_ppo.config import RolloutSettings
 from hydra_ppo.drawing import draw, invert
@@ -193,6 +193,7 @@ def test_attention_gets_a_mask_only_where_it_is_needed(family, steps, masked, mo
         return plain(query, key, *args, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(lean_decoding, "SHORT", 0)
     sample(model, EQUAL_LENGTHS, settings(max_new_tokens=steps), NEVER, generator())
     heads = getattr(model.causal_lm.config, "num_key_value_heads", 4)  # not copied for their groups of queries
     assert [has_mask for has_mask, _ in given] == [masked] * (3 * (steps - 1))
