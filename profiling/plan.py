@@ -7,7 +7,8 @@ and optimizer state are in proportion to the rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import log2
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from hydra_ppo.logprobs import CHUNK_BYTES
 from hydra_ppo.profiling.capture import WARM_UP
 from hydra_ppo.profiling.report import format_bytes
 from hydra_ppo.profiling.shallow import Stretch, predict, simulate_stretches
@@ -158,8 +160,20 @@ class Predictor:
             score_batch=micro,
             checkpointing=checkpointing,
         )
-        self._known[hold, checkpointing, batch, micro] = found = simulate_stretches(shape, self.config)
+        with _blocks_of_a_gpu():
+            self._known[hold, checkpointing, batch, micro] = found = simulate_stretches(shape, self.config)
         return found
+
+
+@contextmanager
+def _blocks_of_a_gpu() -> Iterator[None]:
+    """Compute log-probs of fake tensors, which say that they are on a CPU, in the blocks that a GPU takes: larger and fewer."""
+    before = CHUNK_BYTES["cpu"]
+    CHUNK_BYTES["cpu"] = CHUNK_BYTES["cuda"]
+    try:
+        yield
+    finally:
+        CHUNK_BYTES["cpu"] = before
 
 
 def search(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra_ppo.loading import DTYPES
+from hydra_ppo.logprobs import CHUNK_BYTES
 from hydra_ppo.profiling.capture import capture
 from hydra_ppo.profiling.fake import LeapingDecoder
 from hydra_ppo.profiling.tracker import Tracker
@@ -51,13 +52,13 @@ class Stretch:
 def simulate_stretches(workload: Workload, config: Any) -> list[Stretch]:
     """Simulate the workload at two depths and return what each stretch of a step needs; what is known is not run again."""
     workload = replace(workload, model="any", trunk_layers=0)
-    key = (workload, with_depth(config, 1).to_json_string())
+    key = (workload, with_depth(config, 1).to_json_string(), CHUNK_BYTES["cpu"])
     if key not in _known:
         _known[key] = _simulate(workload, config)
     return _known[key]
 
 
-_known: dict[tuple[Workload, str], list[Stretch]] = {}
+_known: dict[tuple[Workload, str, int], list[Stretch]] = {}
 
 
 def _simulate(workload: Workload, config: Any) -> list[Stretch]:
