@@ -11,8 +11,7 @@ are decoded together. So
   are decoded together, and the logits of one step are (rows, V) by nature; both are small beside the update's peak.
 
 "Attention itself" is the call of scaled_dot_product_attention (while decoding short rows, of what stands for it) and its
-backward pass, timed inside the very steps that are
-reported. What the KV cache does beside it is not part of it.
+backward pass, timed inside the very steps that are reported. What the KV cache does beside it is not part of it.
 """
 
 from __future__ import annotations
