@@ -7,11 +7,11 @@ __version__ = "0.1.0"
 
 # Names resolve on first use, so that `hydra-ppo --help` need not import torch.
 _HOMES = {
-    "HydraModel": "model",
-    "JointSFTTrainer": "joint_sft",
-    "PPOTrainer": "ppo",
-    "PPOConfig": "config",
-    "SFTConfig": "config",
+    "HydraModel": "model.hydra",
+    "JointSFTTrainer": "training.joint_sft",
+    "PPOTrainer": "training.ppo",
+    "PPOConfig": "config.settings",
+    "SFTConfig": "config.settings",
     "HydraError": "errors",
 }
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hydra_ppo.logprobs import token_logprobs
-from hydra_ppo.passes import Passes
+from hydra_ppo.compute.logprobs import token_logprobs
+from hydra_ppo.views.passes import Passes
 
 Key = tuple[int, bytes]
 """What identifies a row: the position of its first token, and its tokens."""

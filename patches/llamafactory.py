@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hydra_ppo.manifest import MANIFEST, base_folder, read_manifest
+from hydra_ppo.model.manifest import MANIFEST, base_folder, read_manifest
 from hydra_ppo.patches.binding import Applied, Bindings, install
 from hydra_ppo.patches.versions import HostError, require
 

@@ -15,8 +15,8 @@ from typing import Any, Self
 
 import torch
 
-from hydra_ppo.config import LoraSettings
-from hydra_ppo.model import HydraModel
+from hydra_ppo.config.settings import LoraSettings
+from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.patches import trl_step
 from hydra_ppo.patches.binding import Bindings
 from hydra_ppo.patches.known_rows import KnownRows

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hydra_ppo.lazy import Lazy
-from hydra_ppo.lazy_logits import LazyLogits
 from hydra_ppo.patches.versions import HostError
+from hydra_ppo.views.lazy import Lazy
+from hydra_ppo.views.lazy_logits import LazyLogits
 
 
 @dataclass(eq=False)

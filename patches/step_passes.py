@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hydra_ppo.lazy import Lazy
 from hydra_ppo.patches.scored_logits import ScoredLogits, response_columns, score_next
 from hydra_ppo.patches.value_head import ActorCritic, FrozenReference, StepModel
+from hydra_ppo.views.lazy import Lazy
 
 
 class DeferredValues(Lazy):

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra_ppo.manifest import MANIFEST, base_folder, read_manifest
+from hydra_ppo.model.manifest import MANIFEST, base_folder, read_manifest
 from hydra_ppo.patches.binding import Applied, Bindings, install
 from hydra_ppo.patches.versions import HostError, require
 
@@ -163,7 +163,7 @@ def _bind(bindings: Bindings) -> None:
     import torch.utils.checkpoint as checkpointing
     from swift.pipelines.train.rlhf import SwiftRLHF
 
-    from hydra_ppo import recompute
+    from hydra_ppo.compute import recompute
 
     # Swift's trainer makes the global `checkpoint` reentrant for good, in any process where one was made.
     if recompute.checkpoint is not getattr(checkpointing, "_old_checkpoint", checkpointing.checkpoint):
@@ -197,7 +197,7 @@ def _load(pipeline: Any, folder: Path, bindings: Bindings) -> None:
     from swift.pipelines.train.sft import SwiftSft
     from swift.utils import get_logger, get_model_parameter_info, is_mp
 
-    from hydra_ppo.model import HydraModel
+    from hydra_ppo.model.hydra import HydraModel
 
     args, logger = pipeline.args, get_logger()
     if is_mp() and args.device_map is None:
@@ -246,7 +246,7 @@ def _switch_checkpointing(model: Any, training_args: Any) -> None:
 
 def _prepare_model(original: Any) -> Any:
     def prepare_model(cls: Any, args: Any, model: Any, **options: Any) -> Any:
-        from hydra_ppo.views import View
+        from hydra_ppo.views.views import View
 
         return model if isinstance(model, View) else original(cls, args, model, **options)
 
@@ -255,7 +255,7 @@ def _prepare_model(original: Any) -> Any:
 
 def _prepare_template(original: Any) -> Any:
     def _prepare_template(self: Any) -> None:
-        from hydra_ppo.views import View
+        from hydra_ppo.views.views import View
 
         original(self)
         if isinstance(self.model, View):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from hydra_ppo.model import HydraModel
+from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.patches.binding import Applied
 from hydra_ppo.patches.versions import require
 

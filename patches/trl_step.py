@@ -22,7 +22,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from hydra_ppo.model import HydraModel
+from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.patches.binding import Applied, Bindings, install
 from hydra_ppo.patches.known_rows import KnownRows
 from hydra_ppo.patches.scored_logits import entropy_from_logits, logprobs_from_logits

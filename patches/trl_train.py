@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydra_ppo.config import RolloutSettings
-from hydra_ppo.lazy_logits import LazyLogits
-from hydra_ppo.model import HydraModel
+from hydra_ppo.config.settings import RolloutSettings
+from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.patches.binding import Applied, Bindings, install
-from hydra_ppo.sampled_logits import SampledLogits
-from hydra_ppo.sampling import sample
-from hydra_ppo.views import CausalView, View
+from hydra_ppo.rollout.sampling import sample
+from hydra_ppo.views.lazy_logits import LazyLogits
+from hydra_ppo.views.sampled_logits import SampledLogits
+from hydra_ppo.views.views import CausalView, View
 
 logger = logging.getLogger("hydra_ppo")
 

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hydra_ppo.lazy_logits import LazyLogits
-from hydra_ppo.passes import Passes
 from hydra_ppo.patches.known_rows import KnownRows
 from hydra_ppo.patches.versions import HostError
-from hydra_ppo.views import CausalView, ClassifierView, View
+from hydra_ppo.views.lazy_logits import LazyLogits
+from hydra_ppo.views.passes import Passes
+from hydra_ppo.views.views import CausalView, ClassifierView, View
 
 S = TypeVar("S", bound="StepModel")
 

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hydra_ppo.cli import main as hydra_ppo
-from hydra_ppo.ppo import PPOTrainer
+from hydra_ppo.cli.main import main as hydra_ppo
+from hydra_ppo.training.ppo import PPOTrainer
 from tests.faults.project import make_project, ppo_settings, write
 
 SETTLED = 20

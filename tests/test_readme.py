@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hydra_ppo.cli import main
-from hydra_ppo.cli_config import load_config
-from hydra_ppo.config import PPOConfig, SFTConfig
+from hydra_ppo.cli.flags import load_config
+from hydra_ppo.cli.main import main
+from hydra_ppo.config.settings import PPOConfig, SFTConfig
 from tests.training import write_model
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hydra_ppo.config import (
+from hydra_ppo.config.settings import (
     DataSettings,
     KLSettings,
     ModelSettings,
@@ -19,8 +19,8 @@ from hydra_ppo.config import (
     RunSettings,
     SFTConfig,
 )
-from hydra_ppo.data import PreferenceRow, PromptRow
-from hydra_ppo.model import HydraModel
+from hydra_ppo.data.rows import PreferenceRow, PromptRow
+from hydra_ppo.model.hydra import HydraModel
 
 WORDS = [f"w{i}" for i in range(28)]
 MODEL = ModelSettings(name_or_path="unused")

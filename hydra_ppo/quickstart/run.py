@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hydra_ppo.config import (
+from hydra_ppo.config.settings import (
     DataSettings,
     KLSettings,
     LoraSettings,
@@ -34,7 +34,7 @@ from hydra_ppo.errors import ConfigError
 from hydra_ppo.quickstart.corpus import build_llama_config, gold_score, make_corpus, train_tokenizer
 
 if TYPE_CHECKING:
-    from hydra_ppo.model import HydraModel
+    from hydra_ppo.model.hydra import HydraModel
 
 SUMMARY = "summary.json"
 PARTS = ("data", "base", "sft", "ppo", SUMMARY)
@@ -58,7 +58,7 @@ def main(output: str | Path, seed: int = 0, overwrite: bool = False) -> dict[str
     Raises:
         ConfigError: when the folder is in use.
     """
-    from hydra_ppo import commands
+    from hydra_ppo.cli import commands
 
     started = time.perf_counter()
     folder = Path(output)
@@ -188,7 +188,7 @@ def _judge(folder: Path, prompts: Sequence[str], seed: int) -> Judgement:
     """Sample every held-out prompt from the SFT policy and from the actor, and let the gold scorer compare."""
     from transformers import AutoTokenizer
 
-    from hydra_ppo.model import HydraModel
+    from hydra_ppo.model.hydra import HydraModel
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "ppo")
     model = HydraModel.from_pretrained(folder / "ppo")
@@ -218,8 +218,8 @@ def sample_texts(
     """Sample a response to each prompt from `actor` or `reference`."""
     import torch
 
-    from hydra_ppo.ppo import end_tokens
-    from hydra_ppo.sampling import sample
+    from hydra_ppo.rollout.sampling import sample
+    from hydra_ppo.training.ppo import end_tokens
 
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     generator = torch.Generator(model.device).manual_seed(seed)

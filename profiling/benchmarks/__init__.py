@@ -76,7 +76,7 @@ def peak_bytes(call: Call, alive: Iterable[Tensor]) -> int:
 
     Temporaries inside a single kernel are not seen.
     """
-    from hydra_ppo.memory import LiveBytes
+    from hydra_ppo.runtime.memory import LiveBytes
 
     gc.collect()
     live = LiveBytes(alive)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hydra_ppo.logprobs import LMHead, token_logprobs
+from hydra_ppo.compute.logprobs import LMHead, token_logprobs
 from hydra_ppo.profiling.benchmarks import measure
 
 HIDDEN, TOKENS = 512, 512

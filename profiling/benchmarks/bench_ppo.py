@@ -15,15 +15,15 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hydra_ppo.config import DataSettings, ModelSettings, OptimizerSettings, PPOConfig, RolloutSettings, RunSettings
-from hydra_ppo.data import PromptRow
+from hydra_ppo.config.settings import DataSettings, ModelSettings, OptimizerSettings, PPOConfig, RolloutSettings, RunSettings
+from hydra_ppo.data.rows import PromptRow
 from hydra_ppo.experience import Experience
-from hydra_ppo.model import HydraModel
-from hydra_ppo.optim import state_tensors
-from hydra_ppo.ppo import PPOTrainer, with_advantages
+from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.profiling.benchmarks import measure
-from hydra_ppo.rollout import collect_experience, score
-from hydra_ppo.sampling import Samples, sample
+from hydra_ppo.rollout.collect import collect_experience, score
+from hydra_ppo.rollout.sampling import Samples, sample
+from hydra_ppo.training.optim import state_tensors
+from hydra_ppo.training.ppo import PPOTrainer, with_advantages
 
 TOLERANCE = 1e-4
 """Absolute, nats, between log-probs from the KV cache and from one pass, both in fp32."""

@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaConfig
 
-from hydra_ppo.config import LoraSettings
-from hydra_ppo.model import HydraModel
+from hydra_ppo.config.settings import LoraSettings
+from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.profiling.benchmarks import measure
 
 LAYERS, RANK = 8, 16

@@ -39,14 +39,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from hydra_ppo import lean_decoding
-from hydra_ppo.config import DataSettings, LoraSettings, ModelSettings, PPOConfig, RolloutSettings, RunSettings
-from hydra_ppo.data import PromptRow
+from hydra_ppo.config.settings import DataSettings, LoraSettings, ModelSettings, PPOConfig, RolloutSettings, RunSettings
+from hydra_ppo.data.rows import PromptRow
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.model import HydraModel
-from hydra_ppo.optim import state_tensors
-from hydra_ppo.ppo import PPOTrainer
+from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.profiling.benchmarks.peers.load import undisturbed
+from hydra_ppo.rollout import lean_decoding
+from hydra_ppo.training.optim import state_tensors
+from hydra_ppo.training.ppo import PPOTrainer
 
 PHASES = ("rollout", "score", "update")
 FLAT = 0.2

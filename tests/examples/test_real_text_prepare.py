@@ -192,7 +192,7 @@ def test_yaml_files_name_existing_settings(file, kind):
 
     import yaml
 
-    from hydra_ppo import config
+    from hydra_ppo.config import settings as config
 
     def build(cls, values):
         hints = typing.get_type_hints(cls)

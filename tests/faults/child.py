@@ -8,10 +8,21 @@ import signal
 import sys
 from pathlib import Path
 
-from hydra_ppo import interruption
+from hydra_ppo.runtime import interruption
 
-PRELOAD = ["hydra_ppo.commands", "hydra_ppo.ppo", "hydra_ppo.joint_sft", "hydra_ppo.resume", "tests.faults.rewards"]
-PHASES = {"rollout": "sampling", "score": "rollout", "update": "ppo", "sft-update": "joint_sft"}
+PRELOAD = [
+    "hydra_ppo.cli.commands",
+    "hydra_ppo.training.ppo",
+    "hydra_ppo.training.joint_sft",
+    "hydra_ppo.cli.resume",
+    "tests.faults.rewards",
+]
+PHASES = {
+    "rollout": "rollout.sampling",
+    "score": "rollout.collect",
+    "update": "training.ppo",
+    "sft-update": "training.joint_sft",
+}
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 
 Point = tuple[str, int]
@@ -34,7 +45,7 @@ def run(arguments: list[str], log: str, point: Point | None = None, limit: dict[
     """
     import torch
 
-    from hydra_ppo.cli import main
+    from hydra_ppo.cli.main import main
 
     torch.set_num_threads(1)
     with Path(log).open("a", buffering=1) as file:

@@ -24,8 +24,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from hydra_ppo import commands, loading, run_folder
-from hydra_ppo.cli import main
+from hydra_ppo.cli import commands
+from hydra_ppo.cli.main import main
+from hydra_ppo.model import loading
+from hydra_ppo.runs import folder as run_folder
 from tests.faults.project import make_project, merge, ppo_settings, sft_settings
 from tests.training import llama, tokenizer
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from hydra_ppo.cli import main
+from hydra_ppo.cli.main import main
 from tests.faults import rewards
 from tests.faults.child import context
 from tests.faults.child import run as run_child
@@ -123,7 +123,7 @@ def test_nan_for_one_token_only(project, capsys, fault):
 
 @pytest.mark.parametrize("where", quick_first(["policy/grad_norm", "policy/loss", "value/loss"], 1))
 def test_nan_in_training(where, project, whole, monkeypatch, capsys, fault):
-    from hydra_ppo.ppo import PPOTrainer
+    from hydra_ppo.training.ppo import PPOTrainer
 
     output = "nan-" + where.replace("/", "-")
     with monkeypatch.context() as patch:
@@ -153,7 +153,7 @@ def test_nan_in_training(where, project, whole, monkeypatch, capsys, fault):
 
 
 def test_nan_in_sft(project, monkeypatch, capsys):
-    from hydra_ppo.joint_sft import JointSFTTrainer, PairSums
+    from hydra_ppo.training.joint_sft import JointSFTTrainer, PairSums
 
     def broken(self, rows):
         nan = torch.tensor(float("nan"), requires_grad=True)
@@ -167,8 +167,8 @@ def test_nan_in_sft(project, monkeypatch, capsys):
 @pytest.mark.long
 def test_a_stop_after_nan_does_not_save_it(project, whole, monkeypatch, capsys):
     """A wish to stop that comes between NaN and its detection must not make a checkpoint of it."""
-    from hydra_ppo.interruption import StopRequested
-    from hydra_ppo.ppo import PPOTrainer
+    from hydra_ppo.runtime.interruption import StopRequested
+    from hydra_ppo.training.ppo import PPOTrainer
 
     with monkeypatch.context() as patch:
         step = PPOTrainer.optimizer_step
@@ -218,7 +218,7 @@ def test_a_disk_that_is_full_while_saving(project, whole, monkeypatch, fault):
 
 @pytest.mark.long
 def test_a_disk_that_is_full_for_the_metrics(project, whole, monkeypatch, capsys, fault):
-    from hydra_ppo.run import Run
+    from hydra_ppo.runs.run import Run
 
     with monkeypatch.context() as patch:
         real = Run._write_state
@@ -233,7 +233,7 @@ def test_a_disk_that_is_full_for_the_metrics(project, whole, monkeypatch, capsys
             real(self)
 
         patch.setattr(Run, "_write_state", no_state)
-        patch.setattr("hydra_ppo.run.keep_steps", lambda *a: None)
+        patch.setattr("hydra_ppo.runs.run.keep_steps", lambda *a: None)
         assert go(project, "metrics", "--resume") == 1
     assert "metrics.jsonl cannot be written (No space left on device); the last checkpoint is intact" in last_line(capsys)
     full.unlink()
@@ -256,7 +256,7 @@ def test_a_folder_that_becomes_unwritable(project, whole, monkeypatch, capsys, f
     """Permissions do not stop the superuser, a file where a folder should be stops everybody."""
     assert go(project, "locked", steps=2) == 0
     checkpoints = project / "locked" / "checkpoints"
-    from hydra_ppo.ppo import PPOTrainer
+    from hydra_ppo.training.ppo import PPOTrainer
 
     with monkeypatch.context() as patch:
         real = PPOTrainer._rollout
@@ -294,7 +294,7 @@ def test_two_runs_on_one_folder(project, whole, monkeypatch, capsys, fault):
 
 
 def test_a_tokenizer_larger_than_the_embedding(project, monkeypatch, capsys, fault):
-    monkeypatch.setattr("hydra_ppo.commands.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("hydra_ppo.cli.commands.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     base = shutil.copytree(project / "base", project / "small")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"vocab_size": 30}))
@@ -307,7 +307,7 @@ def test_a_tokenizer_larger_than_the_embedding(project, monkeypatch, capsys, fau
 def test_an_adapter_of_another_base(project, capsys, fault):
     other = make_project(project / "other")
     assert main(["sft", write(project / "sft.yaml", sft_settings(other, "sft", epochs=1))]) == 0
-    from hydra_ppo.model import HydraModel
+    from hydra_ppo.model.hydra import HydraModel
     from tests.training import write_model
 
     assert HydraModel.from_pretrained(other / "sft").reward_head_trained

@@ -15,11 +15,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hydra_ppo.cli import COMMANDS, main
-from hydra_ppo.cli_config import OPTIONS, parse
-from hydra_ppo.config import DataSettings, PPOConfig, SFTConfig
-from hydra_ppo.config_io import settings_of
-from hydra_ppo.data import check_source, load_preferences, load_prompts
+from hydra_ppo.cli.flags import OPTIONS, parse
+from hydra_ppo.cli.main import COMMANDS, main
+from hydra_ppo.config.reading import settings_of
+from hydra_ppo.config.settings import DataSettings, PPOConfig, SFTConfig
+from hydra_ppo.data.rows import check_source, load_preferences, load_prompts
 from hydra_ppo.errors import ConfigError, DataError
 from tests.faults.project import quick_first
 from tests.training import tokenizer

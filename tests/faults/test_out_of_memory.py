@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hydra_ppo.cli import main
+from hydra_ppo.cli.main import main
 from hydra_ppo.errors import OutOfMemory
-from hydra_ppo.exhaustion import Limits, free_bytes, is_out_of_memory
+from hydra_ppo.runtime.exhaustion import Limits, free_bytes, is_out_of_memory
 from tests.faults.project import assert_same, make_project, ppo_settings, quick_first, records, sft_settings, weights, write
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def halved(**changes):
 
 def fail_once(monkeypatch, phase, number=1, error=GPU_TEXT):
     """Raise where a phase begins for the how-manieth time, as an allocator does."""
-    from hydra_ppo.ppo import PPOTrainer
+    from hydra_ppo.training.ppo import PPOTrainer
 
     announce, seen = PPOTrainer._announce, {"count": 0}
 
@@ -115,7 +115,7 @@ def test_twice_and_the_size_outlives_a_resume(project, monkeypatch):
 
 
 def test_one_row_does_not_fit(project, monkeypatch, capsys):
-    from hydra_ppo.ppo import PPOTrainer
+    from hydra_ppo.training.ppo import PPOTrainer
 
     def never(self, *arguments):
         raise torch.OutOfMemoryError(GPU_TEXT)
@@ -130,7 +130,7 @@ def test_one_row_does_not_fit(project, monkeypatch, capsys):
 
 
 def test_sft(project, monkeypatch, fault):
-    from hydra_ppo.joint_sft import JointSFTTrainer
+    from hydra_ppo.training.joint_sft import JointSFTTrainer
 
     changes = {"microbatch_size": 4, "data": {"eval_fraction": 0.0}}
     code, reference = run(project, "sft", "sft-small", **changes | {"microbatch_size": 2})

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from hydra_ppo.cli import main
+from hydra_ppo.cli.main import main
 from tests.faults.project import assert_same, make_project, ppo_settings, quick_first, records, sft_settings, write
 
 
@@ -123,7 +123,7 @@ def test_a_finished_sft_run_is_made_longer(project, tmp_path):
 def test_ctrl_c_right_after_a_save_and_again(project, run, monkeypatch, capsys, fault):
     """A stop where a checkpoint was just written makes no second one of that step, and both parts go on."""
     shutil.rmtree(run / "checkpoints" / "step-000006")
-    from hydra_ppo import interruption
+    from hydra_ppo.runtime import interruption
 
     check = interruption.check_stop
 
@@ -133,7 +133,7 @@ def test_ctrl_c_right_after_a_save_and_again(project, run, monkeypatch, capsys, 
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr("hydra_ppo.sampling.check_stop", stop)
+            patch.setattr("hydra_ppo.rollout.sampling.check_stop", stop)
             assert go_on(project, run) == 0
         assert "Go on with: hydra-ppo ppo" in capsys.readouterr().out
         assert json.loads((run / "state.json").read_text())["state"] == "interrupted"
@@ -151,7 +151,7 @@ def test_a_second_signal_stops_at_once(project, run, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("hydra_ppo.sampling.check_stop", stop)
+    monkeypatch.setattr("hydra_ppo.rollout.sampling.check_stop", stop)
     assert go_on(project, run) == 130
     monkeypatch.undo()
     assert go_on(project, run) == 0
@@ -199,7 +199,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", quick_first(REFUSED, 2))
 def test_what_may_not_change(name, project, run, capsys, monkeypatch):
-    monkeypatch.setattr("hydra_ppo.commands.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("hydra_ppo.cli.commands.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     changes, parts = REFUSED[name]
     assert go_on(project, run, **changes) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -211,7 +211,7 @@ def test_what_may_not_change(name, project, run, capsys, monkeypatch):
 
 @pytest.mark.parametrize("what", ["base weights", "tokenizer", "data"])
 def test_what_a_run_stands_on_may_not_change(what, run, tmp_path, monkeypatch, capsys, fault):
-    monkeypatch.setattr("hydra_ppo.commands.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("hydra_ppo.cli.commands.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     here = make_project(tmp_path / "project")  # the same content as where the run began
     settings = ppo_settings(here)
     settings["run"]["output"] = str(run)

@@ -10,20 +10,20 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from hydra_ppo.config import RewardSettings, RewardSource, RolloutSettings
+from hydra_ppo.config.settings import RewardSettings, RewardSource, RolloutSettings
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.experience import Experience
-from hydra_ppo.model import HydraModel
-from hydra_ppo.ppo import PPOTrainer
-from hydra_ppo.profiling.capture import capture
-from hydra_ppo.profiling.record import PHASES
-from hydra_ppo.profiling.shallow import with_depth
-from hydra_ppo.profiling.shapes import model_config
-from hydra_ppo.profiling.validate import SMALL
-from hydra_ppo.profiling.validation_roles import BF16_TOLERANCES, check_roles, make_batch, randomise
-from hydra_ppo.profiling.validation_speed import free, weights_made_on
+from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.profiling.measuring.capture import capture
+from hydra_ppo.profiling.measuring.record import PHASES
+from hydra_ppo.profiling.measuring.shallow import with_depth
+from hydra_ppo.profiling.subjects.shapes import model_config
+from hydra_ppo.profiling.validate.roles import BF16_TOLERANCES, check_roles, make_batch, randomise
+from hydra_ppo.profiling.validate.run import SMALL
+from hydra_ppo.profiling.validate.speed import free, weights_made_on
 from hydra_ppo.profiling.workload import Workload
-from hydra_ppo.sampling import sample
+from hydra_ppo.rollout.sampling import sample
+from hydra_ppo.training.ppo import PPOTrainer
 from tests.training import llama, ppo_config, prompts, tokenizer
 
 pytestmark = [

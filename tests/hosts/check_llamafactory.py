@@ -22,7 +22,7 @@ from make_inputs import make  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from hydra_ppo.model import HydraModel  # noqa: E402
+from hydra_ppo.model.hydra import HydraModel  # noqa: E402
 from hydra_ppo.patches.step_passes import DeferredValues  # noqa: E402
 from tests.hosts import common  # noqa: E402
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from trl.trainer import ppo_trainer
 
-from hydra_ppo.model import HydraModel
+from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.patches.trl import apply
 from tests.hosts import common
 from tests.hosts.common import BOS, EOS, PAD, VOCABULARY, Result, difference

@@ -17,9 +17,9 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hydra_ppo.lazy_logits import LazyLogits
-from hydra_ppo.model import HydraModel
+from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.patches import trl, trl_train
+from hydra_ppo.views.lazy_logits import LazyLogits
 from tests.hosts import common
 from tests.hosts.common import EOS, PAD, Result
 

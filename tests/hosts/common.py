@@ -22,8 +22,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
-from hydra_ppo.memory import LiveBytes
-from hydra_ppo.model import HydraModel
+from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.runtime.memory import LiveBytes
 
 VOCABULARY = 1024  # large beside the hidden size, as in real models: full logits must cost something
 PAD, BOS, EOS = 0, 1, 2

@@ -54,7 +54,7 @@ def pytest_sessionstart():
     if os.environ["HYDRA_PATCHED"] == "1":
         from transformers import LlamaConfig
 
-        from hydra_ppo.model import HydraModel
+        from hydra_ppo.model.hydra import HydraModel
         from hydra_ppo.patches.trl import apply
 
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

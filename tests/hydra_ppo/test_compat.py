@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 from hydra_ppo import compat
 from hydra_ppo.errors import UnsupportedModelError
-from hydra_ppo.model import HydraModel
-from hydra_ppo.sampling import sample
+from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.rollout.sampling import sample
 from tests.families import FAMILIES, PROMPTS, randomise
-from tests.hydra_ppo.test_rollout import CLOSE, generator, logprobs_by_pass, settings
+from tests.hydra_ppo.rollout.test_collect import CLOSE, generator, logprobs_by_pass, settings
 from tests.training import llama, write_model
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hydra_ppo.config import DataSettings
-from hydra_ppo.data import Loaded, check_source, ensure_pad_token, load_preferences, load_prompts, split_held_out
+from hydra_ppo.config.settings import DataSettings
+from hydra_ppo.data.rows import Loaded, check_source, ensure_pad_token, load_preferences, load_prompts, split_held_out
 from hydra_ppo.errors import ConfigError, DataError
 
 BOS, EOS, PAD, END = 0, 1, 2, 3
@@ -556,5 +556,5 @@ def test_hostile_lines(tmp_path, line):
 
 
 def test_import_is_light():
-    code = "import sys, hydra_ppo.data; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    code = "import sys, hydra_ppo.data.rows; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"

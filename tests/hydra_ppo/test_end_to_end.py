@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hydra_ppo.cli import main
+from hydra_ppo.cli.main import main
 from tests.training import WORDS, write_model
 
 
@@ -113,7 +113,7 @@ def test_ppo_goes_on_from_a_ppo_run_and_from_a_checkpoint(project, tmp_path):
         (tmp_path / name).symlink_to(project / name)
     assert main(["sft", write(tmp_path / "sft.yaml", sft_settings(tmp_path))]) == 0
     assert main(["ppo", write(tmp_path / "ppo.yaml", ppo_settings(tmp_path))]) == 0
-    from hydra_ppo.model import HydraModel
+    from hydra_ppo.model.hydra import HydraModel
 
     done = HydraModel.from_pretrained(tmp_path / "ppo")
     last = HydraModel.from_pretrained(tmp_path / "ppo" / "checkpoints" / "step-000003")
@@ -156,7 +156,7 @@ def test_a_failing_reward_function_ends_with_1_and_leaves_the_checkpoint(project
     assert main(["ppo", write(tmp_path / "ppo.yaml", ppo_settings(tmp_path, reward={"sources": sources}))]) == 1
     assert "step=2 phase=score: function" in capsys.readouterr().err
     assert json.loads((tmp_path / "ppo" / "state.json").read_text())["state"] == "failed"
-    from hydra_ppo.model import HydraModel
+    from hydra_ppo.model.hydra import HydraModel
 
     assert HydraModel.from_pretrained(tmp_path / "ppo" / "checkpoints" / "step-000001").reward_head_trained
 

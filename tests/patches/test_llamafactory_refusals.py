@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from hydra_ppo.manifest import MANIFEST
+from hydra_ppo.model.manifest import MANIFEST
 from hydra_ppo.patches import llamafactory
 from hydra_ppo.patches.versions import HostError
 from tests.hosts.common import save_tuned, tiny_config

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hydra_ppo.model import HydraModel
+from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.patches import swift
 from hydra_ppo.patches.versions import HostError
 from tests.training import write_model

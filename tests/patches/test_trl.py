@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hydra_ppo.patches import trl, trl_train
-from hydra_ppo.sampled_logits import SampledLogits
+from hydra_ppo.views.sampled_logits import SampledLogits
 from tests.hosts import check_trl_train, common
 from tests.hosts.run import judge
 

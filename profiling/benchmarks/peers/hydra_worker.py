@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from worker import Session
 from workloads import KL_COEF, LEARNING_RATE, LORA_ALPHA, LORA_RANK
 
-from hydra_ppo.config import (
+from hydra_ppo.config.settings import (
     DataSettings,
     KLSettings,
     LoraSettings,
@@ -24,9 +24,9 @@ from hydra_ppo.config import (
     RolloutSettings,
     RunSettings,
 )
-from hydra_ppo.data import PromptRow
-from hydra_ppo.model import HydraModel
-from hydra_ppo.ppo import PPOTrainer
+from hydra_ppo.data.rows import PromptRow
+from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.training.ppo import PPOTrainer
 
 
 def main() -> None:

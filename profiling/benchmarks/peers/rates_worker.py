@@ -8,7 +8,7 @@ import time
 import torch
 from worker import Session
 
-from hydra_ppo.products import linear
+from hydra_ppo.compute.products import linear
 
 SIZE = 2048
 CALLS = 5

@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-import hydra_ppo.memory
+import hydra_ppo.runtime.memory
 from hydra_ppo.errors import ConfigError, HydraError
 from hydra_ppo.profiling.benchmarks.peers.environments import Environment, prepare
 from hydra_ppo.profiling.benchmarks.peers.load import PROC, REPEATS, undisturbed
@@ -144,7 +144,7 @@ def _spec(contestant: Contestant, workload: Workload, rounds: int, threads: int)
         "options": contestant.options,
         "updates": rounds * (1 + REPEATS) + 2,  # the warm-up and the measured one
         "threads": threads,
-        "memory_module": hydra_ppo.memory.__file__,
+        "memory_module": hydra_ppo.runtime.memory.__file__,
     }
 
 

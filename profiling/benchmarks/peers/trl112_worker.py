@@ -81,8 +81,8 @@ def main() -> None:
 
 def views(session: Session) -> Mapping[str, Any]:
     """Build one model, patch TRL and return the trainer's arguments."""
-    from hydra_ppo.config import LoraSettings
-    from hydra_ppo.model import HydraModel
+    from hydra_ppo.config.settings import LoraSettings
+    from hydra_ppo.model.hydra import HydraModel
     from hydra_ppo.patches import trl
 
     config = LlamaConfig(**session.workload.llama())

@@ -1,0 +1,297 @@
+"""What the commands do, once their settings are parsed.
+
+torch and transformers are imported inside the functions, so that ``--help`` and ``--dry-run`` need neither.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra_ppo.config.settings import DataSettings, ModelSettings, PPOConfig, SFTConfig
+from hydra_ppo.errors import ConfigError
+from hydra_ppo.runs.folder import CONFIG, check_output, read_state
+from hydra_ppo.runs.run import Run
+from hydra_ppo.runtime.interruption import StopRequested, stopping_at_once, stopping_on_signals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hydra_ppo.data.rows import Loaded
+    from hydra_ppo.model.hydra import HydraModel
+    from hydra_ppo.runs.checkpoint import Checkpoint
+    from hydra_ppo.training.joint_sft import JointSFTTrainer
+    from hydra_ppo.training.ppo import PPOTrainer
+
+
+def sft(config: SFTConfig, resume: bool = False) -> Path:
+    """Train the SFT model and the reward model jointly; return the run folder.
+
+    Args:
+        resume: go on with the run that the folder holds; begin where it holds none.
+
+    Raises:
+        StopRequested: on SIGTERM or SIGINT, after a checkpoint was written.
+    """
+    folder = check_output(config.run, config, command="sft", resume=resume)
+    from hydra_ppo.data.rows import load_preferences
+    from hydra_ppo.training.joint_sft import JointSFTTrainer
+
+    with _stoppable(folder, "sft"):
+        with stopping_at_once():
+            loaded = _load(config, load_preferences, "base" if config.method == "full" else config.adapter, resume)
+            if loaded is None:
+                return folder
+            # The trainer checks the settings against model and data, so it comes before the folder.
+            trainer = JointSFTTrainer(
+                loaded.model, config, loaded.rows, loaded.eval_rows, pad_token_id=loaded.tokenizer.pad_token_id
+            )
+            loaded.bring(trainer)
+        with _open(config, "sft", trainer, loaded) as run:
+            # Called whenever the held-out loss is the best so far; a save at the end would undo that.
+            trainer.save_best = lambda: loaded.model.save_pretrained(run.folder)
+            _finish(run, trainer.train())
+    return folder
+
+
+def ppo(config: PPOConfig, resume: bool = False) -> Path:
+    """Train actor and critic with PPO; return the run folder. Arguments and errors as of `sft`."""
+    folder = check_output(config.run, config, command="ppo", resume=resume)
+    from hydra_ppo.data.rows import load_prompts
+    from hydra_ppo.rewards.scorer import load_function
+    from hydra_ppo.training.ppo import PPOTrainer
+
+    with _stoppable(folder, "ppo"):
+        with stopping_at_once():
+            for source in config.reward.sources:
+                if source.kind == "function":
+                    assert source.target is not None
+                    load_function(source.target)  # what is wrong with it is known before a weight is read
+            loaded = _load(config, load_prompts, "ppo", resume)
+            if loaded is None:
+                return folder
+            trainer = PPOTrainer(loaded.model, loaded.tokenizer, config, loaded.rows, loaded.eval_rows)
+            loaded.bring(trainer)
+        with _open(config, "ppo", trainer, loaded) as run:
+            summary = trainer.train()
+            loaded.model.save_pretrained(run.folder)
+            _finish(run, summary)
+    return folder
+
+
+@dataclass
+class _Loaded:
+    """What a run is made of: rows, model, and the checkpoint that it goes on from."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[Any]
+    eval_rows: list[Any]
+    model: HydraModel
+    checkpoint: Checkpoint | None
+    identity: dict[str, Any]
+    notes: list[str]
+    resume: bool
+
+    def bring(self, trainer: PPOTrainer | JointSFTTrainer) -> None:
+        """Bring model and trainer to where the checkpoint was written."""
+        if self.checkpoint is not None:
+            from hydra_ppo.model.saving import read_trained
+
+            read_trained(self.model, self.checkpoint.folder)
+            trainer.load(self.checkpoint.state())
+
+
+def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded], stage: str, resume: bool) -> _Loaded | None:
+    """Load what a run is made of; None where the run is finished, which is said."""
+    from hydra_ppo.cli.resume import check_unchanged, describe_run, find_checkpoint
+    from hydra_ppo.data.rows import ensure_pad_token
+
+    folder = Path(config.run.output).expanduser()
+    notes: list[str] = []
+    checkpoint = find_checkpoint(folder, notes.append) if resume else None
+    _seed(config.run.seed)
+    tokenizer = load_tokenizer(config.model)
+    ensure_pad_token(tokenizer)
+    check_vocabulary(tokenizer, config.model)
+    rows, eval_rows, found = load_rows(load, tokenizer, config.data, config.run.seed)
+    notes += found
+    if checkpoint is not None:
+        now = describe_run(config, tokenizer, rows, eval_rows)
+        check_unchanged(checkpoint, config, now)
+        steps = config.steps if isinstance(config, PPOConfig) else now["optimizer_steps"]
+        if checkpoint.position == (steps, 0) and (read_state(folder) or {}).get("state") == "finished":
+            longer = "steps" if isinstance(config, PPOConfig) else "epochs or max_steps"
+            print(f"{folder} is finished, with {steps} steps; raise {longer} to go on.")
+            return None
+        notes.append(f"goes on from {checkpoint.folder.name}")
+    elif resume:
+        notes.append(f"{folder} holds no checkpoint yet; the run starts at the first step")
+    model = load_model(config.model, train=stage)
+    identity = describe_run(config, tokenizer, rows, eval_rows)
+    return _Loaded(tokenizer, rows, eval_rows, model, checkpoint, identity, notes, resume)
+
+
+@contextmanager
+def _open(config: SFTConfig | PPOConfig, command: str, trainer: PPOTrainer | JointSFTTrainer, loaded: _Loaded) -> Iterator[Run]:
+    """Open the run folder and let the trainer write to it."""
+    from hydra_ppo.runs.checkpoint import save_checkpoint
+
+    done, _ = trainer.position
+    # A rollout that is kept is not sampled again, also where none of its optimizer steps is done.
+    sampled = done + (getattr(trainer, "partial", None) is not None)
+    with Run.create(config.run, config, command, resume=loaded.resume, done=done, sampled=sampled) as run:
+        for note in loaded.notes:
+            run.note(note)
+        loaded.tokenizer.save_pretrained(run.folder)
+
+        def save(score: float | None) -> None:
+            run.flush()
+            save_checkpoint(
+                run.folder,
+                trainer.position,
+                loaded.model.save_pretrained,
+                trainer.state(),
+                loaded.identity,
+                score=score,
+                keep_last=config.run.keep_last,
+                keep_best=config.run.keep_best,
+            )
+
+        trainer.run, trainer.save = run, save
+        yield run
+
+
+@contextmanager
+def _stoppable(folder: Path, command: str) -> Iterator[None]:
+    """Let SIGTERM and SIGINT stop the run where nothing is lost, and say how to go on."""
+    with stopping_on_signals():
+        try:
+            yield
+        except StopRequested:
+            known = folder / CONFIG
+            again = f"hydra-ppo {command} {shlex.quote(str(known))} --resume" if known.exists() else "the same command"
+            print(f"Stopped. Go on with: {again}", flush=True)
+            raise
+
+
+def export(run: Path, output: Path, adapter_only: bool) -> None:
+    """Write the actor of a run as a plain Hugging Face model, or its adapter alone."""
+    from hydra_ppo.cli.export import export_actor
+
+    export_actor(run, output, adapter_only=adapter_only)
+
+
+def inspect(folder: Path, as_json: bool) -> None:
+    """Print what a run folder holds."""
+    from hydra_ppo.runs.inspect import inspect_run, print_inspection
+
+    report = inspect_run(folder)
+    if as_json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        print_inspection(report)
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies with the model.
+
+    Raises:
+        ConfigError: There is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(settings.name_or_path, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model.name_or_path={settings.name_or_path!r} gives no tokenizer: {reason}; "
+            "put the tokenizer's files into the model folder."
+        ) from error
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:
+    """Refuse a tokenizer that gives tokens which the model has no embedding for, before a weight is read.
+
+    Raises:
+        ConfigError: naming both sizes.
+    """
+    from transformers import AutoConfig
+
+    from hydra_ppo.model.manifest import MANIFEST, base_folder
+
+    folder = Path(settings.name_or_path)
+    name = base_folder(folder) if (folder / MANIFEST).is_file() else settings.name_or_path
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return  # what loads the model says why
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if rows is not None and last >= rows:
+        token = tokenizer.convert_ids_to_tokens(last)
+        raise ConfigError(
+            f"model.name_or_path={settings.name_or_path!r} has embeddings for {rows} tokens, "
+            f"its tokenizer gives ids up to {last} ({token!r}); use the model's own tokenizer, or resize its embeddings."
+        )
+
+
+def load_model(settings: ModelSettings, train: str) -> HydraModel:
+    """Load the shared base with the adapters and heads that stage ``train`` needs."""
+    from hydra_ppo.model.hydra import HydraModel
+
+    model = HydraModel.from_pretrained(
+        settings.name_or_path,
+        quantization=settings.quantization,
+        lora=settings.lora,
+        attention=settings.attention,
+        dtype=settings.dtype,
+        trunk_layers=settings.trunk_layers,
+        packing=settings.packing,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+        train=train,
+    )
+    model.enable_checkpointing(settings.gradient_checkpointing)
+    return model
+
+
+def load_rows(
+    load: Callable[..., Loaded], tokenizer: PreTrainedTokenizerBase, data: DataSettings, seed: int
+) -> tuple[list[Any], list[Any], list[str]]:
+    """Load training and held-out rows; also return a line on every reason why rows were left out or cut."""
+    from hydra_ppo.data.rows import split_held_out
+
+    train = load(data.train, tokenizer, data, split=data.split)
+    notes = _notes("data.train", train)
+    if data.eval is None:
+        return *split_held_out(train.rows, data.eval_fraction, seed), notes
+    held_out = load(data.eval, tokenizer, data, split=data.eval_split)
+    return train.rows, held_out.rows, notes + _notes("data.eval", held_out)
+
+
+def _notes(setting: str, loaded: Loaded) -> list[str]:
+    seen = len(loaded.rows) + loaded.skipped
+    return [f"{setting}: {len(loaded.rows)} of {seen} rows are used"] + [
+        f"{setting}: {count} of {seen} rows: {reason}" for reason, count in loaded.reasons.items()
+    ]
+
+
+def _seed(seed: int) -> None:
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def _finish(run: Run, summary: dict[str, Any]) -> None:
+    """Draw the plots and close the run."""
+    from hydra_ppo.runs.plots import plot_run
+
+    plot_run(run.folder)
+    run.finish(summary)
+    print(f"Saved in {run.folder}; hydra-ppo inspect {run.folder} shows the numbers.")

@@ -1,0 +1,254 @@
+"""The command line: ``hydra-ppo sft | ppo | export | quickstart | inspect | doctor``, and what is installed beside it.
+
+Other packages add commands as entry points of the group ``hydra_ppo.commands``: each a pair of one line of help and a
+function over the arguments.
+
+Exit codes: 0 done (or stopped by a signal, with everything saved), 1 a run failed, 2 bad input, 130 interrupted. Errors are one
+line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import NoReturn
+
+from hydra_ppo import __version__
+from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedModelError
+from hydra_ppo.runtime.interruption import StopRequested
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+Command = tuple[str, Callable[[list[str]], int | None]]
+"""One line of help, and what runs it; an exit code, where it is not 0."""
+
+
+class _Stderr(logging.Handler):
+    """Prints log lines to whatever stderr is at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def set_up_output() -> None:
+    """Show this program's own log lines, and keep other libraries' progress bars and notices out of the output.
+
+    The latter through the environment where possible, so that it holds without importing them.
+    """
+    own = logging.getLogger("hydra_ppo")
+    own.setLevel(logging.INFO)
+    if not own.handlers:
+        own.addHandler(_Stderr())
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # bitsandbytes looks for an optional kernel package, PEFT asks transformers a question that was renamed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        argv: Arguments after the program's name; None takes them from ``sys.argv``.
+    """
+    set_up_output()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in arguments or os.environ.get("HYDRA_TRACEBACK", "") not in ("", "0")
+    try:
+        return _dispatch(arguments)
+    except SystemExit as stop:  # argparse, after it has printed its help
+        return int(stop.code or DONE)
+    except (ConfigError, DataError, UnsupportedModelError) as error:
+        return _complain(error, BAD_INPUT, str(error), show_traceback)
+    except HydraError as error:
+        return _complain(error, FAILED, str(error), show_traceback)
+    except StopRequested:
+        return DONE
+    except KeyboardInterrupt as error:
+        return _complain(error, INTERRUPTED, "interrupted", show_traceback)
+    except BrokenPipeError:
+        # Whoever read stdout has gone (`| head`); point it elsewhere so that the flush at exit does not fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        hint = "" if show_traceback else " (--traceback shows where)"
+        return _complain(error, FAILED, what + hint, show_traceback)
+
+
+def _complain(error: BaseException, code: int, text: str, show_traceback: bool) -> int:
+    if show_traceback:
+        traceback.print_exception(error)
+    print(" ".join(text.split()), file=sys.stderr)
+    return code
+
+
+def _dispatch(arguments: list[str]) -> int:
+    commands = COMMANDS | {entry.name: entry for entry in entry_points(group="hydra_ppo.commands")}
+    if not arguments:
+        raise ConfigError(f"no command given; choose one of {', '.join(commands)}, or --help.")
+    name, rest = arguments[0], arguments[1:]
+    if name in ("-h", "--help", "help"):
+        print(_overview(commands))
+    elif name in ("-V", "--version"):
+        print(f"hydra-ppo {__version__}")
+    elif name in commands:
+        return _command(commands[name])[1](rest) or DONE
+    else:
+        guess = difflib.get_close_matches(name, commands, n=1)
+        raise ConfigError(
+            f"{name} is not a command; " + (f"did you mean {guess[0]}?" if guess else f"choose one of {', '.join(commands)}.")
+        )
+    return DONE
+
+
+def _command(found: Command | EntryPoint) -> Command:
+    return found.load() if isinstance(found, EntryPoint) else found
+
+
+def _overview(commands: Mapping[str, Command | EntryPoint]) -> str:
+    lines = ["usage: hydra-ppo COMMAND ...", "", "PPO-based RLHF with four roles on one shared base.", ""]
+    lines += [f"  {name:<12}{_command(found)[0]}" for name, found in commands.items()]
+    return "\n".join([*lines, "", "hydra-ppo COMMAND --help lists all settings of a command."])
+
+
+def _sft(arguments: list[str]) -> None:
+    from hydra_ppo.config.settings import SFTConfig
+
+    _train("sft", SFTConfig, arguments)
+
+
+def _ppo(arguments: list[str]) -> None:
+    from hydra_ppo.config.settings import PPOConfig
+
+    _train("ppo", PPOConfig, arguments)
+
+
+def _train(command: str, config_class: type, arguments: list[str]) -> None:
+    from hydra_ppo.cli import flags as cli_config
+
+    request = cli_config.parse(config_class, command, arguments)
+    if "--help" in request.options:
+        print(cli_config.format_help(config_class, command), end="")
+    elif "--print-config" in request.options:
+        print(cli_config.print_config(config_class, request), end="")
+    elif "--dry-run" in request.options:
+        from hydra_ppo.cli.dry_run import dry_run
+
+        dry_run(request.config, resume="--resume" in request.options)
+    else:
+        from hydra_ppo.cli import commands
+        from hydra_ppo.cli.dry_run import check_files
+
+        check_files(request.config)
+        getattr(commands, command)(request.config, resume="--resume" in request.options)
+
+
+def _export(arguments: list[str]) -> None:
+    parser = Parser("export", "Write the actor of a run as a plain Hugging Face model.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="Run folder of ppo or sft.")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="Folder to write to.")
+    parser.add_argument("--adapter-only", action="store_true", help="Write the PEFT adapter alone, without the base.")
+    options = parser.parse_args(arguments)
+    if not options.run.is_dir():
+        raise ConfigError(f"{options.run} is not a folder; name a run folder of ppo or sft.")
+    check_folder("output", options.output)
+    from hydra_ppo.cli import commands
+
+    commands.export(options.run, options.output, options.adapter_only)
+
+
+def _quickstart(arguments: list[str]) -> None:
+    parser = Parser("quickstart", "Run the whole pipeline on a tiny model and corpus, in minutes, on a CPU.")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="Folder to write to.")
+    parser.add_argument("--seed", type=_seed, default=0, help="Seed of every random source.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace what an earlier quickstart left there.")
+    options = parser.parse_args(arguments)
+    check_folder("output", options.output)
+    from hydra_ppo.quickstart import run
+
+    run.main(options.output, options.seed, options.overwrite)
+
+
+def _inspect(arguments: list[str]) -> None:
+    parser = Parser("inspect", "Show state, settings, last metrics and checkpoints of a run.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="Run folder.")
+    parser.add_argument("--json", action="store_true", help="Write JSON; null stands for what was not measured.")
+    options = parser.parse_args(arguments)
+    from hydra_ppo.cli import commands
+
+    commands.inspect(options.run, options.json)
+
+
+def _doctor(arguments: list[str]) -> int:
+    parser = Parser("doctor", "Say what this machine offers and what stands in the way; exit code 1 where something does.")
+    parser.add_argument("--json", action="store_true", help="Write JSON.")
+    options = parser.parse_args(arguments)
+    from hydra_ppo.cli.doctor import doctor
+
+    return doctor(as_json=options.json)
+
+
+def check_folder(setting: str, path: Path) -> None:
+    """Refuse a file, and what would lie below one, as a folder to write to.
+
+    Raises:
+        ConfigError: naming the file that stands in the way.
+    """
+    try:
+        obstacle = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
+    except OSError as error:
+        raise ConfigError(f"{setting}={str(path)!r} cannot be made ({error.strerror}); choose another folder.") from None
+    if obstacle is not None:
+        why = "is a file" if obstacle == path else f"cannot be made, {obstacle} is a file"
+        raise ConfigError(f"{setting}={str(path)!r} {why}; choose a folder.")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are a ConfigError with the nearest option."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"hydra-ppo {command}", description=description, allow_abbrev=False)
+        self.add_argument("--traceback", action="store_true", help="Show where an error arose.")
+
+    def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
+        known = [option for action in self._actions for option in action.option_strings]
+        for argument in arguments:
+            option = argument.split("=", 1)[0]
+            if option.startswith("-") and not option[1:].isdecimal() and option not in known:
+                guess = difflib.get_close_matches(option, known, n=1)
+                raise ConfigError(
+                    f"{option} is not an option; "
+                    + (f"did you mean {guess[0]}?" if guess else f"{self.prog} --help lists all options.")
+                )
+        return super().parse_args(arguments)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {self.prog} --help shows the usage.")
+
+
+COMMANDS: dict[str, Command] = {
+    "sft": ("train the SFT model and the reward model jointly, on preference pairs", _sft),
+    "ppo": ("train actor and critic with PPO", _ppo),
+    "export": ("write the actor of a run as a plain Hugging Face model", _export),
+    "quickstart": ("run the whole pipeline on a tiny model, on a CPU", _quickstart),
+    "doctor": ("say what this machine offers and what stands in the way", _doctor),
+    "inspect": ("show state, settings, last metrics and checkpoints of a run", _inspect),
+}

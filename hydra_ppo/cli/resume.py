@@ -1,0 +1,112 @@
+"""Whether a run may go on from a checkpoint: what it was then, what it is now, and what may differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra_ppo.config.reading import as_values, settings_of
+from hydra_ppo.config.settings import PPOConfig, SFTConfig
+from hydra_ppo.errors import ConfigError
+from hydra_ppo.model.fingerprint import model_digests, model_folder, rows_digest, tokenizer_digest
+from hydra_ppo.model.manifest import MANIFEST, base_folder
+from hydra_ppo.runs.checkpoint import Checkpoint, newest_checkpoint
+from hydra_ppo.training.joint_sft import total_steps
+from hydra_ppo.training.optim import rates_until
+from hydra_ppo.training.ppo import optimizer_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LENGTHS = ("steps", "epochs", "max_steps")
+FREE = (*LENGTHS, "sample_every", "eval_every", "reward.time_limit")
+"""Settings that may change between two parts of a run, besides those of `run` other than its seed."""
+
+
+def find_checkpoint(folder: Path, note: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest whole checkpoint of a run folder; None where it holds none at all, and the run begins anew.
+
+    Raises:
+        ConfigError: there are some, and none is whole.
+    """
+    damaged: list[str] = []
+    found = newest_checkpoint(folder, damaged.append)
+    for line in damaged:
+        note(f"{line}; the one before it is used")
+    if damaged and found is None:
+        raise ConfigError(
+            f"run.output={str(folder)!r} holds no checkpoint that is whole ({damaged[0]}); "
+            "start again with --run.overwrite true, or in another folder."
+        )
+    return found
+
+
+def describe_run(
+    config: SFTConfig | PPOConfig, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Any], eval_rows: Iterable[Any]
+) -> dict[str, Any]:
+    """Return what a run is: settings, and digests of model files, tokenizer and data. Plain values."""
+    rows = list(rows)
+    folder = model_folder(config.model.name_or_path)
+    digests = {} if folder is None else {f"model {name}": digest for name, digest in model_digests(folder).items()}
+    if folder is not None and (folder / MANIFEST).is_file():
+        base = model_folder(base_folder(folder))
+        digests |= {} if base is None else {f"base {name}": digest for name, digest in model_digests(base).items()}
+    is_ppo = isinstance(config, PPOConfig)
+    return {
+        "config": as_values(config),
+        "optimizer_steps": optimizer_steps(config) if is_ppo else total_steps(config, len(rows)),
+        "digests": digests | {"tokenizer": tokenizer_digest(tokenizer), "data": rows_digest(rows, eval_rows)},
+    }
+
+
+def check_unchanged(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now: Mapping[str, Any]) -> None:
+    """Refuse to go on where the result would not be that of one run.
+
+    Raises:
+        ConfigError: with the list of all differences.
+    """
+    before = checkpoint.run
+    old, new = before["config"], now["config"]
+    found = [
+        f"{name} was {_at(old, name)!r}, is {_at(new, name)!r}"
+        for name in settings_of(type(config))
+        if not _is_free(name) and _at(old, name) != _at(new, name)
+    ]
+    for name in sorted(before["digests"].keys() | now["digests"].keys()):
+        if before["digests"].get(name) != now["digests"].get(name):
+            what = "changed" if name in before["digests"] and name in now["digests"] else "is missing or new"
+            found.append(f"{name} {what}")
+    if not found:
+        found = _length_problems(checkpoint, config, now)
+    if found:
+        raise ConfigError(
+            f"run.output={config.run.output!r} cannot go on from {checkpoint.folder.name}: {'; '.join(found)}. "
+            "Put that back, or start a new run in another folder."
+        )
+
+
+def _length_problems(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now: Mapping[str, Any]) -> list[str]:
+    """Say why the new length does not fit: fewer steps than are done, or other learning rates in those."""
+    done, part = checkpoint.position
+    total = config.steps if isinstance(config, PPOConfig) else now["optimizer_steps"]
+    if total < done + (part > 0):
+        return [f"{done + (part > 0)} steps are done or begun, more than the {total} asked for"]
+    before, after = checkpoint.run["optimizer_steps"], now["optimizer_steps"]
+    steps = done + 1 if not isinstance(config, PPOConfig) else done * (after // config.steps) + part + 1
+    if total > done and rates_until(config.optimizer, before, steps) != rates_until(config.optimizer, after, steps):
+        return [
+            f"a run of {after} optimizer steps has other learning rates from the start than one of {before} "
+            f"(optimizer.schedule={config.optimizer.schedule!r}, optimizer.warmup_fraction={config.optimizer.warmup_fraction})"
+        ]
+    return []
+
+
+def _is_free(name: str) -> bool:
+    return name in FREE or (name.startswith("run.") and name != "run.seed")
+
+
+def _at(values: Any, name: str) -> Any:
+    for part in name.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values

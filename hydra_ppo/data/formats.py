@@ -1,0 +1,132 @@
+"""Takes a row apart into prompt and responses: the formats of TRL and of Anthropic's HH."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra_ppo.data.sources import Rejected
+
+Messages = list[dict[str, Any]]
+Conversation = str | Messages
+
+_HH_TURN = "\n\nAssistant:"
+
+
+def checked_pair(row: Any) -> tuple[Conversation, Conversation, Conversation]:
+    """Return prompt, chosen and rejected of a preference row; raises Rejected with the reason why it cannot be used."""
+    prompt, chosen, rejected = _split_pair(row)
+    _check_prompt(prompt)
+    _check_response("chosen", chosen)
+    _check_response("rejected", rejected)
+    if chosen == rejected:
+        raise Rejected("chosen equals rejected")
+    return prompt, chosen, rejected
+
+
+def checked_prompt(row: Any) -> Conversation:
+    """Return the prompt of a prompt row or preference row; raises Rejected with the reason why it cannot be used."""
+    is_pair = isinstance(row, Mapping) and row.get("chosen") is not None and row.get("rejected") is not None
+    prompt = _split_pair(row)[0] if is_pair else _field(row, "prompt")
+    _check_prompt(prompt)
+    return prompt
+
+
+def _split_pair(row: Any) -> tuple[Conversation, Conversation, Conversation]:
+    """Take prompt and responses apart; all three come out of one kind, text or messages."""
+    chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
+    if type(chosen) is not type(rejected):
+        raise Rejected("one of chosen and rejected is text, the other messages")
+    if row.get("prompt") is None:  # Parquet and hub datasets hold null for an absent key
+        return _split_implicit(chosen, rejected)
+    prompt = _field(row, "prompt")
+    if isinstance(prompt, list) and isinstance(chosen, str):
+        return prompt, [{"role": "assistant", "content": chosen}], [{"role": "assistant", "content": rejected}]
+    if isinstance(prompt, str) and isinstance(chosen, list):
+        if chosen[0]["role"] != "assistant":  # UltraFeedback: whole conversations beside the text of the question
+            return _split_implicit(chosen, rejected)
+        return [{"role": "user", "content": prompt}], chosen, rejected
+    if isinstance(prompt, list):
+        return prompt, _without_prefix(chosen, prompt), _without_prefix(rejected, prompt)
+    # A response may begin like its prompt by accident ("Hi" - "Hi there"); both do only where the prompt is repeated.
+    if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
+        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+    return prompt, chosen, rejected
+
+
+def _without_prefix(messages: Messages, prefix: Messages) -> Messages:
+    return messages[len(prefix) :] if messages[: len(prefix)] == prefix else messages
+
+
+def _split_implicit(chosen: Conversation, rejected: Conversation) -> tuple[Conversation, Conversation, Conversation]:
+    if isinstance(chosen, str):
+        cut = _text_boundary(chosen[: _common_length(chosen, rejected)])
+    else:  # the last message is never the prompt's
+        cut = _common_length(chosen[:-1], rejected[:-1])
+    if not chosen[:cut]:
+        raise Rejected("prompt is missing, and chosen and rejected share none")
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _text_boundary(common: str) -> int:
+    """Return where the prompt ends: after HH's last "Assistant:", else at the last whitespace."""
+    turn = common.rfind(_HH_TURN)
+    if turn >= 0:
+        return turn + len(_HH_TURN)
+    end = next((i for i in range(len(common), 0, -1) if common[i - 1].isspace()), 0)
+    # Tokenizers count a space to the word after it.
+    return end - 1 if end and common[end - 1] == " " else end
+
+
+def _field(row: Any, name: str) -> Conversation:
+    if not isinstance(row, Mapping):
+        raise Rejected("not an object")
+    value = row.get(name)
+    if value is None:
+        raise Rejected(f"{name} is missing")
+    if isinstance(value, str):
+        return checked_unicode(name, value)
+    if not isinstance(value, (list, tuple)):
+        raise Rejected(f"{name} is neither text nor a list of messages")
+    if not value:
+        raise Rejected(f"{name} is empty")
+    return [_message(name, message) for message in value]
+
+
+def _message(name: str, message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise Rejected(f"{name} has a message that is not an object")
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            raise Rejected(f"{name} has a message without a text {key}")
+        checked_unicode(name, message[key])
+    # Parquet and hub datasets hold null for keys that only some messages have.
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def checked_unicode(name: str, text: str) -> str:
+    """Return the text if tokenizers take it; raises Rejected otherwise."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer takes
+        raise Rejected(f"{name} is not valid Unicode") from None
+    return text
+
+
+def _check_prompt(prompt: Conversation) -> None:
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    if not any(text.strip() for text in texts):
+        raise Rejected("prompt is empty")
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise Rejected("prompt ends with an assistant message")
+
+
+def _check_response(name: str, response: Conversation) -> None:
+    if not response or not (response if isinstance(response, str) else response[-1]["content"]).strip():
+        raise Rejected(f"{name} is empty")
+    if isinstance(response, list) and not response[0]["role"] == response[-1]["role"] == "assistant":
+        raise Rejected(f"{name} does not start and end with an assistant message")

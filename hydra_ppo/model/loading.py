@@ -1,0 +1,200 @@
+"""Brings a base into memory: device, compute type, attention kernel, quantisation."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from hydra_ppo.compat import FLASH_IS_BUILT_IN, dtype_option, loads_quantised, mend_int8_layers, stored_dtype
+from hydra_ppo.errors import ConfigError, UnsupportedModelError
+from hydra_ppo.model.architecture import inspect_architecture
+
+logger = logging.getLogger("hydra_ppo")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn auto, cpu, cuda or cuda:N into a device; auto is the GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"model.device={device!r} is not a device; use auto, cpu, cuda or cuda:N.") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device={device!r} but no CUDA device is usable here; use auto or cpu.")
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype:
+    """Turn auto, fp32, bf16 or fp16 into a dtype; auto is what the checkpoint holds on a GPU and fp32 on a CPU."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ConfigError(f"model.dtype={dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}.")
+        return DTYPES[dtype]
+    return stored if device.type == "cuda" and stored is not None else torch.float32
+
+
+def resolve_attention(attention: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Choose the attention kernel and log the choice.
+
+    Raises:
+        ConfigError: when flash-attention is asked for and cannot be used; the message says why.
+    """
+    if attention == "sdpa":
+        return attention
+    obstacle = None
+    if importlib.util.find_spec("flash_attn") is None:
+        obstacle = "the package flash-attn is not installed"
+    elif device.type != "cuda":
+        obstacle = f"the device is {device.type}"
+    elif dtype not in (torch.bfloat16, torch.float16):
+        obstacle = f"the compute type is {dtype}, not bf16 or fp16"
+    elif FLASH_IS_BUILT_IN:
+        obstacle = "transformers below 4.48 cannot leave it for sampling"
+    if obstacle is None:
+        chosen = "flash_attention_2"
+    elif attention == "flash_attention_2":
+        raise ConfigError(
+            f"model.attention='flash_attention_2' but {obstacle}; remove the obstacle or use model.attention=auto."
+        )
+    else:
+        chosen = "sdpa"
+    logger.info("attention=auto takes %s%s", chosen, f" ({obstacle})" if obstacle else "")
+    return chosen
+
+
+def load_base(
+    name_or_path: str,
+    *,
+    quantization: str | None,
+    attention: str,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """Load a causal LM from a local folder or the hub, from safetensors only.
+
+    Memory: the base once, in the type that it is held in (on a CPU with transformers below 4.57 first unquantised).
+
+    Raises:
+        ConfigError: when it cannot be found or read; the message names it.
+        UnsupportedModelError: when its class cannot use the attention kernel.
+    """
+    from transformers import AutoConfig
+
+    place = resolve_device(device)
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model.name_or_path={name_or_path!r} holds no config.json; name a folder with config.json and safetensors "
+            "weights, or a model on the hub."
+        )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **options)
+        compute = resolve_dtype(dtype, place, stored_dtype(config))
+        prequantized = getattr(config, "quantization_config", None) is not None
+        if prequantized and quantization is not None:
+            logger.info("%s is quantised already; model.quantization=%s is left to it", name_or_path, quantization)
+            quantization = None
+        wanted = _quantization_config(quantization, compute) if quantization is not None else None
+        if wanted is not None and loads_quantised(place):
+            options["quantization_config"] = wanted
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            **dtype_option(compute),
+            attn_implementation=resolve_attention(attention, place, compute),
+            device_map={"": str(place) if place.index is not None or place.type == "cpu" else torch.cuda.current_device()},
+            use_safetensors=True,
+            **options,
+        )
+        if quantization is not None and "quantization_config" not in options:
+            quantize_linears(model, quantization, compute)
+        return model
+    except (OSError, SafetensorError) as error:
+        where = "the folder" if Path(name_or_path).exists() else "no folder of that name, and the hub"
+        raise ConfigError(
+            f"model.name_or_path={name_or_path!r} cannot be loaded ({where}): {_first_line(error)}; "
+            "name a folder with config.json and safetensors weights, or a model on the hub."
+        ) from error
+    except (ValueError, KeyError) as error:
+        if isinstance(error, ConfigError | UnsupportedModelError):
+            raise
+        raise UnsupportedModelError(
+            f"model.name_or_path={name_or_path!r} cannot be loaded as a causal LM: {_first_line(error)}; "
+            "use one of the supported families."
+        ) from error
+
+
+def base_from_config(
+    config: PretrainedConfig, *, quantization: str | None, attention: str, dtype: str, device: str
+) -> PreTrainedModel:
+    """Build a causal LM with random weights (of torch's global generator), quantised where asked."""
+    place = resolve_device(device)
+    compute = resolve_dtype(dtype, place, None)
+    kernel = resolve_attention(attention, place, compute)
+    try:
+        model = AutoModelForCausalLM.from_config(config, **dtype_option(compute), attn_implementation=kernel).to(place)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"config={type(config).__name__} is not of a causal LM that can be built: {_first_line(error)[:160]}; "
+            "use one of the supported families."
+        ) from error
+    if quantization is not None:
+        quantize_linears(model, quantization, compute)
+    return model
+
+
+def quantize_linears(model: PreTrainedModel, quantization: str, compute: torch.dtype) -> None:
+    """Replace the linear layers inside the decoder layers by quantised ones, in place.
+
+    What `from_pretrained` does while it loads, for weights that are in memory already.
+    """
+    import bitsandbytes as bnb
+    from transformers.pytorch_utils import Conv1D
+
+    for layer in inspect_architecture(model).layers:
+        for name, linear in list(layer.named_modules()):
+            if type(linear) is not nn.Linear and not isinstance(linear, Conv1D):
+                continue
+            weight = linear.weight.data.T.contiguous() if isinstance(linear, Conv1D) else linear.weight.data
+            out_features, in_features = weight.shape
+            has_bias = linear.bias is not None
+            if quantization == "int8":
+                new = bnb.nn.Linear8bitLt(in_features, out_features, has_bias, has_fp16_weights=False, threshold=6.0)
+                new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+            else:
+                new = bnb.nn.Linear4bit(in_features, out_features, has_bias, compute, quant_type=quantization)
+                new.weight = bnb.nn.Params4bit(
+                    weight, requires_grad=False, quant_type=quantization, compress_statistics=True, module=new
+                )
+            if has_bias:
+                new.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+            layer.set_submodule(name, new.to(weight.device))
+    mend_int8_layers(model)
+    setattr(model, "is_loaded_in_8bit" if quantization == "int8" else "is_loaded_in_4bit", True)
+
+
+def _quantization_config(quantization: str, compute: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization in ("nf4", "fp4"):
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=True
+        )
+    raise ConfigError(f"model.quantization={quantization!r} is unknown; choose int8, nf4, fp4 or null.")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,75 @@
+"""`hydra.json`: which base a saved model stands on, and which role uses which adapter and head."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra_ppo.errors import ConfigError
+from hydra_ppo.model.fingerprint import weights_digest
+
+MANIFEST = "hydra.json"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what `hydra.json` of a saved model says; raises ConfigError where it says too little."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        missing = {"base", "roles", "adapters", "heads", "reward_head_trained", "trunk_layers"} - manifest.keys()
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder / MANIFEST} is not a manifest of this program ({error}); save the model again.") from error
+    if missing:
+        raise ConfigError(f"{folder / MANIFEST} lacks {', '.join(sorted(missing))}; save the model again.")
+    if not _is_sound(manifest):
+        raise ConfigError(f"{folder / MANIFEST} holds values of other types than this program writes; save the model again.")
+    return manifest
+
+
+def _is_sound(manifest: dict[str, Any]) -> bool:
+    """Say whether values have the types that `saving.write_model` gives them."""
+    base, roles = manifest["base"], manifest["roles"]
+    return (
+        isinstance(base, dict)
+        and isinstance(base.get("name_or_path"), str)
+        and isinstance(base.get("relative"), bool)
+        and isinstance(roles, dict)
+        and all(isinstance(role, dict) and role.keys() == {"adapter", "head"} for role in roles.values())
+        and all(isinstance(manifest[name], list) for name in ("adapters", "heads"))
+        and isinstance(manifest["trunk_layers"], int)
+    )
+
+
+def base_folder(folder: Path) -> str:
+    """Return the name or path of the base that a saved model stands on."""
+    base = read_manifest(folder)["base"]
+    if not base["relative"]:
+        return base["name_or_path"]
+    path = (folder / base["name_or_path"]).resolve()
+    if not path.is_dir():
+        raise ConfigError(
+            f"model.name_or_path={str(folder)!r} needs its base at {base['name_or_path']!r} beside it; put it back there."
+        )
+    return os.path.relpath(path)
+
+
+def describe_base(name_or_path: str, folder: Path) -> dict[str, Any]:
+    """A local base is named relative to the folder, so that both can be moved together."""
+    if Path(name_or_path).is_dir():
+        return {"name_or_path": os.path.relpath(Path(name_or_path).resolve(), folder.resolve()), "relative": True}
+    return {"name_or_path": name_or_path, "relative": False}
+
+
+def check_base(folder: Path, base: str) -> None:
+    """Refuse adapters on another base than they were trained on; nothing is known of those saved before it was written down.
+
+    Raises:
+        ConfigError: naming both folders.
+    """
+    known, found = read_manifest(folder)["base"].get("weights"), weights_digest(base)
+    if known is not None and found is not None and known != found:
+        raise ConfigError(
+            f"model.name_or_path={str(folder)!r} holds adapters of another base than {base!r}, whose weights have changed; "
+            "put their own base back, or train them again."
+        )

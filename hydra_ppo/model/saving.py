@@ -1,0 +1,97 @@
+"""Writes a HydraModel as PEFT folders, heads and a manifest, and reads the heads back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hydra_ppo.errors import ConfigError
+from hydra_ppo.model.adapters import read_adapter
+from hydra_ppo.model.fingerprint import weights_digest
+from hydra_ppo.model.manifest import MANIFEST, describe_base, read_manifest
+
+if TYPE_CHECKING:
+    from hydra_ppo.model.hydra import HydraModel
+
+HEADS = "heads.safetensors"
+
+
+def write_model(model: HydraModel, folder: Path) -> None:
+    """Write adapters, heads, `hydra.json`, and the base to `base/` where it was itself trained."""
+    folder.mkdir(parents=True, exist_ok=True)
+    adapters = sorted(model.stage.adapters)
+    for name in adapters:
+        (folder / name).mkdir(exist_ok=True)
+        state = get_peft_model_state_dict(model.base, adapter_name=name, save_embedding_layers=False)
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / name / "adapter_model.safetensors", {"format": "pt"})
+        config = model.base.peft_config[name]
+        config.base_model_name_or_path = str(model.causal_lm.name_or_path)
+        config.inference_mode = True
+        config.save_pretrained(str(folder / name))
+        config.inference_mode = False
+    used = sorted({role.head for role in model.roles.values()} - {"lm"})
+    save_file({f"{n}.{k}": v for n in used for k, v in model.heads[n].state_dict().items()}, folder / HEADS)
+    if model.stage.tunes_base:
+        model.causal_lm.save_pretrained(folder / "base")
+        base: dict[str, Any] = {"name_or_path": "base", "relative": True}
+    else:
+        name = str(model.causal_lm.name_or_path)
+        base = describe_base(name, folder)
+        if (digest := weights_digest(name)) is not None:
+            base["weights"] = digest
+    manifest = {
+        "format": 1,
+        "base": base,
+        "roles": {name: asdict(role) for name, role in model.roles.items()},
+        "adapters": adapters,
+        "heads": used,
+        "reward_head_trained": model.reward_head_trained,
+        "trunk_layers": model.trunk_layers,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def read_heads(heads: nn.ModuleDict, folder: Path, manifest: dict[str, Any]) -> None:
+    """Copy the saved scalar heads into `heads`, in place.
+
+    Raises:
+        ConfigError: when they are for another hidden size.
+    """
+    state = load_file(folder / HEADS)
+    for name, head in heads.items():
+        # The critic starts as the reward model, its head included.
+        weight = state[f"{name}.weight" if name in manifest["heads"] else "reward.weight"]
+        if weight.shape != head.weight.shape:
+            raise ConfigError(
+                f"{HEADS} in {str(folder)!r} is for hidden size {weight.shape[1]}, the base has {head.weight.shape[1]}; "
+                "use its own base."
+            )
+        with torch.no_grad():
+            head.weight.copy_(weight)
+
+
+def read_trained(model: HydraModel, folder: Path) -> None:
+    """Bring adapters, heads, and the base where it is itself trained, to what `write_model` wrote, bit for bit.
+
+    Raises:
+        ConfigError: when the folder does not fit the model.
+    """
+    manifest = read_manifest(folder)
+    for name in model.stage.adapters:
+        read_adapter(model.base, name, folder / name)
+    read_heads(model.heads, folder, manifest)
+    model.reward_head_trained = manifest["reward_head_trained"]
+    if model.stage.tunes_base:
+        state: dict[str, Tensor] = {}
+        for path in sorted((folder / "base").glob("*.safetensors")):
+            state |= load_file(path)
+        found = model.causal_lm.load_state_dict(state, strict=False)
+        if found.unexpected_keys:
+            raise ConfigError(f"{str(folder / 'base')!r} is of another model ({found.unexpected_keys[0]}); use its own.")

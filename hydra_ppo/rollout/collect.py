@@ -1,0 +1,130 @@
+"""Collects experience: sample from the actor, one LoRA-off pass, one critic pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hydra_ppo.config.settings import RolloutSettings
+from hydra_ppo.experience import Experience
+from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.rollout.sampling import Samples, sample
+from hydra_ppo.runtime.announce import allocating
+from hydra_ppo.runtime.exhaustion import Limits
+from hydra_ppo.runtime.interruption import check_stop
+
+
+def collect_experience(
+    model: HydraModel,
+    prompts: Sequence[Sequence[int]],
+    settings: RolloutSettings,
+    *,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    generator: torch.Generator,
+    on_phase: Callable[[str], None] = lambda phase: None,
+    sampler: Callable[..., Samples] = sample,
+    limits: Limits | None = None,
+    where: str = "",
+) -> Experience:
+    """Sample a response to each prompt and score it in the three other roles.
+
+    Args:
+        prompts: token ids of each prompt.
+        settings: how to sample, and how many rows to score at once.
+        eos_ids: tokens that end a response.
+        pad_id: fills up the rows; never seen by a row that counts.
+        generator: source of randomness, on the model's device.
+        on_phase: told "rollout" and "score" as they begin.
+        sampler: called as `sample` is.
+        limits: what has fitted into memory so far; where it runs out, fewer rows are decoded or scored at once.
+        where: step, for the log.
+
+    Returns:
+        Experience with old_logprobs, ref_logprobs, old_values (B, R) and scores (B,) of the reward head.
+
+    Memory: the KV cache while sampling; afterwards five (B, R) tensors.
+    """
+    rows = len(prompts)
+    together = settings.generation_batch_size or rows
+    sizes = {"rollout.generation_batch_size": together, "rollout.score_batch_size": settings.score_batch_size}
+    limits = limits or Limits(sizes, model.device)
+    before = generator.get_state()
+
+    def decode(size: int) -> Samples:
+        on_phase("rollout")
+        return sampler(model, prompts, replace(settings, generation_batch_size=size), eos_ids, generator)
+
+    def score_all(size: int) -> Experience:
+        on_phase("score")
+        return score(model, experience, replace(settings, score_batch_size=size))
+
+    samples = limits.fit(
+        "rollout.generation_batch_size",
+        f"{where} phase=rollout",
+        decode,
+        undo=lambda: generator.set_state(before),
+        most=min(together, rows),
+    )
+    with allocating("experience"):
+        experience = Experience.from_lists(prompts, samples.responses, pad_id, model.device)
+        experience.old_logprobs = _pad(samples.logprobs, experience)
+    return limits.fit("rollout.score_batch_size", f"{where} phase=score", score_all, most=rows)
+
+
+@torch.no_grad()
+def score(model: HydraModel, experience: Experience, settings: RolloutSettings) -> Experience:
+    """Fill in reference log-probs, scores and values: two passes over the base (three where log-probs are recomputed).
+
+    Where the model has a trunk, the first pass fills in what leaves it too, and the others begin there.
+    """
+    model.eval()
+    shape = experience.response_mask.shape
+    with allocating("experience"):
+        ref_logprobs, old_values, recomputed = (torch.zeros(shape, device=model.device) for _ in range(3))
+        scores = torch.zeros(shape[0], device=model.device)
+        trunk = _room_for_trunk(model, experience, settings)
+    for rows in experience.split(settings.score_batch_size):
+        check_stop()
+        with allocating("experience"):
+            part = experience.select(rows)
+            sequences = part.sequences()
+        index = torch.tensor(rows, device=model.device)
+        width = part.response_ids.shape[1]
+        with model.taking_trunk() as states:
+            ref_logprobs[index, :width], scores[index] = model.reference_and_reward(sequences, settings.temperature)
+        if trunk is not None:  # the first pass ran it; no other has to
+            sequences = replace(sequences, trunk=states[0])
+            trunk[index.to(trunk.device), : states[0].shape[1]] = states[0].to(trunk.device)
+        with model.role("critic"):
+            old_values[index, :width] = model.values(sequences)
+        if settings.recompute_logprobs:
+            with model.role("actor"):
+                recomputed[index, :width] = model.logprobs(sequences, settings.temperature).logprobs
+    with allocating("experience"):
+        outside = ~experience.response_mask
+        return experience.with_tensors(
+            old_logprobs=recomputed.masked_fill(outside, 0.0) if settings.recompute_logprobs else experience.old_logprobs,
+            sampler_logprobs=experience.old_logprobs if settings.recompute_logprobs else None,
+            ref_logprobs=ref_logprobs.masked_fill(outside, 0.0),
+            old_values=old_values.masked_fill(outside, 0.0),
+            scores=scores,
+            trunk=trunk,
+        )
+
+
+def _room_for_trunk(model: HydraModel, experience: Experience, settings: RolloutSettings) -> Tensor | None:
+    """Return room for what leaves the trunk, (B, T, H) in the compute type; None where the model has none."""
+    if model.trunk is None:
+        return None
+    width = model.causal_lm.config.hidden_size  # of the layers; OPT projects its last hidden states to another
+    device = "cpu" if settings.trunk_cache == "cpu" else model.device
+    return torch.zeros(len(experience), max(experience.lengths), width, dtype=model.causal_lm.dtype, device=device)
+
+
+def _pad(rows: Sequence[Sequence[float]], experience: Experience) -> Tensor:
+    width = experience.response_ids.shape[1]
+    return torch.tensor([list(row) + [0.0] * (width - len(row)) for row in rows], device=experience.response_ids.device)

@@ -1,0 +1,145 @@
+"""Say what a run folder holds: state, settings, last metrics, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hydra_ppo.data.sources import exists, local_path
+from hydra_ppo.errors import ConfigError
+from hydra_ppo.runs.folder import CONFIG, STATE, has_died, read_state
+from hydra_ppo.runs.plots import read_metrics
+
+MIB = 2**20
+HIGHLIGHTS = (
+    *("model.name_or_path", "model.quantization", "model.trunk_layers", "model.lora.r", "data.train"),
+    *("method", "adapter", "epochs", "steps", "batch_size", "rollout.batch_size", "rollout.max_new_tokens"),
+    *("minibatch_size", "microbatch_size", "optimizer.learning_rate", "kl.coef", "run.seed"),
+)
+EXPECTED = {
+    "ppo": (
+        *("objective/scores", "objective/rlhf_reward", "objective/kl", "objective/entropy", "policy/clip_frac"),
+        *("value/explained_variance", "rollout/response_length", "rollout/eos_rate", "time/tokens_per_second"),
+        *("memory/rollout_peak_bytes", "memory/score_peak_bytes", "memory/update-actor_peak_bytes"),
+        *("memory/update-critic_peak_bytes", "memory/optimizer_peak_bytes", "eval/scores"),
+    ),
+    "sft": ("loss/total", "loss/sft", "loss/reward", "train/reward_accuracy", "eval/perplexity", "eval/reward_accuracy"),
+}
+
+
+def inspect_run(folder: Path) -> dict[str, Any]:
+    """Return state, settings, last metrics and checkpoints of a run; None stands for what was not measured.
+
+    Raises:
+        ConfigError: The folder is missing or holds no run.
+    """
+    folder = local_path(str(folder))
+    if not exists(folder) or not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; name a run folder.")
+    state = read_state(folder)
+    if state is None:
+        what = f"a broken {STATE}" if (folder / STATE).exists() else f"no {STATE}"
+        raise ConfigError(f"{folder} holds {what}, so it is not a run; name a folder that sft, ppo or quickstart wrote.")
+    records = read_metrics(folder)
+    verdict, error = state.get("state"), state.get("error")
+    if has_died(folder, state):
+        verdict, error = "interrupted", f"process {state.get('pid')} is gone"
+    command = state.get("command")
+    # A metric that this kind of run logs but this run has not measured is shown, as null.
+    metrics: dict[str, dict[str, Any]] = {name: {"value": None, "step": None} for name in EXPECTED.get(str(command), ())}
+    for record in records:
+        for name, value in record.items():
+            if name not in ("step", "time"):
+                metrics[name] = {"value": value, "step": record.get("step")}
+    return {
+        "folder": str(folder),
+        "command": command,
+        "state": verdict,
+        "error": error,
+        "started": state.get("started"),
+        "finished": state.get("finished"),
+        "version": state.get("version"),
+        "packages": state.get("packages"),
+        "config": _highlights(folder / CONFIG),
+        "last_step": records[-1].get("step") if records else None,
+        "metrics": metrics,
+        "checkpoints": [
+            {"name": path.name, "bytes": _size(path)}
+            for path in sorted((folder / "checkpoints").glob("*"), key=_order)
+            if not path.name.startswith(".")  # one that is still being written
+        ],
+    }
+
+
+def print_inspection(report: dict[str, Any], console: Console | None = None) -> None:
+    """Print what ``inspect_run`` found; "-" stands for what was not measured."""
+    console = console or Console()
+    state = Table(title=f"{report['folder']}: {report['command']}, {report['state']}", title_justify="left", show_header=False)
+    for name in ("error", "started", "finished", "version", "last_step"):
+        state.add_row(name, Text(_show(report[name])))
+    for name, value in (report["config"] or {}).items():
+        state.add_row(name, Text(_show(value)))
+    console.print(state)
+    metrics = Table(title="Last metrics", title_justify="left")
+    for name, justify in (("metric", "left"), ("value", "right"), ("step", "right")):
+        metrics.add_column(name, justify=justify)
+    for name, entry in report["metrics"].items():
+        metrics.add_row(*_metric(name, entry["value"]), _show(entry["step"]))
+    console.print(metrics)
+    checkpoints = Table(title="Checkpoints", title_justify="left")
+    checkpoints.add_column("name")
+    checkpoints.add_column("MiB (2^20 bytes)", justify="right")
+    for checkpoint in report["checkpoints"]:
+        checkpoints.add_row(Text(checkpoint["name"]), f"{checkpoint['bytes'] / MIB:,.1f}")
+    if report["checkpoints"]:
+        console.print(checkpoints)
+    else:
+        console.print("No checkpoints.")
+
+
+def _metric(name: str, value: Any) -> tuple[str, str]:
+    if name.endswith("_bytes"):
+        return name.removesuffix("_bytes") + " (MiB)", "-" if value is None else f"{value / MIB:,.1f}"
+    return name, _show(value)
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _highlights(path: Path) -> dict[str, Any] | None:
+    """Return the settings worth a line, by full name; None where the file is missing or broken."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    found = {}
+    for name in HIGHLIGHTS:
+        node: Any = content
+        for part in name.split("."):
+            node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
+        if node is not _ABSENT:
+            found[name] = node
+    return found
+
+
+_ABSENT = object()
+
+
+def _order(path: Path) -> tuple[int, str]:
+    digits = "".join(c for c in path.name if c.isdigit())
+    return int(digits or 0), path.name
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and not p.is_symlink()]
+    return sum(file.stat().st_size for file in files)

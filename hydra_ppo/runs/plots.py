@@ -1,0 +1,164 @@
+"""Pictures of a run, drawn from its ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra_ppo.errors import DataError
+from hydra_ppo.runs.folder import METRICS
+
+MIB = 2**20
+MEMORY_METRIC = re.compile(r"memory/(.+)_peak_bytes")
+PHASES = ("rollout", "score", "update-actor", "update-critic", "optimizer")
+COLOURS = ("#1f5a96", "#d1702a", "#3f8f5f", "#8a5aa8")
+
+
+@dataclass(frozen=True)
+class LinePlot:
+    """One picture of metrics over steps; ``lines`` maps a metric to its legend."""
+
+    file: str
+    title: str
+    y_label: str
+    lines: Mapping[str, str]
+    limits: tuple[float, float] | None = None
+
+
+LINE_PLOTS = (
+    LinePlot(
+        "reward.png",
+        "Score and KL-penalised reward",
+        "mean per response",
+        {
+            "objective/scores": "score",
+            "objective/rlhf_reward": "score minus KL penalty",
+            "eval/scores": "score on held-out prompts",
+        },
+    ),
+    LinePlot("kl.png", "KL from the reference", "nats per response", {"objective/kl": "KL"}),
+    LinePlot("length.png", "Response length", "tokens per response", {"rollout/response_length": "mean length"}),
+    LinePlot(
+        "loss.png",
+        "Training loss",
+        "loss (nats)",
+        {"loss/total": "total (weighted)", "loss/sft": "cross-entropy per token", "loss/reward": "ranking loss per pair"},
+    ),
+    LinePlot("perplexity.png", "Held-out perplexity", "perplexity of chosen responses", {"eval/perplexity": "held-out"}),
+    LinePlot(
+        "pair_accuracy.png",
+        "Pairs ranked correctly",
+        "share of pairs (0.5 is chance)",
+        {"train/reward_accuracy": "training batch", "eval/reward_accuracy": "held-out"},
+        limits=(0.0, 1.02),
+    ),
+)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of ``metrics.jsonl``; a last line cut short by a crash is left out.
+
+    Raises:
+        DataError: A line in the middle is not a JSON object.
+    """
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif number < len(lines):
+            raise DataError(f"{path}, line {number}: not a JSON object; remove the line.")
+    return records
+
+
+def plot_run(folder: Path) -> list[Path]:
+    """Draw the plots of a run under ``folder/plots`` and return the PNG files written.
+
+    A plot whose metrics were never measured is left out; a value that was not measured is skipped.
+    """
+    folder = Path(folder)
+    records = read_metrics(folder)
+    written = []
+    for plot in LINE_PLOTS:
+        series = {label: _series(records, name) for name, label in plot.lines.items()}
+        series = {label: points for label, points in series.items() if points[0]}
+        if series:
+            written.append(_draw_lines(folder / "plots" / plot.file, plot, series))
+    found = (match[1] for record in records for name in record if (match := MEMORY_METRIC.fullmatch(name)))
+    phases = dict.fromkeys([*PHASES, *found])  # in the order of a PPO step, then others such as sft's
+    peaks = {phase: max(_series(records, f"memory/{phase}_peak_bytes")[1], default=None) for phase in phases}
+    measured = {phase: peak / MIB for phase, peak in peaks.items() if peak is not None}
+    if measured:
+        written.append(_draw_memory(folder / "plots" / "memory.png", measured))
+    return written
+
+
+def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    steps, values = [], []
+    for record in records:
+        value = record.get(name)
+        if isinstance(value, int | float) and math.isfinite(value):
+            steps.append(record.get("step", len(steps)))
+            values.append(value)
+    return steps, values
+
+
+def _figure(height: float = 3.6) -> tuple[Any, Any]:
+    # The Figure class draws without pyplot, whose backend and state belong to the caller.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _draw_lines(path: Path, plot: LinePlot, series: Mapping[str, tuple[list[float], list[float]]]) -> Path:
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure()
+    for colour, (label, (steps, values)) in zip(COLOURS, series.items(), strict=False):
+        marker = "o" if len(steps) <= 25 else None
+        axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5)
+    axes.set_title(plot.title, loc="left", fontsize=11)
+    axes.set_xlabel("step")
+    axes.set_ylabel(plot.y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    if plot.limits:
+        axes.set_ylim(*plot.limits)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
+def _draw_memory(path: Path, peaks: Mapping[str, float]) -> Path:
+    figure, axes = _figure(height=0.9 + 0.45 * len(peaks))
+    bars = axes.barh(list(peaks), list(peaks.values()), color=COLOURS[0], height=0.6)
+    axes.bar_label(bars, labels=[f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in peaks.values()], padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_title("Peak memory by phase, highest of the measured steps", loc="left", fontsize=11)
+    axes.set_xlabel("MiB (1 MiB = 2^20 bytes)")
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

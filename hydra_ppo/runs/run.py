@@ -1,0 +1,339 @@
+"""The run folder: settings, metrics, samples, state and log of one training run.
+
+::
+
+    config.yaml     every setting; loads back as a config
+    metrics.jsonl   one object per logged step: step, time (seconds since the epoch), metrics (null: not measured)
+    samples.jsonl   one object per recorded sample: step and what the trainer gives
+    state.json      command, state (running, finished, failed, interrupted), pid, times, versions, error
+    .lock           held by the process that writes the folder
+    log.txt         what was printed
+    summary.json    written last, by ``finish``
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from hydra_ppo import __version__
+from hydra_ppo.config.reading import as_values, render_yaml
+from hydra_ppo.config.settings import PPOConfig, RunSettings, SFTConfig
+from hydra_ppo.errors import ConfigError, StorageError
+from hydra_ppo.runs.folder import CONFIG, LOG, METRICS, SAMPLES, STATE, SUMMARY, check_output, clear, lock, read_state
+from hydra_ppo.runtime.files import sync
+from hydra_ppo.runtime.interruption import StopRequested
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+SAMPLE_ROWS_SHOWN = 4
+
+
+class Run:
+    """An open run folder. Use as a context manager: an exception inside marks the run failed or interrupted."""
+
+    folder: Path
+
+    def __init__(self, folder: Path, settings: RunSettings, state: dict[str, Any], console: Console) -> None:
+        """Use ``Run.create``."""
+        self.folder = folder
+        self._settings = settings
+        self._state = state
+        self._console = console
+        self._lock: FileLock | None = None
+        self._trackers: list[Any] = []
+        self._not_finite: set[str] = set()
+
+    @classmethod
+    def create(
+        cls,
+        settings: RunSettings,
+        config: SFTConfig | PPOConfig | dict[str, Any],
+        command: str,
+        *,
+        resume: bool = False,
+        done: int = 0,
+        sampled: int = 0,
+    ) -> Run:
+        """Make the folder and write its config and state; nothing is made or removed where a check fails.
+
+        Args:
+            settings: The run's own settings.
+            config: Written to ``config.yaml``.
+            command: Name of what runs, such as ``ppo``.
+            resume: Go on with the run that the folder holds: its metrics and samples stay as far as they count.
+            done: Steps done; metrics of later ones are dropped, they will be written again.
+            sampled: Steps whose samples stay.
+
+        Raises:
+            ConfigError: See ``check_output``; also where the folder cannot be made, or another process writes it.
+        """
+        folder = check_output(settings, config, command=command, resume=resume)
+        values = config if isinstance(config, dict) else as_values(config)
+        if not isinstance(config, dict):
+            values["run"]["overwrite"] = False  # how the run began; whoever loads this file goes on with it
+        text = (
+            yaml.safe_dump(config, sort_keys=False)
+            if isinstance(config, dict)
+            else render_yaml(type(config), values, comments=False)
+        )
+        name = f"run.output={settings.output!r}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = lock(folder, name)
+        except OSError as error:
+            raise ConfigError(f"{name} cannot be written ({error.strerror}); choose another folder.") from None
+        before = (read_state(folder) or {}) if resume and done + sampled else {}
+        state = {
+            "command": command,
+            "state": "running",
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": before.get("started") or _now(),
+            "resumed": [*before.get("resumed", []), {"time": _now(), "step": done}] if before else [],
+            "finished": None,
+            "error": None,
+            "version": __version__,
+            "python": sys.version.split()[0],
+            "packages": {name: _version(name) for name in PACKAGES},
+            "tracking_id": before.get("tracking_id") or uuid.uuid4().hex,
+        }
+        run = cls(folder, settings, state, Console(stderr=True))
+        run._lock = held
+        try:
+            if done + sampled == 0:
+                clear(folder)
+            else:
+                (folder / SUMMARY).unlink(missing_ok=True)
+                keep_steps(folder / METRICS, done)
+                keep_steps(folder / SAMPLES, max(done, sampled))
+            run._write_state()
+            (folder / CONFIG).write_text(text, encoding="utf-8")
+            run._start_trackers(values, done)
+        except BaseException as error:
+            run._close("failed", error)
+            raise
+        return run
+
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Append one line to ``metrics.jsonl`` and pass the values on to the trackers.
+
+        A value that was not measured is null. So is NaN or infinity, which JSON lacks; the first of each metric
+        is noted in the log.
+        """
+        values = {name: self._number(step, name, value) for name, value in metrics.items()}
+        self._append(METRICS, {"step": step, "time": round(time.time(), 3), **values})
+        measured = {name: value for name, value in values.items() if value is not None}
+        for tracker in self._trackers:
+            tracker.log(measured, step=step)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        """Append ``rows`` (prompt, response, score, ...) to ``samples.jsonl`` and show the first few as a table."""
+        for row in rows:
+            self._append(SAMPLES, {"step": step, **row})
+        if not self._settings.progress or not rows:
+            return
+        table = Table(title=f"Samples at step {step}", show_lines=True)
+        for name in ("prompt", "response"):
+            table.add_column(name, overflow="fold", ratio=1)
+        table.add_column("score", justify="right")
+        for row in rows[:SAMPLE_ROWS_SHOWN]:
+            score = row.get("score")
+            shown = f"{score:.3f}" if isinstance(score, float) else "-" if score is None else str(score)
+            table.add_row(Text(_shorten(row.get("prompt"))), Text(_shorten(row.get("response"))), shown)
+        self._console.print(table)
+
+    @contextmanager
+    def progress(self, total: int, description: str) -> Iterator[Callable[[int, str], None]]:
+        """Show a progress bar over ``total`` steps; yields ``advance(steps, text)``."""
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+        )
+        with Progress(*columns, console=self._console, disable=not self._settings.progress, transient=True) as bar:
+            task = bar.add_task(description, total=total, text="")
+
+            def advance(steps: int = 1, text: str = "") -> None:
+                bar.update(task, advance=steps, text=text)
+
+            yield advance
+
+    def note(self, text: str) -> None:
+        """Write one line to the console and, with the time, to ``log.txt``."""
+        line = " ".join(text.split())
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._write(LOG, f"{_now()} {line}\n")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json`` and mark the run finished."""
+        _write_json(self.folder / SUMMARY, summary)
+        self._close("finished", None)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt | StopRequested):
+            self._close("interrupted", error)
+        elif error is not None:
+            self._close("failed", error)
+        elif self._state["state"] == "running":
+            self._close("failed", RuntimeError("the run ended without a summary"))
+
+    def _number(self, step: int, name: str, value: Any) -> float | int | None:
+        if value is None or isinstance(value, int):
+            return value
+        value = float(value)
+        if math.isfinite(value):
+            return value
+        if name not in self._not_finite:
+            self._not_finite.add(name)
+            self.note(f"step {step}: {name} is {value}; it is written as null.")
+        return None
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        self._write(name, json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=_as_plain) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise StorageError(
+                f"{self.folder / name} cannot be written ({error.strerror}); the last checkpoint is intact: make room or make "
+                "the folder writable, then go on with --resume."
+            ) from error
+
+    def flush(self) -> None:
+        """See that what was written so far is on the disk."""
+        for name in (METRICS, SAMPLES):
+            if (self.folder / name).exists():
+                sync(self.folder / name)
+
+    def _start_trackers(self, values: Mapping[str, Any], done: int) -> None:
+        if not self._settings.trackers:
+            return
+        # accelerate imports torch, so only who asks for a tracker pays for it.
+        from accelerate.state import PartialState
+        from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+        from hydra_ppo.compat import start_tracker
+
+        PartialState()
+        flat = {name: value if isinstance(value, int | float | str) else str(value) for name, value in _flat(values)}
+        for name in self._settings.trackers:
+            if name == "tensorboard":
+                # What a dead process logged beyond its last checkpoint is logged again.
+                purge = {"purge_step": done + 1} if done else {}
+                tracker = TensorBoardTracker(self._settings.project, self.folder / "tensorboard", **purge)
+            else:
+                same = {"id": self._state["tracking_id"], "resume": "allow"}
+                tracker = WandBTracker(self._settings.project, dir=str(self.folder), name=self.folder.name, **same)
+            start_tracker(tracker)
+            self._trackers.append(tracker)
+            tracker.store_init_configuration(flat)
+
+    def _close(self, state: str, error: BaseException | None) -> None:
+        line = None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+        self._state |= {"state": state, "finished": _now(), "error": line}
+        try:
+            self._write_state()
+        except OSError:  # a full disk: why the run ended matters more, and a lock that nobody holds says that it did
+            if error is None:
+                raise
+        finally:
+            trackers, self._trackers = self._trackers, []
+            for tracker in trackers:
+                tracker.finish()
+            if self._lock is not None:
+                self._lock.release()
+
+    def _write_state(self) -> None:
+        _write_json(self.folder / STATE, self._state)
+
+
+def keep_steps(path: Path, last: int) -> None:
+    """Drop records of later steps than `last`, and a line that was half written, from a file of JSON lines."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n") and isinstance(record, dict) and record.get("step", 0) <= last:
+            kept.append(line)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(b"".join(kept))
+    partial.replace(path)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON in one move, so that a reader never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=_as_plain)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _as_plain(value: Any) -> Any:
+    """Give JSON what numpy and torch scalars, tensors and paths hold."""
+    return _finite(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def _finite(value: Any) -> Any:
+    """Return ``value`` with null for what JSON cannot write: NaN and infinity."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _shorten(value: object, limit: int = 400) -> str:
+    text = "-" if value is None else str(value)
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,335 @@
+"""Joint supervised fine-tuning and reward modelling (the paper's Hydra-SFT).
+
+On preference pairs (x, y_w, y_l), one pass over chosen and rejected serves both heads:
+
+    L = sft_coef * mean over tokens of y_w of -log p(token)  +  reward_coef * mean over pairs of -log sigmoid(r_w - r_l).
+
+Source: Santacroce et al. 2023 (arXiv 2309.00754), section 3.1. `reward_coef` = 0 is plain SFT, `sft_coef` = 0 plain reward
+modelling; each then makes only the passes that it needs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hydra_ppo.config.settings import SFTConfig
+from hydra_ppo.data.rows import PreferenceRow
+from hydra_ppo.errors import ConfigError, NonFiniteError
+from hydra_ppo.experience import Experience, split_by_length
+from hydra_ppo.functional import ranking_loss
+from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.runs.checkpoint import Position, TrainerState
+from hydra_ppo.runtime import random_sources
+from hydra_ppo.runtime.exhaustion import Limits
+from hydra_ppo.runtime.host_memory import keep_freed_memory
+from hydra_ppo.runtime.interruption import StopRequested, check_stop
+from hydra_ppo.runtime.memory import PhaseMemory
+from hydra_ppo.runtime.recorder import Recorder, Silent
+from hydra_ppo.training.optim import (
+    build_optimizer,
+    check_finite,
+    clip_gradients,
+    fresh_scaler,
+    load_optimizer,
+    save_optimizer,
+    state_tensors,
+)
+
+
+class PairSums(NamedTuple):
+    """Sums over the pairs of one pass, each (): what was not computed is 0."""
+
+    nll: Tensor
+    ranking: Tensor
+    correct: Tensor
+
+
+class JointSFTTrainer:
+    """Trains the reference and reward roles of a HydraModel at stage `sft`, `reward` or `base`.
+
+    Args:
+        model: at the stage that fits `config.method` and `config.adapter`.
+        config: coefficients, batch sizes, optimizer.
+        train_rows, eval_rows: tokenised preference pairs; without eval_rows nothing is evaluated and the last model is saved.
+        pad_token_id: fills up rows.
+        run: takes metrics and progress.
+        save_best: called whenever the held-out loss is the best so far; once at the end where there are no held-out pairs.
+        save: called where a checkpoint is due, with the negative held-out loss where it was just measured: every
+            `config.run.save_every` steps, at a best held-out loss, after the last step and on a wish to stop.
+        on_phase: told update and optimizer as they begin.
+
+    Attributes:
+        done: steps done.
+
+    Memory: gradients and two fp32 moments per trained parameter; the activations of 2 * microbatch_size rows.
+    """
+
+    def __init__(
+        self,
+        model: HydraModel,
+        config: SFTConfig,
+        train_rows: Sequence[PreferenceRow],
+        eval_rows: Sequence[PreferenceRow] = (),
+        *,
+        pad_token_id: int,
+        run: Recorder | None = None,
+        save_best: Callable[[], None] = lambda: None,
+        save: Callable[[float | None], None] = lambda score: None,
+        on_phase: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        stage = "base" if config.method == "full" else config.adapter
+        if model.train_stage != stage:
+            raise ConfigError(
+                f"method={config.method!r} with adapter={config.adapter!r} needs a model at stage {stage!r}, not "
+                f"{model.train_stage!r}; build it with train={stage!r}."
+            )
+        if not train_rows:
+            raise ConfigError("data.train holds no preference pair after the held-out ones are taken; give more rows.")
+        keep_freed_memory(model.device)
+        self.model, self.config = model, config
+        self.train_rows, self.eval_rows = list(train_rows), list(eval_rows)[: config.eval_pairs]
+        self.pad_token_id = pad_token_id
+        self.run = run or Silent()
+        self.save_best, self.save, self.on_phase = save_best, save, on_phase
+        self.total_steps = total_steps(config, len(self.train_rows))
+        groups = [(model.role_parameters(role), config.optimizer.learning_rate) for role in model.trainable_roles]
+        self.parameter_names = {id(p): name for named, _ in reversed(groups) for name, p in named.items()}
+        self.optimizer, self.schedule = build_optimizer(groups, config.optimizer, self.total_steps)
+        self.memory = PhaseMemory(model, model.device, config.run.memory)
+        # fp16 gradients underflow without a scaled loss; with every other type the scaler does nothing.
+        half = model.causal_lm.dtype == torch.float16 or model.autocast_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)
+
+        self.limits = Limits({"microbatch_size": config.microbatch_size}, model.device, lambda text: self.run.note(text))
+        self.done = 0
+        self.seconds = 0.0
+        self.best: dict[str, float | None] = {}
+        self.best_step: int | None = None
+
+    def train(self) -> dict[str, Any]:
+        """Run the steps that are left; return the summary: steps, seconds, the evaluation at the best step, if there was one.
+
+        Raises:
+            StopRequested: on a wish to stop, after `save` was called.
+        """
+        if self.config.reward_coef > 0:
+            self.model.reward_head_trained = True
+        try:
+            with self.run.progress(self.total_steps, "SFT") as advance:
+                advance(self.done, "")
+                for rows in islice(self._batches(), self.done, None):
+                    metrics = self._whole_step(self.done, rows)
+                    advance(1, f"loss {metrics['loss/total']:.3f}")
+        except StopRequested:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.save(None)
+            raise
+        if self.best_step is None:
+            self.save_best()
+        return {
+            "steps": self.total_steps,
+            "best_step": self.best_step,
+            "seconds": self.seconds,
+            "pairs": len(self.train_rows),
+            **self.best,
+        }
+
+    def _whole_step(self, step: int, rows: Sequence[PreferenceRow]) -> dict[str, float | None]:
+        """Do the step after `step` others, evaluate, log and save where due."""
+        begun = time.perf_counter()
+        with self.memory.step(step, state_tensors(self.optimizer)):
+            metrics = self.step(step, rows)
+        self.done = step + 1
+        last = self.done == self.total_steps
+        evaluated = bool(self.eval_rows) and (last or self.done % self.config.eval_every == 0)
+        best = False
+        if evaluated:
+            metrics |= (found := self.evaluate())
+            if best := self.best_step is None or found["eval/loss"] < self.best["eval/loss"]:
+                self.best, self.best_step = found, self.done
+                self.save_best()
+        self.seconds += time.perf_counter() - begun
+        if last or evaluated or step % self.config.run.log_every == 0:
+            self.run.log(self.done, metrics | self.memory.metrics())
+        due = self.config.run.save_every > 0 and self.done % self.config.run.save_every == 0
+        if last or due or (best and self.config.run.keep_best > 0):
+            self.save(-metrics["eval/loss"] if evaluated else None)
+        return metrics
+
+    @property
+    def position(self) -> Position:
+        """Steps done, and 0: a step here is one optimizer step."""
+        return self.done, 0
+
+    def state(self) -> TrainerState:
+        """Return all that `load` needs, beside what is trained, to go on from `position` bit for bit."""
+        check_finite(self.optimizer, self.parameter_names, f"step={self.done} phase=save")
+        optimizer, schedule = save_optimizer(self.optimizer, self.schedule, self.parameter_names)
+        randoms, random_values = random_sources.capture({})
+        tensors = {f"optimizer.{k}": v for k, v in optimizer.items()} | {f"random.{k}": v for k, v in randoms.items()}
+        values = {
+            "done": self.done,
+            "seconds": self.seconds,
+            "schedule": schedule,
+            "scaler": self.scaler.state_dict(),
+            "best": self.best,
+            "best_step": self.best_step,
+            "limits": self.limits.sizes,
+            "random": random_values,
+        }
+        return TrainerState(tensors, values)
+
+    def load(self, state: TrainerState) -> None:
+        """Go on from where `state` was taken. What is trained must be as it was at that moment."""
+        values, tensors = state.values, state.groups()
+        load_optimizer(self.optimizer, self.schedule, self.parameter_names, tensors.get("optimizer", {}), values["schedule"])
+        self.scaler.load_state_dict(values["scaler"])
+        self.done, self.seconds = values["done"], values["seconds"]
+        self.best, self.best_step = values["best"], values["best_step"]
+        self.limits.sizes |= values["limits"]
+        random_sources.restore(tensors["random"], values["random"], {})
+
+    def _batches(self) -> Iterator[list[PreferenceRow]]:
+        """Yield `total_steps` batches of pairs, each epoch in a fresh order; the same ones for the same seed."""
+        generator = torch.Generator().manual_seed(self.config.run.seed)
+        done = 0
+        while True:
+            order = torch.randperm(len(self.train_rows), generator=generator).tolist()
+            for start in range(0, len(order), self.config.batch_size):
+                if done == self.total_steps:
+                    return
+                done += 1
+                yield [self.train_rows[i] for i in order[start : start + self.config.batch_size]]
+
+    def step(self, step: int, rows: Sequence[PreferenceRow]) -> dict[str, float | None]:
+        """Take one optimizer step; the result does not depend on the micro-batch size.
+
+        Raises:
+            NonFiniteError: naming step and quantity, before anything is changed.
+            OutOfMemory: when one pair at a time does not fit.
+        """
+        return self.limits.fit(
+            "microbatch_size",
+            f"step={step + 1} phase=update",
+            lambda size: self._step(step, rows, size),
+            undo=self._drop_gradients,
+            most=len(rows),
+        )
+
+    def _drop_gradients(self) -> None:
+        """Forget what a failed step left behind."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler = fresh_scaler(self.scaler, self.model.device)
+
+    def _step(self, step: int, rows: Sequence[PreferenceRow], microbatch_size: int) -> dict[str, float | None]:
+        config = self.config
+        self.model.train()
+        tokens = sum(len(row.chosen_ids) for row in rows)
+        totals = torch.zeros(3, device=self.model.device)
+        for group in split_by_length([_length(row) for row in rows], microbatch_size):
+            check_stop()
+            self._announce("update")
+            sums = self.pass_over([rows[i] for i in group])
+            loss = config.sft_coef * sums.nll / tokens + config.reward_coef * sums.ranking / len(rows)
+            self.scaler.scale(loss).backward()
+            totals += torch.stack([s.detach() for s in sums])
+        self._announce("optimizer")
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grad_norm = clip_gradients(parameters, config.optimizer.max_grad_norm)
+        # The one wait for the device in a step, before anything is changed.
+        nll, ranking, correct, norm = torch.cat([totals, grad_norm[None]]).tolist()
+        for name, value in (("loss/sft", nll), ("loss/reward", ranking), ("grad_norm", norm)):
+            if not math.isfinite(value) and not (name == "grad_norm" and self.scaler.is_enabled()):
+                raise NonFiniteError(
+                    f"step={step + 1} phase=update: {name} is {value}; lower optimizer.learning_rate or look at the data. "
+                    "The last saved model is intact."
+                )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        rate = self.schedule.get_last_lr()[0]
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return _metrics(config, nll / tokens, ranking / len(rows), correct / len(rows), "train/reward_accuracy") | {
+            "grad_norm": norm,
+            "lr": rate,
+        }
+
+    def _announce(self, phase: str) -> None:
+        self.memory(phase)
+        self.on_phase(phase)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float | None]:
+        """Return held-out perplexity (per response token, None without SFT), pair accuracy (None without reward) and loss."""
+        self.model.eval()
+        rows = self.eval_rows
+
+        def total(size: int) -> Tensor:
+            totals = torch.zeros(3, device=self.model.device)
+            for group in split_by_length([_length(row) for row in rows], 4 * size):
+                totals += torch.stack(list(self.pass_over([rows[i] for i in group])))
+            return totals
+
+        totals = self.limits.fit("microbatch_size", f"step={self.done} evaluation", total, most=len(rows))
+        nll, ranking, correct = totals.tolist()
+        nll /= sum(len(row.chosen_ids) for row in rows)
+        found = _metrics(self.config, nll, ranking / len(rows), correct / len(rows), "eval/reward_accuracy")
+        return {
+            "eval/loss": found["loss/total"],
+            "eval/perplexity": math.exp(min(nll, 80.0)) if self.config.sft_coef else None,
+            "eval/reward_accuracy": found["eval/reward_accuracy"],
+        }
+
+    def pass_over(self, rows: Sequence[PreferenceRow]) -> PairSums:
+        """Run chosen and rejected responses of the pairs through the base once; return the sums of both losses."""
+        config, model = self.config, self.model
+        zero = torch.zeros((), device=model.device)
+        ranked = config.reward_coef > 0
+        responses = [row.chosen_ids for row in rows] + ([row.rejected_ids for row in rows] if ranked else [])
+        prompts = [row.prompt_ids for row in rows] * (2 if ranked else 1)
+        sequences = Experience.from_lists(prompts, responses, self.pad_token_id, model.device).sequences()
+        nll = ranking = correct = zero
+        logprobs, scores = None, None
+        if config.sft_coef > 0 and ranked:
+            logprobs, scores = model.reference_and_reward(sequences, lm_rows=len(rows))
+        elif ranked:
+            with model.role("reward"):
+                scores = model.scores(sequences)
+        else:
+            with model.role("reference"):
+                logprobs = model.logprobs(sequences).logprobs
+        if logprobs is not None:
+            nll = -logprobs.masked_fill(~sequences.response_mask[: len(rows)], 0.0).sum()
+        if scores is not None:
+            chosen, rejected = scores[: len(rows)], scores[len(rows) :]
+            ranking = ranking_loss(chosen, rejected).sum()
+            correct = (chosen > rejected).float().sum()
+        return PairSums(nll, ranking, correct)
+
+
+def total_steps(config: SFTConfig, pairs: int) -> int:
+    """Return the optimizer steps of a run over so many training pairs."""
+    whole = math.ceil(pairs / config.batch_size) * config.epochs
+    return min(whole, config.max_steps or whole)
+
+
+def _length(row: PreferenceRow) -> int:
+    return len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids))
+
+
+def _metrics(config: SFTConfig, nll: float, ranking: float, accuracy: float, accuracy_name: str) -> dict[str, Any]:
+    """Name the numbers; what was not computed is None."""
+    return {
+        "loss/total": config.sft_coef * nll + config.reward_coef * ranking,
+        "loss/sft": nll if config.sft_coef else None,
+        "loss/reward": ranking if config.reward_coef else None,
+        accuracy_name: accuracy if config.reward_coef else None,
+    }

@@ -1,0 +1,144 @@
+"""What `hydra-ppo profile` and `hydra-ppo plan` do, once their arguments are known."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from hydra_ppo.profiling.measuring.record import Record
+from hydra_ppo.profiling.reporting.report import format_bytes, print_record
+from hydra_ppo.profiling.workload import Workload
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def profile(
+    workload: Workload,
+    methods: Sequence[str],
+    *,
+    stage: Literal["ppo", "reward"],
+    simulate: bool,
+    device: str,
+    timed_steps: int,
+    output: Path | None,
+    as_json: bool,
+    as_table: bool,
+) -> Record:
+    """Capture every method and show the result.
+
+    Args:
+        workload: model and sizes.
+        methods: in the order of the table.
+        stage: ppo or reward.
+        simulate: use fake tensors.
+        device, timed_steps: of real runs.
+        output: folder for record, pictures and report.
+        as_json: print JSON instead of tables.
+        as_table: print a comparison even of a single method (`{"methods": ...}` in JSON).
+    """
+    from hydra_ppo.profiling.measuring.capture import capture
+
+    console = Console(stderr=True)
+    for method in methods:
+        workload.check_method(method)
+    profiles = []
+    for number, method in enumerate(methods, start=1):
+        doing = "simulating" if simulate else "running"
+        with console.status(f"{number}/{len(methods)} {doing} {method} on {workload.model}"):
+            found = capture(
+                workload,
+                method,
+                simulate=simulate,
+                stage=stage,
+                device=device,
+                timed_steps=timed_steps,
+                snapshot_to=None if output is None else output / f"allocator-{method}.pickle",
+            )
+        console.print(f"{method}: peak {format_bytes(found.peak_bytes)} in {found.seconds:.0f} s", highlight=False)
+        profiles.append(found)
+    record = Record(profiles, versions())
+    _show(record, output, as_json, as_table)
+    return record
+
+
+def redraw(path: Path, output: Path | None, as_json: bool, many: bool) -> None:
+    """Show a saved record again."""
+    record = Record.load(path)
+    _show(record, output, as_json, many or len(record.profiles) > 1)
+
+
+def _show(record: Record, output: Path | None, as_json: bool, as_table: bool) -> None:
+    if output is not None:
+        write_report(record, output)
+    if as_json:
+        summaries = {profile.method: profile.summary() for profile in record.profiles}
+        print(json.dumps({"methods": summaries} if as_table else record.profiles[0].summary(), indent=2))
+    else:
+        print_record(record, Console())
+        if output is not None:
+            print(f"Written to {output}: record.json, report.html and pictures.")
+
+
+def write_report(record: Record, folder: Path) -> None:
+    """Write record.json, one timeline per method, comparison.png and report.html."""
+    from hydra_ppo.profiling.reporting.html import write_html
+    from hydra_ppo.profiling.reporting.pictures import draw_comparison, draw_timeline
+
+    folder.mkdir(parents=True, exist_ok=True)
+    record.save(folder / "record.json")
+    for found in record.profiles:
+        if found.timeline is not None:
+            draw_timeline(found, folder / f"timeline-{found.method}.png")
+    draw_comparison(record.profiles, folder / "comparison.png")
+    write_html(record, folder / "report.html")
+
+
+def learning(
+    output: Path | None, methods: Sequence[str], seeds: Sequence[int], trunk_layers: Sequence[int], as_json: bool
+) -> None:
+    """Train every method on the quickstart's task and print how it did; several trunks are drawn too, to `trunk.png`."""
+    from hydra_ppo.profiling.learning.compare import compare_learning, learning_table
+    from hydra_ppo.profiling.learning.picture import draw_trunks
+
+    folder = output or Path("runs/learning")
+    say = Console(stderr=True, highlight=False).print
+    with redirect_stdout(sys.stderr):  # the commands that train say where they saved
+        outcomes = compare_learning(folder, methods, seeds, trunk_layers, say=say)
+    if len(set(trunk_layers)) > 1:
+        say(f"Drawn to {draw_trunks(outcomes, folder / 'trunk.png')}")
+    if as_json:
+        print(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))
+    else:
+        Console().print(learning_table(outcomes))
+
+
+def plan(workload: Workload, memory: int, margin: int | None, count: int, output: Path | None, as_json: bool) -> int:
+    """Search set-ups that fit, print the best, and write the first as YAML; return 3 where nothing fits."""
+    from hydra_ppo.profiling.cli.plan import print_plans, search, write_yaml
+
+    console = Console(stderr=True)
+    with console.status(f"simulating {workload.model}") as status:
+        found = search(workload, memory, margin, say=lambda text: status.update(text))
+    plans = found.plans[:count]
+    if as_json:
+        print(json.dumps(found.as_json(count), indent=2))
+    else:
+        print_plans(found, count, Console())
+    if plans and output is not None:
+        write_yaml(plans[0], output)
+        console.print(f"Written to {output}; fill in model, data and output, then: hydra-ppo ppo {output}", highlight=False)
+    return 0 if plans else 3
+
+
+def versions() -> dict[str, Any]:
+    """Return the versions that a measurement depends on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}

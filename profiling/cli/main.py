@@ -1,0 +1,180 @@
+"""`hydra-ppo profile` and `hydra-ppo plan`: arguments. torch is imported once they are known to be good."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hydra_ppo.cli.main import Parser, check_folder
+from hydra_ppo.errors import ConfigError
+from hydra_ppo.profiling.workload import QUANTIZATIONS, Workload
+
+STAGES = {"ppo": ("full", "lora", "dlora", "j-hydra", "hydra"), "reward": ("full", "lora")}
+"""Methods by stage."""
+
+
+def profile(arguments: list[str]) -> None:
+    """Run `hydra-ppo profile`."""
+    parser = Parser("profile", "Measure or simulate the memory of one PPO step, by phase, role and kind, to the byte.")
+    parser.add_argument("--model", metavar="NAME", help="Shipped name, model folder or config.json; weights are random.")
+    parser.add_argument("--simulate", action="store_true", help="Use tensors without memory: any model, no GPU, no download.")
+    parser.add_argument(
+        "--methods", type=_names, default=None, metavar="A,B", help="Compare these: full, lora, dlora, j-hydra, hydra."
+    )
+    parser.add_argument(
+        "--stage", choices=STAGES, default="ppo", help="ppo, or reward: training the reward model (methods full, lora)."
+    )
+    add_sizes(parser)
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help="How linear layers of the base are held.")
+    parser.add_argument("--rank", type=int, default=16, help="Rank of the adapters.")
+    parser.add_argument("--rollout-batch", type=int, default=8, help="Responses per PPO step (reward: pairs per step).")
+    parser.add_argument("--minibatch", type=int, default=None, help="Responses per optimizer step; default: all.")
+    parser.add_argument("--microbatch", type=int, default=1, help="Responses (reward: pairs) per forward and backward pass.")
+    parser.add_argument("--score-batch", type=int, default=1, help="Responses per scoring pass.")
+    parser.add_argument(
+        "--trunk-layers",
+        type=_numbers,
+        default=[0],
+        metavar="K",
+        help="Adapters sit on the layers above this many; --learning compares a list (0,1,2,3), with --methods hydra.",
+    )
+    parser.add_argument("--no-checkpointing", action="store_true", help="Keep activations instead of recomputing them.")
+    parser.add_argument("--device", default="auto", help="Of a real run: auto, cpu, cuda or cuda:N.")
+    parser.add_argument("--timed-steps", type=int, default=2, help="Of a real run: more steps, for responses per second.")
+    parser.add_argument("--json", action="store_true", help="Write numbers as JSON, all in bytes.")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="Also write record.json, pictures and report.html there.")
+    parser.add_argument("--from", dest="record", type=Path, metavar="FILE", help="Draw a saved record.json again.")
+    parser.add_argument(
+        "--learning", action="store_true", help="Train all methods on the quickstart's task and judge them; about an hour."
+    )
+    parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="A,B", help="Seeds of --learning.")
+    options = parser.parse_args(arguments)
+    methods = options.methods or ["hydra" if options.stage == "ppo" else "lora"]
+    for method in methods:
+        if method not in STAGES[options.stage]:
+            raise ConfigError(
+                f"methods={method!r} is not a method of stage={options.stage!r}; choose among "
+                f"{', '.join(STAGES[options.stage])}."
+            )
+    if options.output is not None:
+        check_folder("output", options.output)
+    from hydra_ppo.profiling.cli import commands
+
+    if options.learning:
+        chosen = options.methods or list(STAGES["ppo"])
+        commands.learning(options.output, chosen, options.seeds, options.trunk_layers, options.json)
+    elif options.record is not None:
+        commands.redraw(options.record, options.output, options.json, many=len(options.methods or []) > 1)
+    else:
+        workload = Workload(
+            model=_required(options.model),
+            quantization=None if options.quantization == "none" else options.quantization,
+            dtype=options.dtype,
+            rank=options.rank,
+            prompt=options.prompt,
+            response=options.response,
+            rollout_batch=options.rollout_batch,
+            minibatch=options.minibatch,
+            microbatch=options.microbatch,
+            score_batch=options.score_batch,
+            trunk_layers=_single("trunk_layers", options.trunk_layers),
+            checkpointing=not options.no_checkpointing,
+        )
+        commands.profile(
+            workload,
+            methods,
+            stage=options.stage,
+            simulate=options.simulate,
+            device=options.device,
+            timed_steps=options.timed_steps,
+            output=options.output,
+            as_json=options.json,
+            as_table=options.methods is not None,
+        )
+
+
+def plan(arguments: list[str]) -> int:
+    """Run `hydra-ppo plan`."""
+    parser = Parser("plan", "Find the settings with which PPO on a model fits a GPU, by simulation.")
+    parser.add_argument("--model", metavar="NAME", help="Shipped name, model folder or config.json.")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="Memory of the GPU, for example 8GiB, 24GB or bytes.")
+    add_sizes(parser)
+    parser.add_argument(
+        "--margin", metavar="SIZE", default=None, help="Memory kept free; by default 0.5 GiB and 4 percent of the rest."
+    )
+    parser.add_argument("--count", type=int, default=5, help="Set-ups to show.")
+    parser.add_argument("--json", action="store_true", help="Write JSON.")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="Write the best set-up as the YAML of hydra-ppo ppo; never over a file."
+    )
+    options = parser.parse_args(arguments)
+    if options.gpu_memory is None:
+        raise ConfigError("gpu_memory is missing; give --gpu-memory, for example --gpu-memory 8GiB.")
+    memory = parse_size("gpu_memory", options.gpu_memory)
+    margin = None if options.margin is None else parse_size("margin", options.margin)
+    if options.output is not None and options.output.exists():
+        raise ConfigError(f"output={str(options.output)!r} exists; name another file.")
+    if options.output is not None:
+        check_folder("output", options.output.parent)
+    if options.count < 1:
+        raise ConfigError(f"count={options.count} must be at least 1; choose a positive number.")
+    from hydra_ppo.profiling.cli import commands
+
+    workload = Workload(model=_required(options.model), dtype=options.dtype, prompt=options.prompt, response=options.response)
+    return commands.plan(workload, memory, margin, options.count, options.output, options.json)
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Add the options that both commands have."""
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="Compute type.")
+    parser.add_argument("--prompt", type=int, default=512, help="Tokens of a prompt.")
+    parser.add_argument("--response", type=int, default=512, help="Tokens of a response.")
+
+
+UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "B": 1, "": 1}
+
+
+def parse_size(setting: str, text: str) -> int:
+    """Turn 8GiB, 24GB or a number of bytes into bytes.
+
+    Raises:
+        ConfigError: when it is none of these, or not above 0.
+    """
+    number = text.rstrip("GiMBb ").strip()
+    unit = text[len(number) :].strip()
+    try:
+        size = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"{setting}={text!r} is not a size; write it like 8GiB, 24GB or a number of bytes.")
+    return size
+
+
+def _required(model: str | None) -> str:
+    if not model:
+        raise ConfigError("model is missing; give --model, for example --model llama-3.1-8b.")
+    return model
+
+
+def _single(setting: str, numbers: list[int]) -> int:
+    if len(numbers) != 1:
+        text = ",".join(map(str, numbers))
+        raise ConfigError(f"{setting}={text} is a list, which only --learning compares; give one number.")
+    return numbers[0]
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers") from None
+
+
+PROFILE = ("measure, simulate and compare memory", profile)
+PLAN = ("find the settings that fit a GPU", plan)
+"""(one line of help, function) of each command, as the entry points name them."""

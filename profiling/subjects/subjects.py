@@ -1,0 +1,186 @@
+"""What is put under the tracker: the trainers of this package on models with random weights, and one step of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from hydra_ppo.config.settings import (
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+    PPOConfig,
+    RolloutSettings,
+    RunSettings,
+    SFTConfig,
+)
+from hydra_ppo.data.rows import PreferenceRow, PromptRow
+from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.model.loading import DTYPES, base_from_config
+from hydra_ppo.model.roles import Role, Stage
+from hydra_ppo.profiling.subjects.baselines import SeparateModels, build, drop_lm_head
+from hydra_ppo.profiling.subjects.fake import LeapingDecoder, fake_base
+from hydra_ppo.profiling.workload import Workload
+from hydra_ppo.rollout.sampling import Decoder, sample
+from hydra_ppo.training.joint_sft import JointSFTTrainer
+from hydra_ppo.training.ppo import PPOTrainer
+
+Models = HydraModel | SeparateModels
+
+REWARD_STAGES = {
+    "full": Stage("base", {"reward": Role(None, "reward")}, ("reward",), tunes_base=True),
+    "lora": Stage("reward", {"reward": Role("reward", "reward")}, ("reward",)),
+}
+"""The two ways to train a reward model that PE-RLHF compares (Sidahmed et al. 2024, arXiv 2403.10704, section 3.1)."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trainer that is ready to take steps.
+
+    Attributes:
+        optimizer: that it trains with.
+        step: takes one whole step.
+        warm_up: leaves the optimizer state that later steps meet, and changes no weight.
+    """
+
+    optimizer: torch.optim.Optimizer
+    step: Callable[[], Any]
+    warm_up: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Builds models and trainer of one method.
+
+    Attributes:
+        workload: model and sizes.
+        config: Hugging Face config of the model.
+        method: of the stage.
+        stage: ppo or reward.
+        place: device of a real run.
+        simulate: use fake tensors.
+        decoder: what decodes; None is the usual one, in a simulation the one that leaps.
+    """
+
+    workload: Workload
+    config: Any
+    method: str
+    stage: str
+    place: torch.device
+    simulate: bool
+    decoder: type[Decoder] | None = None
+
+    def models(self) -> Models:
+        """Build the models of the method, random weights, checkpointing as asked for."""
+        if self.stage == "ppo":
+            model = build(self.method, self._base)
+        else:
+            model = self._base(REWARD_STAGES[self.method])
+            drop_lm_head(model)
+        model.enable_checkpointing(self.workload.checkpointing)
+        return model
+
+    def _base(self, stage: Stage) -> HydraModel:
+        workload = self.workload
+        if self.simulate:
+            base = fake_base(self.config, workload.quantization, DTYPES[workload.dtype])
+        else:
+            torch.manual_seed(0)
+            base = base_from_config(
+                self.config,
+                quantization=workload.quantization,
+                attention="auto",
+                dtype=workload.dtype,
+                device=str(self.place),
+            )
+        lora = LoraSettings(r=workload.rank, alpha=2 * workload.rank)
+        model = HydraModel(base, lora=lora, train=stage, trunk_layers=workload.trunk_layers)
+        model.reward_head_trained = True
+        return model
+
+    def subject(self, model: Models, on_phase: Callable[[str], None]) -> Subject:
+        """Build the trainer around the models."""
+        return (self._ppo if self.stage == "ppo" else self._reward)(model, on_phase)
+
+    def _ppo(self, model: Models, on_phase: Callable[[str], None]) -> Subject:
+        workload = self.workload
+        rows = workload.rollout_batch
+        settings = PPOConfig(
+            **_common(workload),
+            rollout=RolloutSettings(batch_size=rows, max_new_tokens=workload.response, score_batch_size=workload.score_batch),
+            ppo_epochs=1,
+            minibatch_size=workload.minibatch or rows,
+            microbatch_size=workload.microbatch,
+        )
+        decoder = self.decoder or (LeapingDecoder if self.simulate else None)
+        sampler = partial(sample, lengths=[workload.response] * rows, decoder=decoder)
+        # No two alike, where there are tokens enough: a prompt that is sampled from several times is run once.
+        prompts = [PromptRow("", _tokens(workload.prompt, row)) for row in range(rows)]
+        trainer = PPOTrainer(model, _NoTokenizer(), settings, prompts, sampler=sampler, on_phase=on_phase)
+        trainer.batches = repeat(prompts)  # in this order: a fake permutation reads as one row again and again
+
+        def warm_up() -> None:
+            _zero_gradients(trainer.optimizer)
+            trainer.optimizer_step()
+
+        return Subject(trainer.optimizer, partial(trainer.step, 1), warm_up)
+
+    def _reward(self, model: Models, on_phase: Callable[[str], None]) -> Subject:
+        workload = self.workload
+        full = self.method == "full"
+        settings = SFTConfig(
+            **_common(workload),
+            method="full" if full else "lora",
+            adapter="sft" if full else "reward",
+            sft_coef=0.0,
+            reward_coef=1.0,
+            batch_size=workload.rollout_batch,
+            microbatch_size=workload.microbatch,
+        )
+        prompt, response = _tokens(workload.prompt), _tokens(workload.response)
+        rows = [PreferenceRow("", "", "", prompt, response, response)] * workload.rollout_batch
+        trainer = JointSFTTrainer(model, settings, rows, pad_token_id=0, on_phase=on_phase)
+        taken = rows[: workload.microbatch] if self.simulate else rows
+
+        def warm_up() -> None:
+            _zero_gradients(trainer.optimizer)
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad(set_to_none=True)
+
+        return Subject(trainer.optimizer, partial(trainer.step, 0, taken), warm_up)
+
+
+def _common(workload: Workload) -> dict[str, Any]:
+    return {
+        "model": ModelSettings(name_or_path=workload.model),
+        "data": DataSettings(train="made up"),
+        "run": RunSettings(output="nowhere", memory="never", progress=False),
+    }
+
+
+def _tokens(count: int, row: int = 0) -> tuple[int, ...]:
+    """Return `count` tokens between 3 and 52; the last two spell the number of the row."""
+    ending = (3 + row // 50 % 50, 3 + row % 50)
+    return (tuple(3 + i % 50 for i in range(count)) + ending)[-count:]
+
+
+def _zero_gradients(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+class _NoTokenizer:
+    """Stands in for a tokenizer: texts do not matter here, and no token ends a response."""
+
+    eos_token_id = 0  # with given lengths no token ends a response
+    pad_token_id = 0
+
+    def batch_decode(self, responses: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
+        return [""] * len(responses)

@@ -1,0 +1,101 @@
+"""Plots of a run: which are drawn, from which metrics, and that unmeasured values stay out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hydra_ppo.errors import DataError
+from hydra_ppo.runs import plots
+from hydra_ppo.runs.plots import LINE_PLOTS, PHASES, plot_run, read_metrics
+
+PPO_PLOTS = ["kl.png", "length.png", "memory.png", "reward.png"]
+SFT_PLOTS = ["loss.png", "pair_accuracy.png", "perplexity.png"]
+
+
+def write_metrics(folder: Path, records: list[dict]) -> Path:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i, **r}) + "\n" for i, r in enumerate(records, 1)))
+    return folder
+
+
+def ppo_records(steps: int) -> list[dict]:
+    return [
+        {
+            "objective/scores": i / 10,
+            "objective/rlhf_reward": i / 10 - 0.1,
+            "objective/kl": i / 5,
+            "rollout/response_length": 50 + i,
+            "eval/scores": i / 10 if i % 10 == 0 else None,
+            **{f"memory/{phase}_peak_bytes": 2**20 * 100 if i < 2 else None for phase in PHASES},
+        }
+        for i in range(steps)
+    ]
+
+
+def sft_records(steps: int) -> list[dict]:
+    return [
+        {"loss/total": 2.0 / (i + 1), "loss/sft": 1.9 / (i + 1), "loss/reward": 0.1, "train/reward_accuracy": 0.5}
+        | ({"eval/perplexity": 9.0, "eval/reward_accuracy": 0.6} if i % 5 == 0 else {})
+        for i in range(steps)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        (ppo_records(30), PPO_PLOTS),
+        (sft_records(30), SFT_PLOTS),
+        (ppo_records(1), PPO_PLOTS),
+        ([{"objective/kl": 0.0}], ["kl.png"]),
+        ([{"objective/kl": None}, {"memory/rollout_peak_bytes": None, "lr": 0.1}], []),
+        ([], []),
+    ],
+)
+def test_which_plots_are_drawn(records, expected, tmp_path):
+    written = plot_run(write_metrics(tmp_path, records))
+    assert sorted(path.name for path in written) == expected
+    assert all(path.parent == tmp_path / "plots" and path.read_bytes().startswith(b"\x89PNG") for path in written)
+    assert (tmp_path / "plots").exists() == bool(expected)
+
+
+def test_a_folder_without_metrics_has_no_plots(tmp_path):
+    assert plot_run(tmp_path) == []
+
+
+def test_null_values_are_skipped_and_memory_is_in_mib(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "_draw_lines", lambda path, plot, series: drawn.setdefault(path.name, series) and path)
+    monkeypatch.setattr(plots, "_draw_memory", lambda path, peaks: drawn.setdefault(path.name, peaks) and path)
+    write_metrics(
+        tmp_path,
+        [
+            {
+                "objective/kl": 1.0,
+                "memory/update_peak_bytes": 2**19,
+                "memory/rollout_peak_bytes": 3 * 2**20,
+                "memory/score_peak_bytes": None,
+            },
+            {"objective/kl": None, "memory/rollout_peak_bytes": 2**20},
+            {"objective/kl": 0.0, "objective/scores": None},
+        ],
+    )
+    plot_run(tmp_path)
+    # Phases come in the order of a PPO step, others after them; the peak of a phase is the highest of its steps.
+    # score was not measured and is left out, not 0.
+    assert drawn == {"kl.png": {"KL": ([1, 3], [1.0, 0.0])}, "memory.png": {"rollout": 3.0, "update": 0.5}}
+
+
+def test_a_line_cut_short_by_a_crash(tmp_path):
+    path = write_metrics(tmp_path, [{"a": 1.0}, {"a": 2.0}]) / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 3, "a"')
+    assert [record["a"] for record in read_metrics(tmp_path)] == [1.0, 2.0]
+    with path.open("a") as file:
+        file.write('\n{"step": 4, "a": 3.0}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 3: not a JSON object; remove the line\."):
+        read_metrics(tmp_path)
+
+
+def test_every_plot_names_its_unit():
+    assert all(plot.y_label and plot.title for plot in LINE_PLOTS)
+    assert len({plot.file for plot in LINE_PLOTS}) == len(LINE_PLOTS)

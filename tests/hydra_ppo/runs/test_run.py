@@ -1,0 +1,306 @@
+"""The run folder: what is written, what is refused, what overwriting may remove."""
+
+import importlib.util
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from hydra_ppo import __version__
+from hydra_ppo.cli.flags import load_config
+from hydra_ppo.config.settings import DataSettings, ModelSettings, PPOConfig, RunSettings, SFTConfig
+from hydra_ppo.errors import ConfigError
+from hydra_ppo.runs.folder import WRITTEN_FILES, WRITTEN_FOLDERS, check_output
+from hydra_ppo.runs.run import Run
+
+
+def make_config(folder: Path, **settings) -> PPOConfig:
+    run = RunSettings(output=str(folder), **{"progress": False, **settings})
+    return PPOConfig(ModelSettings("m"), DataSettings("d.jsonl"), run)
+
+
+def create(config: PPOConfig | SFTConfig) -> Run:
+    return Run.create(config.run, config, "ppo")
+
+
+def state_of(folder: Path) -> dict:
+    return json.loads((folder / "state.json").read_text())
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_finished_run(tmp_path, capsys):
+    folder = tmp_path / "runs/first"
+    config = make_config(folder)
+    with create(config) as run:
+        assert run.folder == folder
+        state = state_of(folder)
+        assert (state["command"], state["state"], state["pid"], state["finished"]) == ("ppo", "running", os.getpid(), None)
+        run.log(1, {"objective/kl": 0.1 + 0.2, "eval/scores": None, "count": 3, "numpy": np.float32(0.5)})
+        run.log(2, {"objective/kl": 1e-300})
+        run.samples(1, [{"prompt": "a [b]", "response": "é\n", "score": 0.5}, {"prompt": "c", "response": "d", "score": None}])
+        run.note("two\nlines")
+        with run.progress(3, "steps") as advance:
+            advance(1, "kl 0.1")
+        run.finish({"steps": 2, "score": math.nan, "array": np.arange(2)})
+    assert load_config(PPOConfig, folder / "config.yaml") == config
+    first, second = lines_of(folder / "metrics.jsonl")
+    assert abs(first.pop("time") - (folder / "metrics.jsonl").stat().st_mtime) < 60
+    assert first == {"step": 1, "objective/kl": 0.1 + 0.2, "eval/scores": None, "count": 3, "numpy": 0.5}
+    assert second["objective/kl"] == 1e-300
+    assert lines_of(folder / "samples.jsonl") == [
+        {"step": 1, "prompt": "a [b]", "response": "é\n", "score": 0.5},
+        {"step": 1, "prompt": "c", "response": "d", "score": None},
+    ]
+    assert json.loads((folder / "summary.json").read_text()) == {"steps": 2, "score": None, "array": [0, 1]}
+    state = state_of(folder)
+    assert (state["state"], state["error"], state["version"]) == ("finished", None, __version__)
+    assert state["finished"] >= state["started"]
+    assert state["packages"]["torch"]
+    assert (folder / "log.txt").read_text().endswith(" two lines\n")
+    assert "two lines\n" in capsys.readouterr().err
+    assert tree(folder) == [".lock", "config.yaml", "log.txt", "metrics.jsonl", "samples.jsonl", "state.json", "summary.json"]
+
+
+def test_settings_may_be_a_plain_dict(tmp_path):
+    with Run.create(RunSettings(str(tmp_path / "q")), {"seed": 0, "stages": ["sft", "ppo"]}, "quickstart") as run:
+        run.finish({})
+    assert yaml.safe_load((run.folder / "config.yaml").read_text()) == {"seed": 0, "stages": ["sft", "ppo"]}
+
+
+def test_metrics_are_on_disk_at_once(tmp_path):
+    run = create(make_config(tmp_path / "run"))
+    run.log(1, {"a": 1.0})
+    assert len(lines_of(run.folder / "metrics.jsonl")) == 1
+
+
+def test_what_json_lacks_becomes_null_and_is_noted_once(tmp_path):
+    run = create(make_config(tmp_path / "run"))
+    for step in (1, 2):
+        run.log(step, {"objective/kl": math.nan, "policy/loss": math.inf, "fine": 1.0})
+    assert [(line["objective/kl"], line["policy/loss"], line["fine"]) for line in lines_of(run.folder / "metrics.jsonl")] == [
+        (None, None, 1.0)
+    ] * 2
+    log = (run.folder / "log.txt").read_text()
+    assert log.count("step 1: objective/kl is nan; it is written as null.") == 1
+    assert log.count("\n") == 2
+    run.samples(1, [{"prompt": "p", "score": math.nan}])
+    assert lines_of(run.folder / "samples.jsonl")[0]["score"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "line"),
+    [
+        (ValueError("loss is nan\nat step 3"), "failed", "ValueError: loss is nan at step 3"),
+        (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt"),
+        (None, "failed", "RuntimeError: the run ended without a summary"),
+    ],
+)
+def test_how_a_run_ends(error, state, line, tmp_path):
+    def use() -> None:
+        with create(make_config(tmp_path / "run")):
+            if error is not None:
+                raise error
+
+    if error is None:
+        use()
+    else:
+        with pytest.raises(type(error)):
+            use()
+    ended = state_of(tmp_path / "run")
+    assert (ended["state"], ended["error"]) == (state, line)
+    assert ended["finished"] is not None
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_an_error_after_finish_still_counts(tmp_path):
+    run = create(make_config(tmp_path / "run"))
+    run.finish({})
+    run.__exit__(ValueError, ValueError("late"), None)
+    assert state_of(run.folder)["state"] == "failed"
+
+
+def leave_run(folder: Path, ending: str) -> None:
+    run = create(make_config(folder))
+    if ending == "finished":
+        run.finish({})
+    elif ending == "failed":
+        run.__exit__(ValueError, ValueError("x"), None)
+    elif ending == "killed":
+        (folder / "state.json").write_text(json.dumps(state_of(folder) | {"pid": 2**22 + 1}))
+    elif ending == "broken":
+        (folder / "state.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [
+        ("finished", "holds a finished run"),
+        ("failed", "holds an unfinished run (failed)"),
+        ("killed", "holds an unfinished run (running)"),
+        ("broken", "holds an unfinished run (unreadable state)"),
+    ],
+)
+def test_an_earlier_run_is_kept_unless_overwrite(ending, message, tmp_path):
+    folder = tmp_path / "run"
+    leave_run(folder, ending)
+    (folder / "actor").mkdir()
+    (folder / "actor/adapter.safetensors").write_text("weights")
+    before = tree(folder)
+    with pytest.raises(ConfigError) as error:
+        create(make_config(folder))
+    remedy = "choose another folder, go on with --resume, or pass --run.overwrite true."
+    assert str(error.value) == f"run.output={str(folder)!r} {message}; {remedy}"
+    assert tree(folder) == before
+    create(make_config(folder, overwrite=True)).finish({})
+    assert tree(folder) == [".lock", "config.yaml", "state.json", "summary.json"]
+
+
+def test_a_run_in_progress_is_never_overwritten(tmp_path):
+    run = create(make_config(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=f"is being written by process {os.getpid()}; wait for it, stop it, or choose"):
+        create(make_config(tmp_path / "run", overwrite=True))
+    run.finish({})
+    create(make_config(tmp_path / "run", overwrite=True)).finish({})
+
+
+def test_overwrite_removes_only_what_this_program_writes(tmp_path):
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    leave_run(folder, "finished")
+    outside.mkdir()
+    (outside / "precious").write_text("kept")
+    for name in WRITTEN_FILES:
+        (folder / name).write_text((folder / name).read_text() if (folder / name).exists() else "old")
+    for name in WRITTEN_FOLDERS:
+        if name == "plots":
+            (folder / name).symlink_to(outside)  # the link goes, what it points at stays
+        else:
+            (folder / name).mkdir()
+            (folder / name / "old").write_text("old")
+    (folder / "notes.md").write_text("mine")
+    (folder / "mine").mkdir()
+    (folder / "mine/metrics.jsonl").write_text("mine")
+    create(make_config(folder, overwrite=True)).finish({})
+    assert tree(folder) == [".lock", "config.yaml", "mine", "mine/metrics.jsonl", "notes.md", "state.json", "summary.json"]
+    assert (outside / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_run_is_refused(overwrite, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match="is not empty and holds no run; choose another folder"):
+        create(make_config(tmp_path, overwrite=overwrite))
+    assert tree(tmp_path) == ["metrics.jsonl"]
+
+
+def test_an_empty_folder_is_used(tmp_path):
+    create(make_config(tmp_path)).finish({})
+
+
+def test_files_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is a file; choose a folder"):
+        create(make_config(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"cannot be made, .*file is a file; choose another folder"):
+        create(make_config(tmp_path / "file/run"))
+
+
+def test_overwrite_never_deletes_what_the_run_reads(tmp_path):
+    leave_run(tmp_path / "sft", "finished")
+    (tmp_path / "sft/base").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/hydra.json").write_text(json.dumps({"base": {"name_or_path": "../sft/base", "relative": True}}))
+    config = make_config(tmp_path / "sft", overwrite=True)
+    for model, named in (("sft", "model.name_or_path"), ("sft/base", "model.name_or_path"), ("other", "the base of")):
+        with pytest.raises(ConfigError, match=f"would delete {named}"):
+            create(replace(config, model=ModelSettings(str(tmp_path / model))))
+    (tmp_path / "sft/samples.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"would delete data\.train"):
+        create(replace(config, data=DataSettings(str(tmp_path / "sft/samples.jsonl"))))
+    assert check_output(config.run, config) == tmp_path / "sft"
+
+
+def test_sample_table_and_progress(tmp_path, capsys):
+    run = create(make_config(tmp_path / "run", progress=True))
+    run.samples(3, [{"prompt": f"[bold]prompt {i}", "response": "r" * 1000, "score": -1.25 * i} for i in range(6)])
+    with run.progress(2, "PPO") as advance:
+        advance(1, "score 1.0")
+        advance(1)
+    shown = capsys.readouterr().err
+    assert "[bold]prompt 3" in shown
+    assert "[bold]prompt 4" not in shown  # the first four only
+    assert "-1.250" in shown
+    assert len(lines_of(run.folder / "samples.jsonl")) == 6
+    run.samples(4, [])
+
+
+def test_tensorboard(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with create(make_config(tmp_path / "run", trackers=["tensorboard"], project="proj")) as run:
+        run.log(1, {"objective/kl": 0.5, "eval/scores": None})
+        run.log(2, {"objective/kl": 0.25})
+        run.finish({})
+    events = accumulator.EventAccumulator(str(run.folder / "tensorboard/proj"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["objective/kl"]
+    assert [(event.step, event.value) for event in events.Scalars("objective/kl")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_run_that_goes_on_logs_no_step_twice(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = make_config(tmp_path / "run", trackers=["tensorboard"], project="proj")
+    run = create(config)
+    for step in (1, 2, 3):
+        run.log(step, {"objective/kl": float(step)})
+        run.samples(step, [{"prompt": "p"}])
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "objec')  # killed here
+    first = state_of(run.folder)
+    run.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    again = Run.create(config.run, config, "ppo", resume=True, done=2, sampled=3)
+    again.log(3, {"objective/kl": 30.0})
+    again.finish({})
+    assert [(line["step"], line["objective/kl"]) for line in lines_of(run.folder / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
+    assert [line["step"] for line in lines_of(run.folder / "samples.jsonl")] == [1, 2, 3]
+    state = state_of(run.folder)
+    assert (state["started"], state["tracking_id"]) == (first["started"], first["tracking_id"])
+    assert [entry["step"] for entry in state["resumed"]] == [2]
+    events = accumulator.EventAccumulator(str(run.folder / "tensorboard/proj"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("objective/kl")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_missing_tracker_package_leaves_nothing(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
+    with pytest.raises(ConfigError) as error:
+        create(make_config(tmp_path / "run", trackers=["wandb"]))
+    assert str(error.value) == (
+        "run.trackers=[wandb] needs the package wandb, which is not installed; run pip install 'hydra-ppo[track]'."
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_does_not_start_marks_the_run_failed(tmp_path, monkeypatch):
+    def fail(self, values, done):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(Run, "_start_trackers", fail)
+    with pytest.raises(OSError):
+        create(make_config(tmp_path / "run"))
+    assert state_of(tmp_path / "run")["error"] == "OSError: no connection"

@@ -1,0 +1,282 @@
+"""PPO: batch-size independence, that it learns, and what stops it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hydra_ppo.config.settings import KLSettings, OptimizerSettings, RewardSettings, RewardSource, RolloutSettings
+from hydra_ppo.errors import ConfigError, NonFiniteError
+from hydra_ppo.rollout.collect import collect_experience
+from hydra_ppo.training.ppo import PPOTrainer, with_advantages
+from hydra_ppo.training.ppo_metrics import COMPARED, compare, repeated_ngrams
+from tests.families import randomise
+from tests.hydra_ppo.training.test_joint_sft import Memo
+from tests.training import hydra, ppo_config, prompts, tokenizer
+
+LOW_WORDS = RewardSettings(sources=[RewardSource("function", "tests.training:count_low_tokens")])
+METRICS = {
+    "objective/scores",
+    "objective/scores_std",
+    "objective/rlhf_reward",
+    "objective/kl",
+    "objective/entropy",
+    "policy/approx_kl",
+    "policy/clip_frac",
+    "policy/loss",
+    "policy/grad_norm",
+    "policy/ratio",
+    "policy/entropy",
+    "value/loss",
+    "value/clip_frac",
+    "value/explained_variance",
+    "value/grad_norm",
+    "rollout/response_length",
+    "rollout/eos_rate",
+    "kl_coef",
+    "lr",
+    "time/tokens_per_second",
+    "time/responses_per_second",
+}
+
+
+def trainer(model=None, config=None, **options) -> PPOTrainer:
+    config = config or ppo_config(reward=LOW_WORDS)
+    return PPOTrainer(model or hydra(), tokenizer(), config, prompts(), **options)
+
+
+def finished_experience(model, config):
+    batch = collect_experience(
+        model,
+        [p.ids for p in prompts(8)],
+        config.rollout,
+        eos_ids=[2],
+        pad_id=0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return with_advantages(batch, torch.linspace(-1, 1, 8), config, 0.02)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"entropy_coef": 0.01}, {"microbatch_tokens": 20}, {"value_clip_range": None}], ids=str
+)
+def test_gradients_do_not_depend_on_the_microbatch_size(changes):
+    found = []
+    for size in (1, 3, 8):
+        model = hydra()
+        randomise(model)
+        config = ppo_config(reward=LOW_WORDS, microbatch_size=size, minibatch_size=8, ppo_epochs=1, **changes)
+        ppo = trainer(model, config)
+        gradients = {}
+        ppo.optimizer.step = lambda gradients=gradients, model=model: gradients.update(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
+        metrics = ppo.update(finished_experience(model, config))
+        found.append((gradients, metrics))
+    for gradients, metrics in found[1:]:
+        assert gradients.keys() == found[0][0].keys()
+        for name, gradient in found[0][0].items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+        assert metrics == pytest.approx(found[0][1], rel=1e-4, abs=1e-6)
+
+
+def test_the_first_update_starts_at_ratio_1():
+    model = hydra()
+    config = ppo_config(reward=LOW_WORDS, ppo_epochs=1, minibatch_size=8)
+    metrics = trainer(model, config).update(finished_experience(model, config))
+    assert metrics["policy/ratio"] == pytest.approx(1, abs=1e-5)
+    assert metrics["policy/approx_kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["policy/clip_frac"] == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"quantization": "nf4"}, {"trunk_layers": 1}, {"dtype": "bf16"}, {"dtype": "fp16"}], ids=str
+)
+def test_ppo_raises_the_reward_and_leaves_the_base_alone(options):
+    model = hydra(**options)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    config = ppo_config(
+        reward=LOW_WORDS,
+        steps=25,
+        rollout=RolloutSettings(batch_size=32, max_new_tokens=6, score_batch_size=32),
+        minibatch_size=16,
+        microbatch_size=16,
+        optimizer=OptimizerSettings(learning_rate=1e-2),
+        kl=KLSettings(coef=0.0),
+    )
+    memo = Memo()
+    summary = trainer(model, config, eval_prompts=prompts(40)[16:], run=memo).train()
+    assert summary["eval_scores_after"] > summary["eval_scores_before"] + 3 * summary["eval_scores_gain_se"]
+    assert summary["eval_scores_after"] > 0.6  # a random policy gets about 8 / 28
+    for name, value in frozen.items():
+        assert torch.equal(value, dict(model.named_parameters())[name]), name
+    assert memo.steps[0][1].keys() >= METRICS
+    assert memo.steps[-1][0] == 25
+
+
+def test_the_kl_penalty_holds_the_actor_back():
+    kls = []
+    for coef in (0.0, 1.0):
+        config = ppo_config(
+            reward=LOW_WORDS,
+            steps=10,
+            rollout=RolloutSettings(batch_size=16, max_new_tokens=6),
+            minibatch_size=16,
+            optimizer=OptimizerSettings(learning_rate=1e-2),
+            kl=KLSettings(coef=coef),
+        )
+        kls.append(trainer(hydra(), config, eval_prompts=prompts(16)).train()["eval_kl"])
+    assert kls[1] < 0.5 * kls[0]
+
+
+def test_same_seed_same_run():
+    runs = []
+    for _ in range(2):
+        memo = Memo()
+        model = hydra()
+        trainer(model, run=memo).train()
+        timeless = [{k: v for k, v in m.items() if not k.startswith("time/")} for _, m in memo.steps]
+        runs.append((timeless, [p.detach().clone() for p in model.parameters() if p.requires_grad]))
+    assert repr(runs[0][0]) == repr(runs[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def test_early_stop_leaves_the_actor_and_goes_on_with_the_critic():
+    model = hydra()
+    config = ppo_config(reward=LOW_WORDS, target_kl=1e-12, ppo_epochs=3, optimizer=OptimizerSettings(learning_rate=1e-2))
+    ppo = trainer(model, config)
+    metrics = ppo.update(finished_experience(model, config))
+    assert metrics["policy/stopped_early"] == 1.0
+    assert metrics["value/loss"] is not None
+
+
+def test_critic_warmup_leaves_the_actor_alone():
+    model = hydra()
+    ppo = trainer(model, ppo_config(reward=LOW_WORDS, critic_warmup_steps=2))
+    before = [p.detach().clone() for p in ppo.actor_parameters]
+    critic = [p.detach().clone() for p in ppo.critic_parameters]
+    ppo.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, ppo.actor_parameters, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(critic, ppo.critic_parameters, strict=True))
+
+
+def test_adaptive_kl_moves_the_coefficient():
+    ppo = trainer(config=ppo_config(reward=LOW_WORDS, kl=KLSettings(coef=0.1, adaptive=True, target=5.0, horizon=100)))
+    ppo.step(1)
+    # KL is about 0 at step 1, far below the target: the error is clipped to -0.2; 0.1 * (1 - 0.2 * 8 / 100)
+    assert ppo.kl_coef == pytest.approx(0.1 * (1 - 0.2 * 8 / 100))
+
+
+def test_recomputed_logprobs_report_the_drift():
+    rollout = RolloutSettings(batch_size=8, max_new_tokens=6, recompute_logprobs=True)
+    metrics = trainer(config=ppo_config(reward=LOW_WORDS, rollout=rollout)).step(1)
+    assert 0 <= metrics["rollout/logprob_drift"] < 1e-4
+    assert trainer().step(1)["rollout/logprob_drift"] is None
+
+
+def test_the_learning_rate_follows_its_schedule_over_all_optimizer_steps():
+    config = ppo_config(
+        reward=LOW_WORDS, optimizer=OptimizerSettings(learning_rate=1e-3, schedule="linear", warmup_fraction=0.25)
+    )
+    memo = Memo()
+    trainer(config=config, run=memo).train()
+    # 2 steps x 2 epochs x 2 minibatches = 8 optimizer steps, 2 of warm-up; after 4: 1e-3 * (8 - 4) / (8 - 2); after 8: 0
+    assert memo.steps[0][1]["lr"] == pytest.approx(1e-3 * 4 / 6)
+    assert memo.steps[1][1]["lr"] == pytest.approx(0)
+
+
+def test_non_finite_weights_stop_the_run_with_step_phase_and_quantity():
+    model = hydra()
+    ppo = trainer(model)
+    with torch.no_grad():
+        model.heads["value"].weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"step=1 phase=rollout: value/mean is nan"):
+        ppo.step(1)
+
+
+def test_an_untrained_reward_head_is_refused():
+    with pytest.raises(ConfigError, match="names the reward head, but this model's was never trained; run hydra-ppo sft"):
+        trainer(config=ppo_config())
+
+
+def test_no_prompts_and_wrong_stage_are_refused():
+    with pytest.raises(ConfigError, match="holds no prompt"):
+        PPOTrainer(hydra(), tokenizer(), ppo_config(reward=LOW_WORDS), [])
+    with pytest.raises(ConfigError, match="is at stage 'sft', PPO needs 'ppo'"):
+        trainer(hydra("sft"))
+
+
+def test_samples_checkpoints_and_evaluation_come_when_asked():
+    saved, memo = [], Memo()
+    memo.samples = lambda step, rows: saved.append(("samples", step, len(rows), sorted(rows[0])))
+    config = ppo_config(reward=LOW_WORDS, steps=4, sample_every=2, eval_every=2)
+    config = replace(config, run=replace(config.run, save_every=3))
+    trainer(config=config, run=memo, eval_prompts=prompts(4), save=lambda score: saved.append(("save", score is None))).train()
+    keys = ["prompt", "response", "score"]
+    # The first evaluation is the best so far; step 3 is due; step 4 is the last.
+    best, due, last = ("save", False), ("save", True), ("save", False)
+    assert saved == [("samples", 1, 4, keys), ("samples", 2, 4, keys), best, due, ("samples", 4, 4, keys), last]
+    assert ["eval/scores" in m for _, m in memo.steps] == [False, True, False, True]
+
+
+def test_memory_is_measured_by_phase_and_null_where_it_is_not():
+    memo = Memo()
+    config = ppo_config(reward=LOW_WORDS, steps=3)
+    summary = trainer(config=replace(config, run=replace(config.run, memory="auto")), run=memo).train()
+    phases = ["rollout", "score", "update-actor", "update-critic", "optimizer"]
+    for _, metrics in memo.steps[:2]:
+        assert all(metrics[f"memory/{phase}_peak_bytes"] > 0 for phase in phases)
+    assert not any(key.startswith("memory/") for key in memo.steps[2][1])
+    assert summary["peak_bytes"] == max(summary["phase_peak_bytes"].values())
+    assert trainer().train()["peak_bytes"] is None
+
+
+def test_only_one_roles_graph_is_alive_at_a_time():
+    """Updating both roles peaks no higher than the larger of the two alone, but for the other role's gradients."""
+    from hydra_ppo.runtime.memory import LiveBytes
+
+    model = hydra(num_hidden_layers=4)
+    config = ppo_config(reward=LOW_WORDS, microbatch_size=8, minibatch_size=8, ppo_epochs=1)
+    ppo = trainer(model, config)
+    batch = finished_experience(model, config)
+    count = batch.response_mask.sum()
+
+    def peak(*passes):
+        for parameter in model.parameters():
+            parameter.grad = None
+        with LiveBytes(model.parameters()) as live:
+            for function in passes:
+                function(batch, count)
+        return live.peak
+
+    gradients = sum(p.numel() * 4 for p in ppo.actor_parameters)
+    together = peak(ppo.actor_backward, ppo.critic_backward)
+    assert together <= max(peak(ppo.actor_backward), peak(ppo.critic_backward)) + gradients + 4096
+
+
+def test_summary_compares_prompt_by_prompt():
+    before = {"scores": [0.0, 1.0, 2.0], "eval/scores": 1.0, "eval/kl": 0.0, "eval/repeated_4grams": 0.1}
+    after = {"scores": [1.0, 2.0, 6.0], "eval/scores": 3.0, "eval/kl": 4.0, "eval/repeated_4grams": 0.2}
+    found = compare(before, after)
+    assert found.keys() == compare({}, {}).keys() == set(COMPARED)
+    # gains 1, 1, 4: mean 2, variance (1 + 1 + 4) / 2 = 3, standard error sqrt(3 / 3) = 1
+    assert found["eval_scores_gain_se"] == pytest.approx(1.0)
+    assert found["eval_kl"] == 4.0
+    assert math.isclose(found["eval_scores_after"] - found["eval_scores_before"], 2.0)
+
+
+def test_repeated_ngrams_by_hand():
+    # 1 2 3 4 1 2 3 4: 4-grams 1234 2341 3412 4123 1234: one of five stood before; 5 6 7 has none
+    assert repeated_ngrams([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7]], 4) == pytest.approx(1 / 5)
+    assert repeated_ngrams([[1]], 4) == 0.0
+
+
+def test_an_evaluation_is_logged_whatever_the_interval():
+    memo = Memo()
+    config = ppo_config(reward=LOW_WORDS, steps=4, eval_every=2)
+    config = replace(config, run=replace(config.run, log_every=3))
+    trainer(config=config, run=memo, eval_prompts=prompts(4)).train()
+    assert [(step, "eval/scores" in m) for step, m in memo.steps] == [(2, True), (3, False), (4, True)]
