@@ -1,7 +1,21 @@
-"""PPO-based RLHF with actor, reference, critic and reward model on one shared base."""
+"""PPO-based RLHF with actor, reference, critic and reward model on one shared base.
+
+From outside: the names in `__all__`; everything else at the home that its room's docstring names.
+
+Never: code. `errors`, `experience` and `functional` beside this file are the vocabulary that every room shares.
+"""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `__getattr__` below finds, for type checkers
+    from hydra_ppo.config.settings import PPOConfig as PPOConfig
+    from hydra_ppo.config.settings import SFTConfig as SFTConfig
+    from hydra_ppo.errors import HydraError as HydraError
+    from hydra_ppo.model.hydra import HydraModel as HydraModel
+    from hydra_ppo.training.joint_sft import JointSFTTrainer as JointSFTTrainer
+    from hydra_ppo.training.ppo import PPOTrainer as PPOTrainer
+    from hydra_ppo.views.views import role_views as role_views
 
 __version__ = "0.1.0"
 
@@ -13,6 +27,7 @@ _HOMES = {
     "PPOConfig": "config.settings",
     "SFTConfig": "config.settings",
     "HydraError": "errors",
+    "role_views": "views.views",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -7,7 +7,7 @@ itself, the model is asked; a version number is compared only where nothing else
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hydra_ppo.errors import UnsupportedModelError
 
@@ -80,7 +80,7 @@ def backbone_of(causal_lm: PreTrainedModel) -> nn.Module | None:
     return found if isinstance(found, nn.Module) and found is not causal_lm else None
 
 
-def layer_types(config: PretrainedConfig, layers: Sequence[nn.Module]) -> list[str]:
+def layer_types(config: PretrainedConfig, layers: nn.ModuleList | Sequence[nn.Module]) -> list[str]:
     """Return the kind of attention of each decoder layer, as `layer_types` in configs of today names it."""
     if MASKS_BY_LAYER_TYPE:
         types = getattr(config, "layer_types", None)
@@ -141,7 +141,8 @@ def _takes_tuples(backbone: nn.Module) -> bool:
     return Version("4.53") > VERSION and not getattr(backbone, "_supports_cache_class", True)
 
 
-def _with_tuples(backbone: nn.Module, input_ids: Tensor, cache: DynamicCache, options: dict[str, Any]) -> Tensor:
+def _with_tuples(backbone: nn.Module, input_ids: Tensor, cache: Any, options: dict[str, Any]) -> Tensor:
+    # `cache` is a DynamicCache of these versions, which has other attributes than that of today.
     past = cache.to_legacy_cache() if cache.get_seq_length() else None
     out = backbone(input_ids=input_ids, use_cache=True, **options | {"past_key_values": past})
     cache.key_cache[:] = [keys for keys, _ in out.past_key_values]
@@ -165,7 +166,7 @@ def check_positions(backbone: nn.Module) -> None:
 
 @contextmanager
 def decoding_mask(
-    layers: Sequence[nn.Module], types: Sequence[str], seen: Mapping[str, Tensor], dtype: torch.dtype
+    layers: Iterable[nn.Module], types: Sequence[str], seen: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Iterator[Any]:
     """Give the attention mask for one query per row, in the form that the backbone takes inside the block.
 
@@ -189,7 +190,7 @@ def decoding_mask(
             blocked = torch.zeros_like(keys, dtype=dtype).masked_fill_(~keys, torch.finfo(dtype).min)
             masks[kind] = blocked[:, None, None, :]  # (B, 1, 1, S)
         handles = [
-            layer.self_attn.register_forward_pre_hook(_put_mask(masks[kind]), with_kwargs=True)
+            layer.get_submodule("self_attn").register_forward_pre_hook(_put_mask(masks[kind]), with_kwargs=True)
             for layer, kind in zip(layers, types, strict=True)
             if hasattr(layer, "is_sliding")
         ]

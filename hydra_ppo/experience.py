@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Sequences:
 
 @dataclass
 class Experience:
-    """What one rollout left for the update.
+    """Prompts and responses of one rollout, before anything is known of them.
 
     Attributes:
         prompt_ids: (B, P), left-padded.
@@ -64,15 +65,9 @@ class Experience:
         response_ids: (B, R), right-padded, end-of-sequence token included.
         response_mask: (B, R) bool.
         prompt_lengths, response_lengths: the same on the host, so that cutting rows to size waits for no device.
-        old_logprobs: (B, R) log-probs of the sampled tokens under the actor at sampling time, nats.
-        sampler_logprobs: (B, R) what the sampler had, where old_logprobs were recomputed in a pass of their own.
-        ref_logprobs: (B, R) the same under the reference.
-        old_values: (B, R) the critic's values of the state before each token.
-        scores: (B,) scores of the responses.
-        advantages, returns: (B, R), once they are computed.
         trunk: (B, T, H) what `Sequences.trunk` is, rows starting at column 0; only where a model has a trunk.
 
-    Memory: six (B, R) tensors and the prompts; nothing per vocabulary entry or hidden unit but the trunk, which is asked for.
+    Memory: two (B, R) tensors and the prompts; nothing per vocabulary entry or hidden unit but the trunk, which is asked for.
     """
 
     prompt_ids: Tensor
@@ -81,13 +76,6 @@ class Experience:
     response_mask: Tensor
     prompt_lengths: list[int]
     response_lengths: list[int]
-    old_logprobs: Tensor | None = None
-    sampler_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    old_values: Tensor | None = None
-    scores: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
     trunk: Tensor | None = None
 
     def __len__(self) -> int:
@@ -107,26 +95,25 @@ class Experience:
         """Return for each row whether its response ends with an end-of-sequence token."""
         return [bool(row) and row[-1] in eos_ids for row in self.responses()]
 
-    def select(self, rows: Sequence[int]) -> Experience:
+    def select(self, rows: Sequence[int]) -> Self:
         """Return the given rows, cut to the longest prompt and response among them."""
         prompt_lengths = [self.prompt_lengths[i] for i in rows]
         response_lengths = [self.response_lengths[i] for i in rows]
         index = torch.tensor(rows, device=self.response_ids.device)
         prompt_width, width = max(prompt_lengths), max(response_lengths)
-        parts = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
+        parts = self.parts()
+        for name, value in parts.items():
             if isinstance(value, Tensor):
                 value = value.index_select(0, index.to(value.device))
-                if item.name.startswith("prompt"):
+                if name.startswith("prompt"):
                     value = value[:, value.shape[1] - prompt_width :]
-                elif item.name == "trunk":
+                elif name == "trunk":
                     value = value[:, : max(p + r for p, r in zip(prompt_lengths, response_lengths, strict=True))]
                 elif value.dim() == 2:
                     value = value[:, :width]
-            parts[item.name] = value
+                parts[name] = value
         parts |= {"prompt_lengths": prompt_lengths, "response_lengths": response_lengths}
-        return Experience(**parts)
+        return type(self)(**parts)
 
     def sequences(self) -> Sequences:
         """Return the rows shifted to start at column 0, cut to the longest of them."""
@@ -150,16 +137,20 @@ class Experience:
         """
         return split_by_length(self.lengths, rows, tokens)
 
-    def minibatches(self, epochs: int, size: int, generator: torch.Generator) -> Iterator[Experience]:
+    def minibatches(self, epochs: int, size: int, generator: torch.Generator) -> Iterator[Self]:
         """Yield each epoch's minibatches of `size` rows, in a fresh random order; the last may be smaller."""
         for _ in range(epochs):
             order = torch.randperm(len(self), generator=generator).tolist()
             for start in range(0, len(order), size):
                 yield self.select(order[start : start + size])
 
-    def with_tensors(self, **tensors: Tensor | None) -> Experience:
-        """Return a copy with the named tensors replaced."""
-        return replace(self, **tensors)
+    def with_trunk(self, trunk: Tensor | None) -> Self:
+        """Return the same rows with another trunk, or none."""
+        return replace(self, trunk=trunk)
+
+    def parts(self, kind: type[Experience] | None = None) -> dict[str, Any]:
+        """Return the attributes by name, for what is made of the same rows; those of `kind` alone, or all. Copies no tensor."""
+        return {item.name: getattr(self, item.name) for item in fields(kind or self)}
 
     @staticmethod
     def from_lists(
@@ -171,6 +162,45 @@ class Experience:
         return Experience(
             prompt_ids, prompt_mask, response_ids, response_mask, [len(p) for p in prompts], [len(r) for r in responses]
         )
+
+
+@dataclass(kw_only=True)
+class ScoredExperience(Experience):
+    """What one rollout left, scored in all roles.
+
+    Attributes:
+        old_logprobs: (B, R) log-probs of the sampled tokens under the actor at sampling time, nats.
+        sampler_logprobs: (B, R) what the sampler had, where old_logprobs were recomputed in a pass of their own.
+        ref_logprobs: (B, R) the same under the reference.
+        old_values: (B, R) the critic's values of the state before each token.
+        scores: (B,) scores of the responses.
+
+    Memory: four more (B, R) tensors, five where log-probs were recomputed.
+    """
+
+    old_logprobs: Tensor
+    sampler_logprobs: Tensor | None = None
+    ref_logprobs: Tensor
+    old_values: Tensor
+    scores: Tensor
+
+    def finished(self, advantages: Tensor, returns: Tensor) -> FinishedExperience:
+        """Return the same rows with their advantages and returns, both (B, R)."""
+        return FinishedExperience(**self.parts(), advantages=advantages, returns=returns)
+
+
+@dataclass(kw_only=True)
+class FinishedExperience(ScoredExperience):
+    """What the updates read.
+
+    Attributes:
+        advantages, returns: (B, R).
+
+    Memory: two more (B, R) tensors.
+    """
+
+    advantages: Tensor
+    returns: Tensor
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -189,9 +219,8 @@ def split_by_length(lengths: Sequence[int], rows: int, tokens: int | None = None
     """Group row numbers, longest first, into groups of at most `rows` rows and `tokens` padded tokens."""
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        group = groups[-1] if groups else None
-        fits = group is not None and len(group) < rows and (tokens is None or lengths[group[0]] * (len(group) + 1) <= tokens)
-        if fits:
+        group = groups[-1] if groups else []
+        if group and len(group) < rows and (tokens is None or lengths[group[0]] * (len(group) + 1) <= tokens):
             group.append(row)
         else:
             groups.append([row])

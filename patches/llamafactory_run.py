@@ -20,10 +20,11 @@ from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.patches import trl_step
 from hydra_ppo.patches.binding import Bindings
 from hydra_ppo.patches.known_rows import KnownRows
-from hydra_ppo.patches.llamafactory import RULES, WORKFLOW, check_text_only, say
+from hydra_ppo.patches.llamafactory_rules import RULES, WORKFLOW, check_text_only, say
 from hydra_ppo.patches.scored_logits import logprobs_from_logits
 from hydra_ppo.patches.step_passes import batched_forward_pass
 from hydra_ppo.patches.value_head import ActorCritic, FrozenReference, StepModel, TokenScores, actor_critic, frozen_reference
+from hydra_ppo.views.views import role_views
 
 DTYPES = {None: "auto", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ATTENTION = {"auto": "auto", "sdpa": "sdpa", "fa2": "flash_attention_2"}
@@ -95,7 +96,7 @@ class Run:
             f"{trained:,}, LoRA r={shape.r}, alpha={shape.lora_alpha} as in that folder, whatever lora_rank, lora_alpha and "
             f"lora_target say; gradient checkpointing {'on' if model.checkpointing else 'off'}, never reentrant."
         )
-        self.known = KnownRows(model.views().reference.passes)
+        self.known = KnownRows(role_views(model).reference.passes)
         self.known.start()
         self._stack.callback(self.known.stop)
         return actor_critic(self.known, _parent(), AUTOCAST)

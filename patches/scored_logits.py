@@ -39,7 +39,7 @@ class ScoredLogits(Lazy):
         if self.logits is None:
             raise HostError(
                 "reference logits are not at hand: their log-probs were kept from the reward view's pass; read them outside of "
-                "batched_forward_pass, from model.views().reference."
+                "batched_forward_pass, from role_views(model).reference."
             )
         return self.logits
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from hydra_ppo.model.manifest import MANIFEST, base_folder, read_manifest
 from hydra_ppo.patches.binding import Applied, Bindings, install
 from hydra_ppo.patches.versions import HostError, require
+from hydra_ppo.views.views import role_views
 
 HOST = "ms-swift"
 PLUGIN = Path(__file__).with_name("plugins") / "hydra_swift.py"
@@ -211,7 +212,7 @@ def _load(pipeline: Any, folder: Path, bindings: Bindings) -> None:
         base.name_or_path = args.model  # a name of the hub, not where it lies in this machine's cache
     model = HydraModel(base, train="ppo", saved=folder)
     _switch_checkpointing(model, args.training_args)
-    views = model.views()
+    views = role_views(model)
     for name in ATTRIBUTES:
         bindings.set(views.actor, name, getattr(base, name))
     pipeline.model, pipeline.ref_model = views.actor, views.reference

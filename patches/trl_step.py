@@ -10,7 +10,7 @@ itself is inert for other models:
 - `step` runs the reference over rows that the reward view has read before. Their log-probs are kept from that pass.
 - `__init__` refuses DeepSpeed and FSDP, which would shard a model whose base they cannot see.
 
-The user scores with `model.views().reward(input_ids, attention_mask).logits[:, 0]`, or with TRL's `compute_reward_score`.
+The user scores with `role_views(model).reward(input_ids, attention_mask).logits[:, 0]`, or with TRL's `compute_reward_score`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from hydra_ppo.patches.scored_logits import entropy_from_logits, logprobs_from_l
 from hydra_ppo.patches.step_passes import batched_forward_pass, train_minibatch
 from hydra_ppo.patches.value_head import StepModel, actor_critic, frozen_reference
 from hydra_ppo.patches.versions import HostError
+from hydra_ppo.views.views import role_views
 
 SHARDING = {"ACCELERATE_USE_DEEPSPEED": "deepspeed_plugin", "ACCELERATE_USE_FSDP": "fsdp_plugin"}
 """Accelerate's switches by environment, and by argument."""
@@ -50,7 +51,7 @@ class AppliedToStep(Applied):
 
 def apply(model: HydraModel) -> Applied:
     """Patch the trainer; see `hydra_ppo.patches.trl.apply`."""
-    known = KnownRows(model.views().reference.passes)
+    known = KnownRows(role_views(model).reference.passes)
     parent = import_module("trl").AutoModelForCausalLMWithValueHead
     arguments = {"model": actor_critic(known, parent), "ref_model": frozen_reference(known, parent)}
     return AppliedToStep(_install(), arguments, known)

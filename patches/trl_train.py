@@ -25,7 +25,7 @@ from hydra_ppo.patches.binding import Applied, Bindings, install
 from hydra_ppo.rollout.sampling import sample
 from hydra_ppo.views.lazy_logits import LazyLogits
 from hydra_ppo.views.sampled_logits import SampledLogits
-from hydra_ppo.views.views import CausalView, View
+from hydra_ppo.views.views import CausalView, View, role_views
 
 logger = logging.getLogger("hydra_ppo")
 
@@ -42,7 +42,7 @@ ARGUMENTS = {  # what the models are called, newest first
 def apply(model: HydraModel) -> Applied:
     """Patch the trainer; see `hydra_ppo.patches.trl.apply`."""
     module = trainer_module()
-    views = model.views()
+    views = role_views(model)
     known = inspect.signature(module.PPOTrainer.__init__).parameters
     arguments = {name: views[role] for name, role in ARGUMENTS.items() if name in known}
     install(module.__name__, lambda bindings: _bind(bindings, module))

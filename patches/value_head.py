@@ -18,7 +18,7 @@ from hydra_ppo.patches.known_rows import KnownRows
 from hydra_ppo.patches.versions import HostError
 from hydra_ppo.views.lazy_logits import LazyLogits
 from hydra_ppo.views.passes import Passes
-from hydra_ppo.views.views import CausalView, ClassifierView, View
+from hydra_ppo.views.views import CausalView, ClassifierView, View, role_views
 
 S = TypeVar("S", bound="StepModel")
 
@@ -69,7 +69,7 @@ class StepModel:
         View.__init__(self, known.passes, role)
         self.known = known
         self.autocast = autocast
-        self.pretrained_model: CausalView = getattr(self.hydra.views(), role)
+        self.pretrained_model: CausalView = getattr(role_views(self.hydra), role)
         self.config = self.pretrained_model.config
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,6 +79,32 @@ class StepModel:
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.pretrained_model.prepare_inputs_for_generation(*args, **kwargs)
 
+    def forward(  # the trainer drops the columns of a dataset that are not named here
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        return_past_key_values: bool = False,
+        position_ids: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[LazyLogits, Tensor | None, Tensor]:
+        """Return lazy logits (B, T, V), the loss of `labels` if there are any, and values (B, T).
+
+        Raises:
+            HostError: when asked to decode with a cache.
+        """
+        if past_key_values is not None or return_past_key_values:
+            raise HostError(
+                f"forward(past_key_values=..., return_past_key_values={return_past_key_values}) decodes with a cache, which a "
+                "view leaves to generate(); use generate()."
+            )
+        found = self._run(input_ids, attention_mask, position_ids=position_ids, **others)
+        return found.logits, found.loss, self._values_beside(found.logits, input_ids, attention_mask, position_ids)
+
+    def _values_beside(self, logits: LazyLogits, *inputs: Tensor | None) -> Tensor:
+        """Return values (B, T) for a pass that gave `logits`, of the same inputs as a backbone takes."""
+        raise NotImplementedError
+
     def logits(self, *inputs: Tensor | None) -> LazyLogits:
         """Return lazy logits (B, T, V) of the role's pass; inputs as of a causal LM."""
         return self._run(*inputs).logits
@@ -87,16 +113,9 @@ class StepModel:
         with precision(self, self.autocast):
             return self.pretrained_model(*inputs, **others | {"return_dict": True})
 
-    def _refuse_cache(self, past_key_values: Any, return_past_key_values: bool) -> None:
-        if past_key_values is not None or return_past_key_values:
-            raise HostError(
-                f"forward(past_key_values=..., return_past_key_values={return_past_key_values}) decodes with a cache, which a "
-                "view leaves to generate(); use generate()."
-            )
-
     def compute_reward_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
         """Return (B, T, 1) scores of the reward model at each token, as TRL does for a reward adapter."""
-        reward = self.hydra.views().reward
+        reward = role_views(self.hydra).reward
         with precision(self, self.autocast):
             return reward.score(reward.backbone(input_ids, attention_mask, **others).last_hidden_state)
 
@@ -136,30 +155,17 @@ class ActorCritic(StepModel):
 
     def __init__(self, known: KnownRows, autocast: bool) -> None:
         super().__init__(known, "actor", autocast)
-        self.critic: ClassifierView = self.hydra.views().critic
+        self.critic: ClassifierView = role_views(self.hydra).critic
 
     @property
     def v_head(self) -> nn.Module:
         return self.critic.score
 
-    def forward(  # the trainer drops the columns of a dataset that are not named here
-        self,
-        input_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        return_past_key_values: bool = False,
-        position_ids: Tensor | None = None,
-        **others: Any,
-    ) -> tuple[LazyLogits, Tensor | None, Tensor]:
-        """Return lazy logits (B, T, V), the loss of `labels` if there are any, and values (B, T)."""
-        self._refuse_cache(past_key_values, return_past_key_values)
-        found = self._run(input_ids, attention_mask, position_ids=position_ids, **others)
-        if self.shares_trunk:
-            with precision(self, self.autocast):
-                values = self.critic.score(found.logits.hidden).squeeze(-1)
-        else:
-            values = self.values(input_ids, attention_mask, position_ids)
-        return found.logits, found.loss, values
+    def _values_beside(self, logits: LazyLogits, *inputs: Tensor | None) -> Tensor:
+        if not self.shares_trunk:
+            return self.values(*inputs)
+        with precision(self, self.autocast):
+            return self.critic.score(logits.hidden).squeeze(-1)
 
     @property
     def shares_trunk(self) -> bool:
@@ -178,19 +184,8 @@ class FrozenReference(StepModel):
     def __init__(self, known: KnownRows, autocast: bool) -> None:
         super().__init__(known, "reference", autocast)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        return_past_key_values: bool = False,
-        position_ids: Tensor | None = None,
-        **others: Any,
-    ) -> tuple[LazyLogits, Tensor | None, Tensor]:
-        """Return lazy logits (B, T, V), the loss of `labels` if there are any, and zeros (B, T)."""
-        self._refuse_cache(past_key_values, return_past_key_values)
-        found = self._run(input_ids, attention_mask, position_ids=position_ids, **others)
-        return found.logits, found.loss, found.logits.hidden.new_zeros(found.logits.shape[:-1], dtype=torch.float32)
+    def _values_beside(self, logits: LazyLogits, *inputs: Tensor | None) -> Tensor:
+        return logits.hidden.new_zeros(logits.shape[:-1], dtype=torch.float32)
 
 
 class TokenScores(View):
@@ -199,7 +194,7 @@ class TokenScores(View):
     def __init__(self, passes: Passes, autocast: bool = True) -> None:
         super().__init__(passes, "reward")
         self.autocast = autocast
-        self.pretrained_model: ClassifierView = self.hydra.views().reward
+        self.pretrained_model: ClassifierView = role_views(self.hydra).reward
         self.config = self.pretrained_model.config
 
     @torch.no_grad()

@@ -37,6 +37,6 @@ def require(package: str, lowest: str, below: str) -> Version:
     if not Version(lowest) <= found or Version(found.base_version) >= Version(below):
         raise HostError(
             f"{package}=={found} is installed, but this patch supports {supported}; pip install '{package}{supported}', or use "
-            "model.views() directly."
+            "role_views(model) directly."
         )
     return found

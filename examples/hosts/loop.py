@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
-from hydra_ppo import HydraModel
+from hydra_ppo import HydraModel, role_views
 
 PAD, EOS = 0, 2
 STEPS, BATCH, PROMPT, RESPONSE = 4, 16, 8, 16
@@ -33,7 +33,7 @@ def main(steps: int = STEPS) -> list[float]:
     model = HydraModel.from_config(config)  # or HydraModel.from_pretrained("runs/sft", quantization="nf4")
     for head in model.heads.values():
         torch.nn.init.normal_(head.weight, std=0.3)
-    actor, reference, critic, reward = model.views().values()  # before: four calls of from_pretrained
+    actor, reference, critic, reward = role_views(model).values()  # before: four calls of from_pretrained
     return train(actor, reference, critic, reward, steps)
 
 

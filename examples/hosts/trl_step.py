@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from trl import PPOConfig, PPOTrainer
 
-from hydra_ppo import HydraModel
+from hydra_ppo import HydraModel, role_views
 from hydra_ppo.patches.trl import apply
 
 STEPS, ROWS, PROMPT_TOKENS = 12, 8, 8
@@ -50,6 +50,6 @@ for step in range(STEPS):
     )
     rows = [{"input_ids": torch.cat(pair)} for pair in zip(queries, responses, strict=True)]
     batch = tokenizer.pad(rows, return_tensors="pt")
-    scores = model.views().reward(**batch).logits[:, 0]
+    scores = role_views(model).reward(**batch).logits[:, 0]
     stats = trainer.step(queries, responses, list(scores))
     print(f"step {step:2d}  KL {stats['objective/kl']:7.4f}  mean score {stats['ppo/mean_scores']:7.4f}")

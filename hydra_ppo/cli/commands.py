@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from hydra_ppo.data.rows import Loaded
     from hydra_ppo.model.hydra import HydraModel
+    from hydra_ppo.model.roles import StageName
     from hydra_ppo.runs.checkpoint import Checkpoint
     from hydra_ppo.training.joint_sft import JointSFTTrainer
     from hydra_ppo.training.ppo import PPOTrainer
@@ -44,7 +45,8 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
 
     with _stoppable(folder, "sft"):
         with stopping_at_once():
-            loaded = _load(config, load_preferences, "base" if config.method == "full" else config.adapter, resume)
+            stage: StageName = "base" if config.method == "full" else "reward" if config.adapter == "reward" else "sft"
+            loaded = _load(config, load_preferences, stage, resume)
             if loaded is None:
                 return folder
             # The trainer checks the settings against model and data, so it comes before the folder.
@@ -106,7 +108,7 @@ class _Loaded:
             trainer.load(self.checkpoint.state())
 
 
-def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded], stage: str, resume: bool) -> _Loaded | None:
+def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage: StageName, resume: bool) -> _Loaded | None:
     """Load what a run is made of; None where the run is finished, which is said."""
     from hydra_ppo.cli.resume import check_unchanged, describe_run, find_checkpoint
     from hydra_ppo.data.rows import ensure_pad_token
@@ -142,9 +144,7 @@ def _open(config: SFTConfig | PPOConfig, command: str, trainer: PPOTrainer | Joi
     from hydra_ppo.runs.checkpoint import save_checkpoint
 
     done, _ = trainer.position
-    # A rollout that is kept is not sampled again, also where none of its optimizer steps is done.
-    sampled = done + (getattr(trainer, "partial", None) is not None)
-    with Run.create(config.run, config, command, resume=loaded.resume, done=done, sampled=sampled) as run:
+    with Run.create(config.run, config, command, resume=loaded.resume, done=done, sampled=trainer.sampled) as run:
         for note in loaded.notes:
             run.note(note)
         loaded.tokenizer.save_pretrained(run.folder)
@@ -241,7 +241,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings
         )
 
 
-def load_model(settings: ModelSettings, train: str) -> HydraModel:
+def load_model(settings: ModelSettings, train: StageName) -> HydraModel:
     """Load the shared base with the adapters and heads that stage ``train`` needs."""
     from hydra_ppo.model.hydra import HydraModel
 
@@ -262,7 +262,7 @@ def load_model(settings: ModelSettings, train: str) -> HydraModel:
 
 
 def load_rows(
-    load: Callable[..., Loaded], tokenizer: PreTrainedTokenizerBase, data: DataSettings, seed: int
+    load: Callable[..., Loaded[Any]], tokenizer: PreTrainedTokenizerBase, data: DataSettings, seed: int
 ) -> tuple[list[Any], list[Any], list[str]]:
     """Load training and held-out rows; also return a line on every reason why rows were left out or cut."""
     from hydra_ppo.data.rows import split_held_out
@@ -275,7 +275,7 @@ def load_rows(
     return train.rows, held_out.rows, notes + _notes("data.eval", held_out)
 
 
-def _notes(setting: str, loaded: Loaded) -> list[str]:
+def _notes(setting: str, loaded: Loaded[Any]) -> list[str]:
     seen = len(loaded.rows) + loaded.skipped
     return [f"{setting}: {len(loaded.rows)} of {seen} rows are used"] + [
         f"{setting}: {count} of {seen} rows: {reason}" for reason, count in loaded.reasons.items()

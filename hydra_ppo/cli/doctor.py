@@ -1,40 +1,42 @@
 """Says what this machine offers: packages, GPU, compute types, quantisation, attention kernels, memory, disk.
 
-It has to work where hardly anything else does. So nothing but the standard library is imported at the top, and whatever
-goes wrong in a check becomes a finding.
+It has to work where hardly anything else does. So no package is imported at the top, and whatever goes wrong in a check
+becomes a finding.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
-import platform
-import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
+
+from hydra_ppo.cli.installed import (
+    PACKAGES,
+    Finding,
+    Requirements,
+    State,
+    check,
+    examine_other_packages,
+    examine_package,
+    examine_python,
+    install_command,
+    installed_version,
+    read_requirements,
+)
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
 GIB = 2**30
-
-PACKAGES = {
-    "transformers": "transformers.modeling_utils",
-    "peft": "peft",
-    "bitsandbytes": "bitsandbytes",
-    "accelerate": "accelerate",
-}
-"""Package: the module whose import shows that it works; `import transformers` alone loads next to nothing."""
 
 NF4_ERROR = 0.2
 """Largest relative error of a product with nf4 weights that counts as right; about 0.09 is usual for normal weights."""
@@ -50,31 +52,6 @@ NO_QUANTIZATION = "leave model.quantization at null; python -m bitsandbytes says
 GPU_HEALTH = "see whether nvidia-smi lists the GPU; set model.device=cpu to go on without it"
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        name: of the thing.
-        value: what was found.
-        state: ok; note where something is slower or missing but works without; problem where a run would fail.
-        hint: command or setting that fixes it; every problem has one.
-    """
-
-    name: str
-    value: str
-    state: Literal["ok", "note", "problem"] = "ok"
-    hint: str | None = None
-
-
-@dataclass(frozen=True)
-class _Requirements:
-    """Lowest supported version by package, as this package's own metadata has them."""
-
-    required: dict[str, str]
-    optional: dict[str, str]
 
 
 def doctor(console: Console | None = None, as_json: bool = False) -> int:
@@ -100,112 +77,31 @@ def doctor(console: Console | None = None, as_json: bool = False) -> int:
 def examine() -> list[Finding]:
     """Look at everything, without raising or printing; some seconds, most of them spent on imports."""
     with _quiet():
-        requirements = _requirements()
+        requirements = read_requirements()
         sdpa = "set model.attention=sdpa"
         return [
-            _check("Python", "pip install .", _python),
-            _check("torch", _install("torch", requirements), _torch, requirements),
+            check("Python", "pip install .", examine_python),
+            check("torch", install_command("torch", requirements), _torch, requirements),
             *_gpus(),
-            _check("bf16", "set model.dtype=fp32", _bf16, needs=("torch",)),
-            *(_check(name, _install(name, requirements), _package, name, requirements, PACKAGES[name]) for name in PACKAGES),
-            _check("other packages", "pip install .", _other_packages, requirements),
-            _check("4-bit base", NO_QUANTIZATION, _four_bit, needs=("torch", "bitsandbytes")),
-            _check("flash-attn", sdpa, _flash_attention, requirements, needs=("torch",)),
-            _check("attention=auto", sdpa, _attention, needs=("torch", "transformers")),
-            _check("CPU memory", "pip install --upgrade psutil", _memory),
-            _check("disk", "change to a folder that exists and can be read", _disk),
+            check("bf16", "set model.dtype=fp32", _bf16, needs=("torch",)),
+            *(
+                check(name, install_command(name, requirements), examine_package, name, requirements, module)
+                for name, module in PACKAGES.items()
+            ),
+            check("other packages", "pip install .", examine_other_packages, requirements),
+            check("4-bit base", NO_QUANTIZATION, _four_bit, needs=("torch", "bitsandbytes")),
+            check("flash-attn", sdpa, _flash_attention, requirements, needs=("torch",)),
+            check("attention=auto", sdpa, _attention, needs=("torch", "transformers")),
+            check("CPU memory", "pip install --upgrade psutil", _memory),
+            check("disk", "change to a folder that exists and can be read", _disk),
         ]
-
-
-# -- Python and packages -------------------------------------------------------------------------------------------------
-
-
-def _python() -> Finding:
-    version = platform.python_version()
-    try:
-        metadata = importlib.metadata.metadata("hydra-ppo")
-    except importlib.metadata.PackageNotFoundError:
-        return Finding("Python", f"{version}; hydra-ppo is not installed", "problem", "pip install . (in its checkout)")
-    bound = (metadata["Requires-Python"] or "").removeprefix(">=")
-    if bound and _release(version) < _release(bound):
-        remedy = f"make a virtual environment with Python {bound} or newer and install hydra-ppo there"
-        return Finding("Python", f"{version} is older than {bound}", "problem", remedy)
-    return Finding("Python", f"{version}; hydra-ppo {metadata['Version']}")
-
-
-def _package(name: str, requirements: _Requirements, module: str) -> Finding:
-    """Say whether a package is there, new enough, and can be imported."""
-    version = _version(name)
-    bound = (requirements.required | requirements.optional).get(name)
-    remedy = _install(name, requirements)
-    if version is None:
-        return Finding(name, "not installed", "problem", remedy)
-    if bound is not None and _release(version) < _release(bound):
-        return Finding(name, f"{version} is older than {bound}", "problem", remedy)
-    try:
-        importlib.import_module(module)
-    except Exception as error:
-        remedy = remedy.replace("--upgrade", "--force-reinstall")
-        return Finding(name, f"{version} cannot be imported: {_first_line(error)}", "problem", remedy)
-    return Finding(name, f"{version} (needs {bound} or newer)" if bound else version)
-
-
-def _other_packages(requirements: _Requirements) -> Finding:
-    """Say whether everything else that this package requires is there; nothing is imported."""
-    bounds = {name: bound for name, bound in requirements.required.items() if name not in (*PACKAGES, "torch")}
-    faults = {}
-    for name, bound in bounds.items():
-        version = _version(name)
-        if version is None:
-            faults[name] = f"{name} is not installed"
-        elif _release(version) < _release(bound):
-            faults[name] = f"{name} {version} is older than {bound}"
-    if not faults:
-        return Finding("other packages", f"{', '.join(bounds)}: as required")
-    wanted = " ".join(f"'{name}>={bounds[name]}'" for name in faults)
-    return Finding("other packages", ", ".join(faults.values()), "problem", f"pip install --upgrade {wanted}")
-
-
-def _requirements() -> _Requirements:
-    required: dict[str, str] = {}
-    optional: dict[str, str] = {}
-    try:
-        lines = importlib.metadata.requires("hydra-ppo") or []
-    except importlib.metadata.PackageNotFoundError:
-        lines = []
-    for line in lines:
-        found = re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*\(?>=\s*([\d.]+)", line)
-        if found:
-            (optional if "extra ==" in line else required)[found[1]] = found[2]
-    return _Requirements(required, optional)
-
-
-def _install(name: str, requirements: _Requirements) -> str:
-    bound = (requirements.required | requirements.optional).get(name)
-    return f"pip install --upgrade '{name}>={bound}'" if bound else f"pip install --upgrade {name}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name) or None
-    except (importlib.metadata.PackageNotFoundError, KeyError):  # KeyError: what a removal that was cut short leaves
-        return None
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """Return 2.13.0+cpu as (2, 13); `packaging` could, but may be what is missing."""
-    found = re.match(r"\d+(?:\.\d+)*", version)
-    parts = [int(part) for part in found[0].split(".")] if found else []
-    while parts and parts[-1] == 0:
-        parts.pop()
-    return tuple(parts)
 
 
 # -- device --------------------------------------------------------------------------------------------------------------
 
 
-def _torch(requirements: _Requirements) -> Finding:
-    finding = _package("torch", requirements, "torch")
+def _torch(requirements: Requirements) -> Finding:
+    finding = examine_package("torch", requirements, "torch")
     if finding.state == "problem":
         return finding
     import torch
@@ -222,11 +118,11 @@ def _torch(requirements: _Requirements) -> Finding:
 
 def _gpus() -> list[Finding]:
     """Describe each GPU; one finding where there is none."""
-    count = _check("GPU", GPU_HEALTH, _gpu_count, needs=("torch",))
+    count = check("GPU", GPU_HEALTH, _gpu_count, needs=("torch",))
     if not count.value.isdecimal():
         return [count]
-    found = [_check(f"GPU {index}", GPU_HEALTH, _gpu, index) for index in range(int(count.value))]
-    return found or [_check("GPU", GPU_HEALTH, _no_gpu)]
+    found = [check(f"GPU {index}", GPU_HEALTH, _gpu, index) for index in range(int(count.value))]
+    return found or [check("GPU", GPU_HEALTH, _no_gpu)]
 
 
 def _gpu_count() -> Finding:
@@ -293,17 +189,17 @@ def nf4_error(device: torch.device) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def _flash_attention(requirements: _Requirements) -> Finding:
+def _flash_attention(requirements: Requirements) -> Finding:
     name = "flash-attn"
     if importlib.util.find_spec("flash_attn") is None:
         if not _on_gpu():
             return Finding(name, "not installed, and of no use without a GPU", "note")
-        remedy = f"{_install(name, requirements)} --no-build-isolation"
+        remedy = f"{install_command(name, requirements)} --no-build-isolation"
         return Finding(name, "not installed; attention is by SDPA", "note", remedy)
     if not _on_gpu():
-        return Finding(name, f"{_version(name) or 'installed'}, not usable: the device is {_device().type}", "note")
+        return Finding(name, f"{installed_version(name) or 'installed'}, not usable: the device is {_device().type}", "note")
     # From here on attention=auto takes it, so whatever is wrong with it stops a run.
-    finding = _package(name, requirements, "flash_attn")
+    finding = examine_package(name, requirements, "flash_attn")
     if finding.state == "problem":
         return Finding(name, finding.value, "problem", f"{finding.hint} --no-build-isolation, or set model.attention=sdpa")
     import torch
@@ -359,25 +255,12 @@ def _memory() -> Finding:
 
 def _disk() -> Finding:
     free = shutil.disk_usage(".").free
-    state = "problem" if free < TOO_FEW_BYTES else "note" if free < FEW_BYTES else "ok"
+    state: State = "problem" if free < TOO_FEW_BYTES else "note" if free < FEW_BYTES else "ok"
     remedy = None if state == "ok" else "set run.output to a folder on a disk with more space, run.save_every=0 writes less"
     return Finding("disk", f"{_gib(free)} free in the working directory", state, remedy)
 
 
 # -- shared --------------------------------------------------------------------------------------------------------------
-
-
-def _check(name: str, remedy: str, look: Callable[..., Finding], *args: Any, needs: Sequence[str] = ()) -> Finding:
-    """Return what `look(*args)` finds; an exception is a finding too, and so is a package missing that it `needs`."""
-    for package in needs:
-        try:
-            importlib.import_module(PACKAGES.get(package, package))
-        except Exception:
-            return Finding(name, f"not checked: that needs {package}", "note")
-    try:
-        return look(*args)
-    except Exception as error:
-        return Finding(name, f"failed: {_first_line(error)}", "problem", remedy)
 
 
 @contextmanager
@@ -406,8 +289,3 @@ def _lines(findings: list[Finding]) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / GIB:,.1f} GiB"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

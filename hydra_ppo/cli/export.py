@@ -30,7 +30,7 @@ def export_actor(run: str | Path, output: str | Path, *, adapter_only: bool = Fa
     """
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedModel
 
     from hydra_ppo.compat import dequantised, dtype_option
 
@@ -44,12 +44,12 @@ def export_actor(run: str | Path, output: str | Path, *, adapter_only: bool = Fa
         raise ConfigError(f"run={str(run)!r} trained the base itself and has no adapter; export it without --adapter-only.")
     check_model("run", str(run))
     base_name = base_folder(run)
-    if adapter_only:
+    if adapter is not None and adapter_only:
         output.mkdir(parents=True, exist_ok=True)
         shutil.copytree(run / adapter, output, dirs_exist_ok=True)
     else:
         # LoRA deltas cannot be added to 4-bit or 8-bit weights without rounding them away: the base is loaded whole.
-        base = AutoModelForCausalLM.from_pretrained(base_name, **dtype_option("auto"), use_safetensors=True)
+        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base_name, **dtype_option("auto"), use_safetensors=True)
         if getattr(base, "is_quantized", False):
             base = dequantised(base, torch.bfloat16)
         merged = PeftModel.from_pretrained(base, run / adapter).merge_and_unload() if adapter else base

@@ -1,4 +1,4 @@
-"""The command line: ``hydra-ppo sft | ppo | export | quickstart | inspect | doctor``, and what is installed beside it.
+"""The command line: ``hydra-ppo sft | ppo | export | inspect | doctor``, and what is installed beside it.
 
 Other packages add commands as entry points of the group ``hydra_ppo.commands``: each a pair of one line of help and a
 function over the arguments.
@@ -19,11 +19,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from hydra_ppo import __version__
 from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedModelError
 from hydra_ppo.runtime.interruption import StopRequested
+
+if TYPE_CHECKING:
+    from hydra_ppo.config.settings import PPOConfig, SFTConfig
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -135,13 +138,13 @@ def _ppo(arguments: list[str]) -> None:
     _train("ppo", PPOConfig, arguments)
 
 
-def _train(command: str, config_class: type, arguments: list[str]) -> None:
+def _train(command: str, config_class: type[SFTConfig | PPOConfig], arguments: list[str]) -> None:
     from hydra_ppo.cli import flags as cli_config
 
     request = cli_config.parse(config_class, command, arguments)
     if "--help" in request.options:
         print(cli_config.format_help(config_class, command), end="")
-    elif "--print-config" in request.options:
+    elif "--print-config" in request.options or request.config is None:
         print(cli_config.print_config(config_class, request), end="")
     elif "--dry-run" in request.options:
         from hydra_ppo.cli.dry_run import dry_run
@@ -167,18 +170,6 @@ def _export(arguments: list[str]) -> None:
     from hydra_ppo.cli import commands
 
     commands.export(options.run, options.output, options.adapter_only)
-
-
-def _quickstart(arguments: list[str]) -> None:
-    parser = Parser("quickstart", "Run the whole pipeline on a tiny model and corpus, in minutes, on a CPU.")
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="Folder to write to.")
-    parser.add_argument("--seed", type=_seed, default=0, help="Seed of every random source.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace what an earlier quickstart left there.")
-    options = parser.parse_args(arguments)
-    check_folder("output", options.output)
-    from hydra_ppo.quickstart import run
-
-    run.main(options.output, options.seed, options.overwrite)
 
 
 def _inspect(arguments: list[str]) -> None:
@@ -215,12 +206,6 @@ def check_folder(setting: str, path: Path) -> None:
         raise ConfigError(f"{setting}={str(path)!r} {why}; choose a folder.")
 
 
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
-
-
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are a ConfigError with the nearest option."""
 
@@ -228,7 +213,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"hydra-ppo {command}", description=description, allow_abbrev=False)
         self.add_argument("--traceback", action="store_true", help="Show where an error arose.")
 
-    def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
+    def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]  # takes no namespace
         known = [option for action in self._actions for option in action.option_strings]
         for argument in arguments:
             option = argument.split("=", 1)[0]
@@ -248,7 +233,6 @@ COMMANDS: dict[str, Command] = {
     "sft": ("train the SFT model and the reward model jointly, on preference pairs", _sft),
     "ppo": ("train actor and critic with PPO", _ppo),
     "export": ("write the actor of a run as a plain Hugging Face model", _export),
-    "quickstart": ("run the whole pipeline on a tiny model, on a CPU", _quickstart),
     "doctor": ("say what this machine offers and what stands in the way", _doctor),
     "inspect": ("show state, settings, last metrics and checkpoints of a run", _inspect),
 }

@@ -14,7 +14,7 @@ from hydra_ppo.model.manifest import MANIFEST, base_folder
 from hydra_ppo.runs.checkpoint import Checkpoint, newest_checkpoint
 from hydra_ppo.training.joint_sft import total_steps
 from hydra_ppo.training.optim import rates_until
-from hydra_ppo.training.ppo import optimizer_steps
+from hydra_ppo.training.ppo_update import optimizer_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,10 +52,10 @@ def describe_run(
     if folder is not None and (folder / MANIFEST).is_file():
         base = model_folder(base_folder(folder))
         digests |= {} if base is None else {f"base {name}": digest for name, digest in model_digests(base).items()}
-    is_ppo = isinstance(config, PPOConfig)
+    steps = optimizer_steps(config) if isinstance(config, PPOConfig) else total_steps(config, len(rows))
     return {
         "config": as_values(config),
-        "optimizer_steps": optimizer_steps(config) if is_ppo else total_steps(config, len(rows)),
+        "optimizer_steps": steps,
         "digests": digests | {"tokenizer": tokenizer_digest(tokenizer), "data": rows_digest(rows, eval_rows)},
     }
 

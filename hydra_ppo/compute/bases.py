@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hydra_ppo.compute.products import linear, linear_of_few, times
 
@@ -13,7 +14,7 @@ from hydra_ppo.compute.products import linear, linear_of_few, times
 class Dense:
     """A linear layer whose weight is there as it is: `nn.Linear`, or GPT-2's Conv1D, which keeps it transposed."""
 
-    def __init__(self, layer: nn.Module, transposed: bool) -> None:
+    def __init__(self, layer: nn.Linear | Conv1D, transposed: bool) -> None:
         self.layer = layer
         self.transposed = transposed
 
@@ -91,14 +92,13 @@ Base = Dense | FourBit
 
 def base_of(layer: nn.Module) -> Base | None:
     """Return the frozen half of a linear layer; None for one that can only run itself: in int8, or offloaded by accelerate."""
-    name = type(layer).__name__
     if "forward" in vars(layer):
         return None
     if type(layer) is nn.Linear:
         return Dense(layer, transposed=False)
-    if name == "Conv1D":
+    if type(layer) is Conv1D:
         return Dense(layer, transposed=True)
-    return FourBit(layer) if name == "Linear4bit" else None
+    return FourBit(layer) if type(layer).__name__ == "Linear4bit" else None
 
 
 def _untouched(layer: nn.Module) -> bool:

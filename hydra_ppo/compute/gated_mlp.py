@@ -56,7 +56,7 @@ def use_lean_mlps(layers: nn.Module) -> None:
     for mlp in layers.modules():
         if "forward" in vars(mlp) or not all(hasattr(mlp, name) for name in PARTS) or not _is_gated(type(mlp)):
             continue
-        down = mlp.down_proj
+        down = mlp.get_submodule("down_proj")
         base = base_of(down.get_base_layer() if isinstance(down, LoraLayer) else down)
         activation = ACTIVATIONS.get(type(mlp.act_fn).__name__)
         if base is not None and activation is not None:
@@ -69,14 +69,19 @@ def activation_of(mlp: nn.Module) -> Activation | None:
     return forward.args[2] if isinstance(forward, partial) and forward.func is _forward else None
 
 
-@lru_cache
 def _is_gated(kind: type[nn.Module]) -> bool:
     """Return whether a module's forward pass is the product above and nothing else, by its source."""
+    return _is_product(kind.forward)
+
+
+@lru_cache
+def _is_product(forward: Callable[..., Any]) -> bool:
     try:
-        source = textwrap.dedent(inspect.getsource(kind.forward))
+        source = textwrap.dedent(inspect.getsource(forward))
     except (OSError, TypeError):  # made at run time
         return False
-    body = [ast.unparse(line) for line in ast.parse(source).body[0].body]
+    written = ast.parse(source).body[0]
+    body = [ast.unparse(line) for line in written.body] if isinstance(written, ast.FunctionDef) else []
     return body in ([f"return {PRODUCT}"], [f"down_proj = {PRODUCT}", "return down_proj"])
 
 
@@ -90,7 +95,7 @@ def _forward(mlp: Any, base: Base, activation: Activation, x: Tensor) -> Tensor:
     if not ours:
         return mlp.down_proj(mlp.act_fn(gate) * up)
     if torch.is_grad_enabled():
-        return _GatedLinear.apply(gate, up, base, activation, *(adapter or (None, None, 1.0)))
+        return _gated_linear(gate, up, base, activation, *(adapter or (None, None, 1.0)))
     hidden = activation.forward(gate).mul_(up)
     del gate, up
     return run(hidden, base, adapter)
@@ -112,7 +117,7 @@ class _GatedLinear(torch.autograd.Function):
     ) -> Tensor:
         hidden = activation.forward(gate).mul_(up)
         y = base.product(hidden)
-        low = Adapter(a, b, scaling).add_(y, hidden) if a is not None else None
+        low = Adapter(a, b, scaling).add_(y, hidden) if a is not None and b is not None else None
         ctx.base, ctx.activation, ctx.scaling = base, activation, scaling
         ctx.save_for_backward(gate, up, low, a, b)
         return y
@@ -133,3 +138,6 @@ class _GatedLinear(torch.autograd.Function):
         d_up = active.mul_(d_hidden) if needs_up else None
         d_gate = ctx.activation.backward(d_hidden.mul_(up), gate) if needs_gate else None
         return d_gate, d_up, None, None, d_a, d_b, None
+
+
+_gated_linear: Callable[..., Tensor] = _GatedLinear.apply  # which torch gives no types

@@ -43,50 +43,59 @@ class GrowingTensor:
 
     def append(self, columns: Tensor) -> Tensor:
         """Take columns (B, heads, T, D); return all (B, heads, S + T, D)."""
-        self.extend(columns.shape[2], columns).copy_(columns)
-        assert self.filled is not None
-        return self.filled
+        filled = self.extend(columns.shape[2], columns)
+        filled[:, :, filled.shape[2] - columns.shape[2] :].copy_(columns)
+        return filled
 
     def extend(self, count: int, like: Tensor) -> Tensor:
-        """Return `count` more columns (B, heads, count, D) to be written; the first are of the shape and type of `like`."""
+        """Take `count` more columns, to be written; return all (B, heads, S + count, D).
+
+        The first are of the shape and type of `like`.
+        """
         start = 0 if self.filled is None else self.filled.shape[2]
         rows = len(like if self.filled is None else self.filled)
         end = start + count
-        if self._storage is None or end > self._storage.shape[2]:
-            self._move(rows, self._room(end), like)
-        self.filled = self._storage[:rows, :, :end]
-        return self.filled[:, :, start:]
+        storage = self._storage
+        if storage is None or end > storage.shape[2]:
+            storage = self._move(rows, self._room(end), like)
+        self.filled = storage[:rows, :, :end]
+        return self.filled
 
-    def keep(self, sources: Sequence[int], moved: Tensor, origins: Tensor) -> None:
-        """Let row i be the one that was row sources[i]. Where no more rows are wanted than there are, in place.
+    def keep(self, sources: Sequence[int], moved: Tensor, origins: Tensor) -> Tensor:
+        """Let row i be the one that was row sources[i]; return all. Where no more rows are wanted than there are, in place.
 
         Args:
             sources: one row number for each row that is wanted.
             moved: (M,) all i with sources[i] != i.
             origins: (M,) sources[i] for these.
         """
-        assert self.filled is not None
-        assert self._storage is not None
-        rows, columns = len(sources), self.filled.shape[2]
-        taken = self.filled.index_select(0, origins)
-        if rows > len(self._storage):
-            self._move(min(rows, len(self.filled)), self._storage.shape[2], self.filled, rows)
-        self.filled = self._storage[:rows, :, :columns]
-        self.filled.index_copy_(0, moved, taken)
+        storage, filled = self._storage, self.filled
+        assert storage is not None
+        assert filled is not None
+        rows, columns = len(sources), filled.shape[2]
+        taken = filled.index_select(0, origins)
+        if rows > len(storage):
+            storage = self._move(min(rows, len(filled)), storage.shape[2], filled, rows)
+        self.filled = storage[:rows, :, :columns]
+        return self.filled.index_copy_(0, moved, taken)
 
     def _room(self, columns: int) -> int:
         return max(columns, min(self.limit, -(-columns // COLUMNS) * COLUMNS))
 
-    def _move(self, rows: int, room: int, like: Tensor, more: int = 0) -> None:
-        """Make storage of `room` columns and copy the first `rows` rows to it."""
+    def _move(self, rows: int, room: int, like: Tensor, more: int = 0) -> Tensor:
+        """Make and return storage of `room` columns and copy the first `rows` rows to it."""
         storage = like.new_empty(max(rows, more), like.shape[1], room, like.shape[3])
         if self.filled is not None:
             storage[:rows, :, : self.filled.shape[2]] = self.filled[:rows]
         self._storage = storage
+        return storage
 
 
 class GrowingLayer(_Layer):
     """One layer of a `KVCache`; its keys and values are views of growing storage."""
+
+    keys: Tensor  # transformers has None here until the first update
+    values: Tensor
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -100,24 +109,18 @@ class GrowingLayer(_Layer):
 
     def keep(self, sources: Sequence[int], moved: Tensor, origins: Tensor) -> None:
         """See `GrowingTensor.keep`."""
-        for part in self.parts:
-            part.keep(sources, moved, origins)
-        self._publish()
+        self.keys, self.values = (part.keep(sources, moved, origins) for part in self.parts)
 
     def extend(self, count: int) -> None:
         """Append that many columns, to be written."""
-        for part, held in zip(self.parts, (self.keys, self.values), strict=True):
-            part.extend(count, held)
-        self._publish()
+        keys, values = self.parts
+        self.keys, self.values = keys.extend(count, self.keys), values.extend(count, self.values)
 
     def leap(self, count: int) -> None:
         """Append that many columns of zeros."""
         self.extend(count)
         for held in (self.keys, self.values):
             held[:, :, -count:].zero_()
-
-    def _publish(self) -> None:
-        self.keys, self.values = (part.filled for part in self.parts)
 
 
 class KVCache(DynamicCache):
@@ -133,32 +136,34 @@ class KVCache(DynamicCache):
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.limit = limit
-        self.layers[:] = [GrowingLayer(limit) for _ in self.layers]  # 4.54 and 4.55 begin with one
+        layers: Any = self.layers
+        self.growing: list[GrowingLayer] = layers  # the same list, of what its items are
+        self.growing[:] = [GrowingLayer(limit) for _ in layers]  # 4.54 and 4.55 begin with one
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         with allocating("kv cache"):
-            while len(self.layers) <= layer_idx:
-                self.layers.append(GrowingLayer(self.limit))
-            return self.layers[layer_idx].update(key_states, value_states)
+            while len(self.growing) <= layer_idx:
+                self.growing.append(GrowingLayer(self.limit))
+            return self.growing[layer_idx].update(key_states, value_states)
 
     def keep(self, sources: Sequence[int], device: torch.device) -> None:
         """Let row i be the one that was row sources[i]; rows may be repeated, left out and moved. Copies only moved rows."""
         moves = [(row, source) for row, source in enumerate(sources) if row != source]
         with allocating("kv cache"):
             moved, origins = torch.tensor(moves, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
-            for layer in self.layers:
+            for layer in self.growing:
                 layer.keep(sources, moved, origins)
 
     def extend(self, count: int) -> None:
         """Append that many columns to every layer, to be written."""
         with allocating("kv cache"):
-            for layer in self.layers:
+            for layer in self.growing:
                 layer.extend(count)
 
     def leap(self, count: int) -> None:
         """Append that many columns of zeros."""
         with allocating("kv cache"):
-            for layer in self.layers:
+            for layer in self.growing:
                 layer.leap(count)
 
 

@@ -22,6 +22,7 @@ small gradient of a probable token would drown in rounding, with a half-precisio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -133,9 +134,7 @@ def token_logprobs(
     if not torch.is_grad_enabled():  # an autograd function is told that its input wants a gradient even so
         flat = flat.detach()
     with allocating("log-probs"):
-        found = _TokenLogprobs.apply(
-            flat, head.weight, head.bias, tokens.reshape(-1), head.softcap, temperature, entropy_grad, size
-        )
+        found = _token_logprobs(flat, head.weight, head.bias, tokens.reshape(-1), head.softcap, temperature, entropy_grad, size)
     return TokenLogprobs(*(numbers.view(shape) for numbers in found))
 
 
@@ -160,7 +159,7 @@ class _TokenLogprobs(torch.autograd.Function):
         keep = ctx.needs_input_grad[0] and not train_head
         d_logprob = torch.empty_like(hidden) if keep else None  # (N, H)
         d_entropy = torch.empty_like(hidden) if keep and entropy_grad else None  # (N, H)
-        groups, blocks = _cut(*hidden.shape, weight.shape[0], chunk_bytes)
+        groups, blocks = _cut(hidden.shape[0], hidden.shape[1], weight.shape[0], chunk_bytes)
         for rows in groups:
             seen = _Seen(head, hidden[rows], tokens[rows], temperature, keep, keep and entropy_grad)
             for columns in blocks:
@@ -190,6 +189,9 @@ class _TokenLogprobs(torch.autograd.Function):
         if d_entropy is not None:
             grad = grad + (d_entropy * g_entropy[:, None]).to(grad.dtype)
         return grad, None, None, None, None, None, None, None
+
+
+_token_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor]] = _TokenLogprobs.apply  # which torch gives no types
 
 
 class _Seen:
@@ -291,7 +293,7 @@ def _recompute_gradients(ctx: Any, g_logprob: Tensor, g_entropy: Tensor) -> tupl
     grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
     grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
     own = torch.zeros_like(log_norm)  # gradient of the token's raw logit, kept out of the sum as in the forward pass
-    groups, blocks = _cut(*hidden.shape, weight.shape[0], chunk_bytes, train_head=True)
+    groups, blocks = _cut(hidden.shape[0], hidden.shape[1], weight.shape[0], chunk_bytes, train_head=True)
     for columns in blocks:
         part = head.block(columns)
         d_weight = d_bias = None

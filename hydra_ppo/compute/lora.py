@@ -10,6 +10,7 @@ Source: Hu et al. 2021 (arXiv 2106.09685), equation 3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ def active_adapter(layer: nn.Module) -> Adapter | None:
     if not isinstance(layer, LoraLayer) or layer.disable_adapters:
         return None
     # Past nn.Module's __getattr__: a decoding step asks every layer, and this is a tenth of its time otherwise.
-    parts = layer._modules
+    parts: dict[str, Any] = layer._modules
     down, up = parts["lora_A"]._modules, parts["lora_B"]._modules
     names = [name for name in layer.active_adapters if name in down]
     if len(names) > 1 or layer.merged:
@@ -105,13 +106,13 @@ def _forward(layer: Any, base: Base | None, x: Tensor, *args: Any, **kwargs: Any
         return result
     # Autocast took its part in the base layer; it casts some of the products below and not others.
     with torch.autocast(x.device.type, enabled=False):
-        return _AddLora.apply(result, x, *adapter)
+        return _add_lora(result, x, *adapter)
 
 
 def run(x: Tensor, base: Base, adapter: Adapter | None) -> Tensor:
     """Return the layer's output (..., O) for x (..., I)."""
     if torch.is_grad_enabled():
-        return _Linear.apply(x, base, base.weight, base.bias, *(adapter or (None, None, 1.0)))
+        return _linear(x, base, base.weight, base.bias, *(adapter or (None, None, 1.0)))
     y = base.product(x)
     if adapter is not None:
         adapter.add_(y, x)
@@ -133,7 +134,7 @@ class _Linear(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         y = base.product(x)
-        low = Adapter(a, b, scaling).add_(y, x) if a is not None else None
+        low = Adapter(a, b, scaling).add_(y, x) if a is not None and b is not None else None
         ctx.base, ctx.scaling = base, scaling
         _, _, train_weight, _, train_a, train_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if train_weight or train_a else None, low if train_b else None, a, b)
@@ -156,6 +157,9 @@ class _Linear(torch.autograd.Function):
             if d_x is not None:
                 d_x.view(-1, d_x.shape[-1]).addmm_(d_low, a.to(d_low.dtype))
         return d_x, None, d_weight, d_bias, d_a, d_b, None
+
+
+_linear: Callable[..., Tensor] = _Linear.apply  # which torch gives no types
 
 
 class _AddLora(torch.autograd.Function):
@@ -187,3 +191,6 @@ class _AddLora(torch.autograd.Function):
             d_a = (d_low.T @ x.flatten(0, -2).to(dtype)).to(a.dtype) if needs_a else None
             d_x = (d_low @ a.to(dtype)).view_as(x).to(x.dtype) if needs_x else None
         return gradient if needs_result else None, d_x, d_a, d_b, None
+
+
+_add_lora: Callable[..., Tensor] = _AddLora.apply

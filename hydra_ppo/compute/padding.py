@@ -48,5 +48,5 @@ def pad_on_the_right(input_ids: Tensor, attention_mask: Tensor, position_ids: Te
     gaps, from_zero = torch.stack([gap.any(), (positions[:, 0] == 0).all()]).tolist()
     if gaps:
         return None
-    positions = None if from_zero else positions[:, :1] + count
-    return RightPadded(input_ids.gather(1, order), positions, lengths, order.argsort(dim=1))
+    compact = None if from_zero else positions[:, :1] + count
+    return RightPadded(input_ids.gather(1, order), compact, lengths, order.argsort(dim=1))

@@ -13,11 +13,12 @@ The functions have no gradient of their own; they are for `torch.no_grad` and th
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -34,7 +35,7 @@ def has_own_kernel(tensor: Tensor) -> bool:
         and _X86
         and tensor.dtype is torch.float32
         and tensor.device.type == "cpu"
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 

@@ -41,7 +41,7 @@ class RecomputedForward:
         if any(kwargs.get(name) is not None for name in CACHES):  # which a second pass would fill a second time
             _warn_of_cache()
             return self.inner(*args, **kwargs)
-        context = {} if self.context_fn is None else {"context_fn": self.context_fn}
+        context: dict[str, Any] = {} if self.context_fn is None else {"context_fn": self.context_fn}
         return checkpoint(self.inner, *args, use_reentrant=False, **context, **kwargs)
 
 
@@ -75,6 +75,7 @@ def remove_recompute(layers: Iterable[nn.Module]) -> None:
 
 def disable_native_checkpointing(model: nn.Module) -> None:
     """Switch off transformers' own checkpointing, which would recompute a layer a second time, and in any role."""
+    module: Any  # nn.Module has no such attribute
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) is True:
             module.gradient_checkpointing = False

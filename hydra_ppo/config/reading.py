@@ -13,11 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from hydra_ppo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Config = TypeVar("Config")
 
@@ -38,6 +41,11 @@ class Setting:
         return self.default is MISSING
 
 
+def is_group(hint: Any) -> TypeGuard[type[DataclassInstance]]:
+    """Say whether ``hint`` is a dataclass, whose fields are settings of their own."""
+    return isinstance(hint, type) and is_dataclass(hint)
+
+
 def settings_of(config_class: type) -> dict[str, Setting]:
     """Return every leaf setting of ``config_class`` by full name, in the order of the dataclasses."""
     return {setting.name: setting for setting in _walk(config_class, "", None)}
@@ -49,7 +57,7 @@ def groups_of(config_class: type) -> dict[str, str]:
     hints = get_type_hints(config_class)
     for field in fields(config_class):
         hint = hints[field.name]
-        if is_dataclass(hint):
+        if is_group(hint):
             found[field.name] = field.metadata.get("help") or (hint.__doc__ or "").split("\n")[0]
             found |= {f"{field.name}.{inner}": text for inner, text in groups_of(hint).items()}
     return found
@@ -65,16 +73,16 @@ def _walk(config_class: type, prefix: str, defaults: Any) -> Iterator[Setting]:
         else:
             default = field.default
         name, hint = prefix + field.name, hints[field.name]
-        if is_dataclass(hint):
+        if is_group(hint):
             yield from _walk(hint, f"{name}.", None if default is MISSING else default)
         else:
             yield Setting(name, hint, default, field.metadata.get("help", ""))
 
 
-def item_class(hint: Any) -> type | None:
+def item_class(hint: Any) -> type[DataclassInstance] | None:
     """Return the dataclass ``X`` of a ``list[X]`` hint, else None."""
     arguments = get_args(hint)
-    return arguments[0] if get_origin(hint) is list and is_dataclass(arguments[0]) else None
+    return arguments[0] if get_origin(hint) is list and is_group(arguments[0]) else None
 
 
 def describe(hint: Any) -> str:
@@ -91,7 +99,7 @@ def describe(hint: Any) -> str:
         return _either([describe(a) for a in arguments])
     if origin is list:
         inner = arguments[0]
-        if is_dataclass(inner):
+        if is_group(inner):
             return "a list of {" + ", ".join(f.name for f in fields(inner)) + "}"
         if get_origin(inner) is Literal:
             return "a list of " + " and ".join(str(a) for a in get_args(inner))
@@ -137,7 +145,7 @@ def unknown_setting(name: str, config_class: type) -> ConfigError:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, where PyYAML would keep the last one without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -202,9 +210,9 @@ def flatten(content: Mapping[Any, Any], config_class: type, prefix: str = "", ro
     for key, value in content.items():
         first, _, rest = str(key).partition(".")
         name, hint = prefix + first, hints.get(first)
-        if hint is None or (rest and not is_dataclass(hint)):
+        if hint is None or (rest and not is_group(hint)):
             raise unknown_setting(f"{prefix}{key}", root)
-        if not is_dataclass(hint):
+        if not is_group(hint):
             check_items(name, hint, value)
             found = {name: value}
         elif rest or isinstance(value, Mapping):
@@ -258,7 +266,7 @@ def build(config_class: type[Config], values: Mapping[str, Any], prefix: str = "
     arguments = {}
     for name, value in values.items():
         hint, full = hints[name], prefix + name
-        if is_dataclass(hint):
+        if is_group(hint):
             value = build(hint, value, f"{full}.")
         elif (inner := item_class(hint)) is not None:
             value = value and [build(inner, item, f"{full}[{index}].") for index, item in enumerate(value)]
@@ -311,7 +319,7 @@ def _render(
     hints = get_type_hints(config_class)
     for field in fields(config_class):
         hint, name = hints[field.name], prefix + field.name
-        if is_dataclass(hint):
+        if is_group(hint):
             if comments:
                 text = field.metadata.get("help") or (hint.__doc__ or "").split("\n")[0]
                 lines += ["", *_comment(text, indent)]

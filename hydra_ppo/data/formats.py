@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra_ppo.data.sources import Rejected
 
@@ -13,59 +13,90 @@ Conversation = str | Messages
 _HH_TURN = "\n\nAssistant:"
 
 
-def checked_pair(row: Any) -> tuple[Conversation, Conversation, Conversation]:
+class TextPair(NamedTuple):
+    """A prompt and two continuations of its text."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+class ChatPair(NamedTuple):
+    """The messages of a prompt, and those of two answers."""
+
+    prompt: Messages
+    chosen: Messages
+    rejected: Messages
+
+
+Pair = TextPair | ChatPair
+
+
+def checked_pair(row: Any) -> Pair:
     """Return prompt, chosen and rejected of a preference row; raises Rejected with the reason why it cannot be used."""
-    prompt, chosen, rejected = _split_pair(row)
-    _check_prompt(prompt)
-    _check_response("chosen", chosen)
-    _check_response("rejected", rejected)
-    if chosen == rejected:
+    pair = _split_pair(row)
+    _check_prompt(pair.prompt)
+    _check_response("chosen", pair.chosen)
+    _check_response("rejected", pair.rejected)
+    if pair.chosen == pair.rejected:
         raise Rejected("chosen equals rejected")
-    return prompt, chosen, rejected
+    return pair
 
 
 def checked_prompt(row: Any) -> Conversation:
     """Return the prompt of a prompt row or preference row; raises Rejected with the reason why it cannot be used."""
     is_pair = isinstance(row, Mapping) and row.get("chosen") is not None and row.get("rejected") is not None
-    prompt = _split_pair(row)[0] if is_pair else _field(row, "prompt")
+    prompt = _split_pair(row).prompt if is_pair else _field(row, "prompt")
     _check_prompt(prompt)
     return prompt
 
 
-def _split_pair(row: Any) -> tuple[Conversation, Conversation, Conversation]:
+def _split_pair(row: Any) -> Pair:
     """Take prompt and responses apart; all three come out of one kind, text or messages."""
     chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
-    if type(chosen) is not type(rejected):
-        raise Rejected("one of chosen and rejected is text, the other messages")
-    if row.get("prompt") is None:  # Parquet and hub datasets hold null for an absent key
-        return _split_implicit(chosen, rejected)
-    prompt = _field(row, "prompt")
-    if isinstance(prompt, list) and isinstance(chosen, str):
-        return prompt, [{"role": "assistant", "content": chosen}], [{"role": "assistant", "content": rejected}]
-    if isinstance(prompt, str) and isinstance(chosen, list):
-        if chosen[0]["role"] != "assistant":  # UltraFeedback: whole conversations beside the text of the question
-            return _split_implicit(chosen, rejected)
-        return [{"role": "user", "content": prompt}], chosen, rejected
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return _split_text(_given_prompt(row), chosen, rejected)
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        return _split_messages(_given_prompt(row), chosen, rejected)
+    raise Rejected("one of chosen and rejected is text, the other messages")
+
+
+def _given_prompt(row: Mapping[str, Any]) -> Conversation | None:
+    # Parquet and hub datasets hold null for an absent key.
+    return None if row.get("prompt") is None else _field(row, "prompt")
+
+
+def _split_text(prompt: Conversation | None, chosen: str, rejected: str) -> Pair:
+    if prompt is None:
+        cut = _text_boundary(chosen[: _common_length(chosen, rejected)])
+        _require_shared(chosen[:cut])
+        return TextPair(chosen[:cut], chosen[cut:], rejected[cut:])
     if isinstance(prompt, list):
-        return prompt, _without_prefix(chosen, prompt), _without_prefix(rejected, prompt)
+        return ChatPair(prompt, [{"role": "assistant", "content": chosen}], [{"role": "assistant", "content": rejected}])
     # A response may begin like its prompt by accident ("Hi" - "Hi there"); both do only where the prompt is repeated.
     if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
-        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-    return prompt, chosen, rejected
+        return TextPair(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+    return TextPair(prompt, chosen, rejected)
+
+
+def _split_messages(prompt: Conversation | None, chosen: Messages, rejected: Messages) -> ChatPair:
+    if isinstance(prompt, list):
+        return ChatPair(prompt, _without_prefix(chosen, prompt), _without_prefix(rejected, prompt))
+    # UltraFeedback has whole conversations beside the text of the question.
+    if prompt is not None and chosen[0]["role"] == "assistant":
+        return ChatPair([{"role": "user", "content": prompt}], chosen, rejected)
+    cut = _common_length(chosen[:-1], rejected[:-1])  # the last message is never the prompt's
+    _require_shared(chosen[:cut])
+    return ChatPair(chosen[:cut], chosen[cut:], rejected[cut:])
+
+
+def _require_shared(prompt: Conversation) -> None:
+    if not prompt:
+        raise Rejected("prompt is missing, and chosen and rejected share none")
 
 
 def _without_prefix(messages: Messages, prefix: Messages) -> Messages:
     return messages[len(prefix) :] if messages[: len(prefix)] == prefix else messages
-
-
-def _split_implicit(chosen: Conversation, rejected: Conversation) -> tuple[Conversation, Conversation, Conversation]:
-    if isinstance(chosen, str):
-        cut = _text_boundary(chosen[: _common_length(chosen, rejected)])
-    else:  # the last message is never the prompt's
-        cut = _common_length(chosen[:-1], rejected[:-1])
-    if not chosen[:cut]:
-        raise Rejected("prompt is missing, and chosen and rejected share none")
-    return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
 def _common_length(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 from hydra_ppo.config.settings import DataSettings
-from hydra_ppo.data.formats import Conversation, Messages, checked_pair, checked_prompt, checked_unicode
+from hydra_ppo.data.formats import Conversation, Messages, Pair, TextPair, checked_pair, checked_prompt, checked_unicode
 from hydra_ppo.data.sources import DataSource, Rejected, Source, one_line, open_source
 from hydra_ppo.errors import ConfigError, DataError
 
@@ -72,11 +72,11 @@ def load_preferences(
     _require_eos(tokenizer)
 
     def convert(raw: Any, place: str) -> tuple[PreferenceRow, list[str]]:
-        prompt, chosen, rejected = checked_pair(raw)
-        prompt_text, prompt_ids, notes = _encode_prompt(prompt, tokenizer, settings, place)
-        texts, ids = [], []
-        for name, response in (("chosen", chosen), ("rejected", rejected)):
-            text = _render_response(name, prompt, prompt_text, response, tokenizer)
+        pair = checked_pair(raw)
+        prompt_text, prompt_ids, notes = _encode_prompt(pair.prompt, tokenizer, settings, place)
+        texts: list[str] = []
+        ids: list[tuple[int, ...]] = []
+        for name, text in _responses(pair, prompt_text, tokenizer):
             response_ids = _encode_response(name, text, tokenizer)
             if len(response_ids) > settings.max_response_tokens:
                 notes.append(f"{name} cut to data.max_response_tokens={settings.max_response_tokens}")
@@ -84,7 +84,7 @@ def load_preferences(
             ids.append(tuple(response_ids[: settings.max_response_tokens]))
         if ids[0] == ids[1]:
             raise Rejected("chosen and rejected have the same tokens", malformed=False)
-        return PreferenceRow(prompt_text, *texts, prompt_ids, *ids), notes
+        return PreferenceRow(prompt_text, texts[0], texts[1], prompt_ids, ids[0], ids[1]), notes
 
     return _collect(open_source(source, split or settings.split), convert, settings.skip_bad_rows)
 
@@ -200,16 +200,18 @@ def _encode_prompt(
     prompt: Conversation, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, place: str
 ) -> tuple[str, tuple[int, ...], list[str]]:
     """Return text, ids and notes of a prompt; chat is rendered up to where the assistant's answer begins."""
-    is_chat = isinstance(prompt, list)
-    if is_chat and not tokenizer.chat_template:
+    if isinstance(prompt, str):
+        text, ids = prompt, _encode("prompt", prompt, tokenizer, add_special_tokens=True)
+        while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers append it
+            ids.pop()
+    elif tokenizer.chat_template:
+        text = _render(tokenizer, prompt, add_generation_prompt=True)
+        ids = _encode("prompt", text, tokenizer, add_special_tokens=False)
+    else:
         raise DataError(
             f"{place} holds chat messages, but the tokenizer has no chat template; "
             "use a chat model's tokenizer, set tokenizer.chat_template, or give plain text."
         )
-    text = _render(tokenizer, prompt, add_generation_prompt=True) if is_chat else prompt
-    ids = _encode("prompt", text, tokenizer, add_special_tokens=not is_chat)
-    while not is_chat and ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers append it
-        ids.pop()
     start = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
     if ids == start:
         raise Rejected("prompt has no tokens")
@@ -226,15 +228,16 @@ def _encode_prompt(
     return text, tuple(start + ids[len(ids) - limit + len(start) :]), [f"prompt cut to data.max_prompt_tokens={limit}"]
 
 
-def _render_response(
-    name: str, prompt: Conversation, prompt_text: str, response: Conversation, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    if isinstance(response, str):
-        return response
-    whole = _render(tokenizer, [*prompt, *response], add_generation_prompt=False)
-    if not whole.startswith(prompt_text):
-        raise Rejected(f"the chat template does not render {name} as a continuation of its prompt")
-    return whole[len(prompt_text) :]
+def _responses(pair: Pair, prompt_text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
+    """Yield name and text of chosen, then of rejected; the second is rendered only when it is asked for."""
+    if isinstance(pair, TextPair):
+        yield from (("chosen", pair.chosen), ("rejected", pair.rejected))
+        return
+    for name, messages in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        whole = _render(tokenizer, [*pair.prompt, *messages], add_generation_prompt=False)
+        if not whole.startswith(prompt_text):
+            raise Rejected(f"the chat template does not render {name} as a continuation of its prompt")
+        yield name, whole[len(prompt_text) :]
 
 
 def _encode_response(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -250,9 +253,10 @@ def _encode_response(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template is a program of its own and may raise anything
         raise Rejected(f"the chat template refuses the messages ({one_line(error)})") from error
+    return cast(str, text)  # its type says what there can be with tokenize=True, too
 
 
 def _encode(name: str, text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> list[int]:

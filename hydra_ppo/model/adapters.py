@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from hydra_ppo.config.settings import LoraSettings
@@ -69,7 +69,7 @@ class AdapterSwitch:
             self.set(before)
 
 
-def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """Return the parameters of one adapter by name, the adapter's own name replaced by `{}`."""
     marker = f".{adapter}."
     return {
@@ -112,17 +112,16 @@ def lora_config(architecture: Architecture, lora: LoraConfig | LoraSettings | No
         if value not in allowed:
             raise ConfigError(f"lora.{name}={value!r} {why}; {remedy}.")
     available = architecture.linear_names()
-    targets = config.target_modules
-    if targets is None or targets == "all-linear":
-        targets = available
-    elif isinstance(targets, str):
-        targets = [targets]
-    unknown = sorted(set(targets) - set(available))
+    asked = config.target_modules
+    if asked is None or asked == "all-linear":
+        asked = available
+    targets = {asked} if isinstance(asked, str) else set(asked)
+    unknown = sorted(targets - set(available))
     if unknown:
         raise ConfigError(
             f"lora.target_modules={unknown} are not linear layers of this model; choose among {', '.join(available)}."
         )
-    config.target_modules = set(targets)
+    config.target_modules = targets  # type: ignore[assignment]  # PEFT says list, and makes a set of one itself
     config.fan_in_fan_out = architecture.config.model_type == "gpt2"
     config.task_type = "CAUSAL_LM"
     if trunk_layers:
@@ -163,7 +162,8 @@ def read_adapter(base: PeftModel, name: str, folder: Path) -> None:
             f"model.name_or_path={str(folder.parent)!r} lacks {name}/adapter_model.safetensors; save the adapter again."
         )
     try:
-        strangers = set_peft_model_state_dict(base, load_file(weights), adapter_name=name).unexpected_keys
+        outcome: Any = set_peft_model_state_dict(base, load_file(weights), adapter_name=name)
+        strangers = outcome.unexpected_keys
     except RuntimeError as error:  # a shape that differs
         strangers = [str(error).strip().splitlines()[-1].strip()]
     if strangers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,10 @@ class Architecture:
     def hidden_size(self) -> int:
         """Width of the final hidden states (OPT-350m projects them down)."""
         return self.output_embeddings.weight.shape[1]
+
+    @property
+    def input_embeddings(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.causal_lm.get_input_embeddings())
 
     @property
     def output_embeddings(self) -> nn.Linear:

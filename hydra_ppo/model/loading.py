@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hydra_ppo.compat import FLASH_IS_BUILT_IN, dtype_option, loads_quantised, mend_int8_layers, stored_dtype
@@ -159,7 +159,6 @@ def quantize_linears(model: PreTrainedModel, quantization: str, compute: torch.d
 
     What `from_pretrained` does while it loads, for weights that are in memory already.
     """
-    import bitsandbytes as bnb
     from transformers.pytorch_utils import Conv1D
 
     for layer in inspect_architecture(model).layers:
@@ -167,21 +166,31 @@ def quantize_linears(model: PreTrainedModel, quantization: str, compute: torch.d
             if type(linear) is not nn.Linear and not isinstance(linear, Conv1D):
                 continue
             weight = linear.weight.data.T.contiguous() if isinstance(linear, Conv1D) else linear.weight.data
-            out_features, in_features = weight.shape
             has_bias = linear.bias is not None
-            if quantization == "int8":
-                new = bnb.nn.Linear8bitLt(in_features, out_features, has_bias, has_fp16_weights=False, threshold=6.0)
-                new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-            else:
-                new = bnb.nn.Linear4bit(in_features, out_features, has_bias, compute, quant_type=quantization)
-                new.weight = bnb.nn.Params4bit(
-                    weight, requires_grad=False, quant_type=quantization, compress_statistics=True, module=new
-                )
+            new = _int8(weight, has_bias) if quantization == "int8" else _four_bit(weight, has_bias, quantization, compute)
             if has_bias:
                 new.bias = nn.Parameter(linear.bias.data, requires_grad=False)
             layer.set_submodule(name, new.to(weight.device))
     mend_int8_layers(model)
     setattr(model, "is_loaded_in_8bit" if quantization == "int8" else "is_loaded_in_4bit", True)
+
+
+def _int8(weight: Tensor, has_bias: bool) -> nn.Module:
+    from bitsandbytes import nn as bnb
+
+    out_features, in_features = weight.shape
+    layer = bnb.Linear8bitLt(in_features, out_features, has_bias, has_fp16_weights=False, threshold=6.0)
+    layer.weight = bnb.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+    return layer
+
+
+def _four_bit(weight: Tensor, has_bias: bool, quant_type: str, compute: torch.dtype) -> nn.Module:
+    from bitsandbytes import nn as bnb
+
+    out_features, in_features = weight.shape
+    layer = bnb.Linear4bit(in_features, out_features, has_bias, compute, quant_type=quant_type)
+    layer.weight = bnb.Params4bit(weight, requires_grad=False, quant_type=quant_type, compress_statistics=True, module=layer)
+    return layer
 
 
 def _quantization_config(quantization: str, compute: torch.dtype) -> Any:

@@ -40,7 +40,7 @@ class Stage:
     @property
     def adapters(self) -> list[str]:
         """Names of all adapters; those that others start from come first."""
-        used = {role.adapter for role in self.roles.values()} - {None}
+        used = {role.adapter for role in self.roles.values() if role.adapter is not None}
         return sorted(used, key=lambda name: (name in self.starts, name))
 
 

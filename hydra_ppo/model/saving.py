@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,14 +17,12 @@ from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.adapters import read_adapter
 from hydra_ppo.model.fingerprint import weights_digest
 from hydra_ppo.model.manifest import MANIFEST, describe_base, read_manifest
-
-if TYPE_CHECKING:
-    from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.model.role_model import RoleModel
 
 HEADS = "heads.safetensors"
 
 
-def write_model(model: HydraModel, folder: Path) -> None:
+def write_model(model: RoleModel, folder: Path) -> None:
     """Write adapters, heads, `hydra.json`, and the base to `base/` where it was itself trained."""
     folder.mkdir(parents=True, exist_ok=True)
     adapters = sorted(model.stage.adapters)
@@ -58,7 +57,7 @@ def write_model(model: HydraModel, folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def read_heads(heads: nn.ModuleDict, folder: Path, manifest: dict[str, Any]) -> None:
+def read_heads(heads: Mapping[str, nn.Linear], folder: Path, manifest: Mapping[str, Any]) -> None:
     """Copy the saved scalar heads into `heads`, in place.
 
     Raises:
@@ -77,7 +76,7 @@ def read_heads(heads: nn.ModuleDict, folder: Path, manifest: dict[str, Any]) -> 
             head.weight.copy_(weight)
 
 
-def read_trained(model: HydraModel, folder: Path) -> None:
+def read_trained(model: RoleModel, folder: Path) -> None:
     """Bring adapters, heads, and the base where it is itself trained, to what `write_model` wrote, bit for bit.
 
     Raises:
@@ -85,8 +84,9 @@ def read_trained(model: HydraModel, folder: Path) -> None:
     """
     manifest = read_manifest(folder)
     for name in model.stage.adapters:
+        assert isinstance(model.base, PeftModel)  # it has an adapter
         read_adapter(model.base, name, folder / name)
-    read_heads(model.heads, folder, manifest)
+    read_heads({name: model.heads[name] for name in model.heads}, folder, manifest)
     model.reward_head_trained = manifest["reward_head_trained"]
     if model.stage.tunes_base:
         state: dict[str, Tensor] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hydra_ppo.config.settings import RolloutSettings
-from hydra_ppo.experience import Experience
+from hydra_ppo.experience import Experience, ScoredExperience
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rollout.sampling import Samples, sample
 from hydra_ppo.runtime.announce import allocating
@@ -29,7 +29,7 @@ def collect_experience(
     sampler: Callable[..., Samples] = sample,
     limits: Limits | None = None,
     where: str = "",
-) -> Experience:
+) -> ScoredExperience:
     """Sample a response to each prompt and score it in the three other roles.
 
     Args:
@@ -44,7 +44,7 @@ def collect_experience(
         where: step, for the log.
 
     Returns:
-        Experience with old_logprobs, ref_logprobs, old_values (B, R) and scores (B,) of the reward head.
+        The rows, with the scores (B,) of the reward head.
 
     Memory: the KV cache while sampling; afterwards five (B, R) tensors.
     """
@@ -58,9 +58,9 @@ def collect_experience(
         on_phase("rollout")
         return sampler(model, prompts, replace(settings, generation_batch_size=size), eos_ids, generator)
 
-    def score_all(size: int) -> Experience:
+    def score_all(size: int) -> ScoredExperience:
         on_phase("score")
-        return score(model, experience, replace(settings, score_batch_size=size))
+        return score(model, experience, logprobs, replace(settings, score_batch_size=size))
 
     samples = limits.fit(
         "rollout.generation_batch_size",
@@ -71,15 +71,18 @@ def collect_experience(
     )
     with allocating("experience"):
         experience = Experience.from_lists(prompts, samples.responses, pad_id, model.device)
-        experience.old_logprobs = _pad(samples.logprobs, experience)
+        logprobs = _pad(samples.logprobs, experience)
     return limits.fit("rollout.score_batch_size", f"{where} phase=score", score_all, most=rows)
 
 
 @torch.no_grad()
-def score(model: HydraModel, experience: Experience, settings: RolloutSettings) -> Experience:
-    """Fill in reference log-probs, scores and values: two passes over the base (three where log-probs are recomputed).
+def score(model: HydraModel, experience: Experience, logprobs: Tensor, settings: RolloutSettings) -> ScoredExperience:
+    """Find reference log-probs, scores and values: two passes over the base (three where log-probs are recomputed).
 
-    Where the model has a trunk, the first pass fills in what leaves it too, and the others begin there.
+    Where the model has a trunk, the first pass finds what leaves it too, and the others begin there.
+
+    Args:
+        logprobs: (B, R) of the sampled tokens under the actor, as the sampler had them, nats.
     """
     model.eval()
     shape = experience.response_mask.shape
@@ -106,13 +109,13 @@ def score(model: HydraModel, experience: Experience, settings: RolloutSettings) 
                 recomputed[index, :width] = model.logprobs(sequences, settings.temperature).logprobs
     with allocating("experience"):
         outside = ~experience.response_mask
-        return experience.with_tensors(
-            old_logprobs=recomputed.masked_fill(outside, 0.0) if settings.recompute_logprobs else experience.old_logprobs,
-            sampler_logprobs=experience.old_logprobs if settings.recompute_logprobs else None,
+        return ScoredExperience(
+            **(experience.parts(Experience) | {"trunk": trunk}),
+            old_logprobs=recomputed.masked_fill(outside, 0.0) if settings.recompute_logprobs else logprobs,
+            sampler_logprobs=logprobs if settings.recompute_logprobs else None,
             ref_logprobs=ref_logprobs.masked_fill(outside, 0.0),
             old_values=old_values.masked_fill(outside, 0.0),
             scores=scores,
-            trunk=trunk,
         )
 
 

@@ -50,14 +50,15 @@ class LeanBackbone:
 
     def __init__(self, model: HydraModel, cache: KVCache) -> None:
         self.cache = cache
-        self.backbone = model.architecture.backbone
+        backbone = model.architecture.backbone
         self.types = model.architecture.layer_types
-        dtype = self.backbone.embed_tokens.weight.dtype
+        self.embed, self.rotary = model.architecture.input_embeddings, backbone.get_submodule("rotary_emb")
+        dtype = self.embed.weight.dtype
         with allocating("adapters"):
             self.layers = [
-                _Layer(layer, held, dtype) for layer, held in zip(model.architecture.layers, cache.layers, strict=True)
+                _Layer(layer, held, dtype) for layer, held in zip(model.architecture.layers, cache.growing, strict=True)
             ]
-        self.norm = _norm(self.backbone.norm, dtype)
+        self.norm = _norm(backbone.get_submodule("norm"), dtype)
 
     def __call__(self, tokens: Tensor, positions: Tensor, masks: Mapping[str, Tensor] | None) -> Tensor:
         """Return (B, H) final hidden states, after the last norm.
@@ -67,8 +68,8 @@ class LeanBackbone:
             positions: (B,) of these tokens.
             masks: by layer type, (B, S), whether they see each column of the cache, their own included; None sees all.
         """
-        embedded = self.backbone.embed_tokens(tokens)  # (B, 1, H)
-        cos, sin = self.backbone.rotary_emb(embedded, positions[:, None])  # (B, 1, D), both halves alike
+        embedded = self.embed(tokens)  # (B, 1, H)
+        cos, sin = self.rotary(embedded, positions[:, None])  # (B, 1, D), both halves alike
         half = cos.shape[-1] // 2
         turn = cos[..., :half], sin[..., :half]
         self.cache.extend(1)
@@ -92,8 +93,8 @@ def supports(model: HydraModel) -> bool:
     for module in backbone.modules():
         if module._forward_hooks or len(module._forward_pre_hooks) > (module is own_hook):
             return False
-    dtype = backbone.embed_tokens.weight.dtype
-    return _is_own(backbone.rotary_emb) and all(_is_plain(layer, dtype) for layer in model.architecture.layers)
+    dtype = model.architecture.input_embeddings.weight.dtype
+    return _is_own(backbone.get_submodule("rotary_emb")) and all(_is_plain(layer, dtype) for layer in model.architecture.layers)
 
 
 def _is_plain(layer: Any, dtype: torch.dtype) -> bool:

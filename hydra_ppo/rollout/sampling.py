@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ class Decoder:
         self.head = model.architecture.lm_head()
         check_positions(model.architecture.backbone)
         self.types = model.architecture.layer_types
-        self.dtype = model.causal_lm.get_input_embeddings().weight.dtype
+        self.dtype = model.architecture.input_embeddings.weight.dtype
         device = model.device
         different, sources = _distinct(prompts)
         ids, mask = pad_rows(different, 0, "right", device)  # (U, P)
@@ -257,7 +258,8 @@ def _processors(settings: RolloutSettings) -> Callable[[Tensor], Tensor] | None:
         processors.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p is not None:
         processors.append(TopPLogitsWarper(settings.top_p))
-    return partial(processors, None) if processors else None
+    tokens_so_far: Any = None  # which these two do not look at
+    return partial(processors, tokens_so_far) if processors else None
 
 
 @contextmanager

@@ -8,13 +8,12 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hydra_ppo.config.settings import RunSettings
+from hydra_ppo.config.settings import PPOConfig, RunSettings, SFTConfig
 from hydra_ppo.errors import ConfigError
 
 CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
@@ -40,12 +39,18 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else None
 
 
-def check_output(settings: RunSettings, config: Any = None, *, command: str = "", resume: bool = False) -> Path:
+def check_output(
+    settings: RunSettings,
+    config: SFTConfig | PPOConfig | Mapping[str, Any] | None = None,
+    *,
+    command: str = "",
+    resume: bool = False,
+) -> Path:
     """Check that a run may be written to ``settings.output``, and change nothing.
 
     Args:
         settings: The run's own settings.
-        config: All settings, so that what the run reads is not overwritten.
+        config: All settings of sft or ppo, so that what the run reads is not overwritten.
         command: Name of what runs; a run of another command cannot be gone on with.
         resume: Whether the run that the folder holds is to go on; one that holds none begins.
 
@@ -135,8 +140,8 @@ def _writer(state: Mapping[str, Any] | None) -> str:
     return "another process" if pid is None else f"process {pid}" + ("" if host == socket.gethostname() else f" on {host}")
 
 
-def _sources(config: Any) -> Iterator[tuple[str, str]]:
-    if is_dataclass(config) and not isinstance(config, type):
+def _sources(config: SFTConfig | PPOConfig | Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    if isinstance(config, SFTConfig | PPOConfig):
         yield "model.name_or_path", config.model.name_or_path
         if base := _base_beside(Path(config.model.name_or_path)):
             yield "the base of model.name_or_path", base

@@ -86,8 +86,9 @@ def print_inspection(report: dict[str, Any], console: Console | None = None) -> 
         state.add_row(name, Text(_show(value)))
     console.print(state)
     metrics = Table(title="Last metrics", title_justify="left")
-    for name, justify in (("metric", "left"), ("value", "right"), ("step", "right")):
-        metrics.add_column(name, justify=justify)
+    metrics.add_column("metric")
+    metrics.add_column("value", justify="right")
+    metrics.add_column("step", justify="right")
     for name, entry in report["metrics"].items():
         metrics.add_row(*_metric(name, entry["value"]), _show(entry["step"]))
     console.print(metrics)

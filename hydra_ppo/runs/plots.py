@@ -106,7 +106,8 @@ def plot_run(folder: Path) -> list[Path]:
 
 
 def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    steps, values = [], []
+    steps: list[float] = []
+    values: list[float] = []
     for record in records:
         value = record.get(name)
         if isinstance(value, int | float) and math.isfinite(value):

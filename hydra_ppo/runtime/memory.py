@@ -20,7 +20,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensor storages that are alive: each once, from its first use until it dies."""
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self.bytes = 0
         self.peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()

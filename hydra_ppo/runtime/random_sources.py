@@ -18,9 +18,10 @@ def capture(generators: Mapping[str, torch.Generator]) -> tuple[dict[str, Tensor
     tensors["torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    name, keys, place, has_gauss, gauss = numpy.random.get_state()
-    tensors["numpy"] = torch.from_numpy(keys.astype("int64"))
-    return tensors, {"numpy": [name, place, has_gauss, gauss], "python": random.getstate()}
+    found = numpy.random.get_state(legacy=False)
+    tensors["numpy"] = torch.from_numpy(found["state"]["key"].astype("int64"))
+    others = [found["bit_generator"], found["state"]["pos"], found["has_gauss"], found["gauss"]]
+    return tensors, {"numpy": others, "python": random.getstate()}
 
 
 def restore(tensors: Mapping[str, Tensor], values: Mapping[str, Any], generators: Mapping[str, torch.Generator]) -> None:

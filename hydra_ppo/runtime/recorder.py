@@ -35,7 +35,11 @@ class Silent:
     @contextmanager
     def progress(self, total: int, description: str) -> Iterator[Callable[[int, str], None]]:
         """Show nothing."""
-        yield lambda n, text="": None
+
+        def advance(n: int, text: str = "") -> None:
+            pass
+
+        yield advance
 
     def note(self, text: str) -> None:
         """Drop it."""

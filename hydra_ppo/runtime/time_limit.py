@@ -35,9 +35,9 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     if seconds is None:
         yield
         return
-    main = threading.main_thread()
-    if threading.current_thread() is not main:
+    if threading.current_thread() is not threading.main_thread():
         raise ConfigError(f"reward.time_limit={seconds} needs the main thread of the process; train there, or set it to null.")
+    main = threading.get_ident()
     done = threading.Event()
 
     def ring(number: int, frame: FrameType | None) -> None:
@@ -47,7 +47,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     def watch() -> None:
         if done.wait(seconds):
             return
-        signal.pthread_kill(main.ident, SIGNAL)
+        signal.pthread_kill(main, SIGNAL)
         if done.wait(GRACE):
             return
         print(f"a call took over {seconds:g} s and cannot be interrupted; the process ends.", file=sys.stderr, flush=True)

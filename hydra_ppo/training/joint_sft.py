@@ -32,6 +32,7 @@ from hydra_ppo.runtime.host_memory import keep_freed_memory
 from hydra_ppo.runtime.interruption import StopRequested, check_stop
 from hydra_ppo.runtime.memory import PhaseMemory
 from hydra_ppo.runtime.recorder import Recorder, Silent
+from hydra_ppo.training.metrics import Metrics, measured
 from hydra_ppo.training.optim import (
     build_optimizer,
     check_finite,
@@ -110,7 +111,7 @@ class JointSFTTrainer:
         self.limits = Limits({"microbatch_size": config.microbatch_size}, model.device, lambda text: self.run.note(text))
         self.done = 0
         self.seconds = 0.0
-        self.best: dict[str, float | None] = {}
+        self.best: Metrics = {}
         self.best_step: int | None = None
 
     def train(self) -> dict[str, Any]:
@@ -141,7 +142,7 @@ class JointSFTTrainer:
             **self.best,
         }
 
-    def _whole_step(self, step: int, rows: Sequence[PreferenceRow]) -> dict[str, float | None]:
+    def _whole_step(self, step: int, rows: Sequence[PreferenceRow]) -> Metrics:
         """Do the step after `step` others, evaluate, log and save where due."""
         begun = time.perf_counter()
         with self.memory.step(step, state_tensors(self.optimizer)):
@@ -152,7 +153,7 @@ class JointSFTTrainer:
         best = False
         if evaluated:
             metrics |= (found := self.evaluate())
-            if best := self.best_step is None or found["eval/loss"] < self.best["eval/loss"]:
+            if best := self.best_step is None or measured(found, "eval/loss") < measured(self.best, "eval/loss"):
                 self.best, self.best_step = found, self.done
                 self.save_best()
         self.seconds += time.perf_counter() - begun
@@ -160,13 +161,18 @@ class JointSFTTrainer:
             self.run.log(self.done, metrics | self.memory.metrics())
         due = self.config.run.save_every > 0 and self.done % self.config.run.save_every == 0
         if last or due or (best and self.config.run.keep_best > 0):
-            self.save(-metrics["eval/loss"] if evaluated else None)
+            self.save(-measured(metrics, "eval/loss") if evaluated else None)
         return metrics
 
     @property
     def position(self) -> Position:
         """Steps done, and 0: a step here is one optimizer step."""
         return self.done, 0
+
+    @property
+    def sampled(self) -> int:
+        """Steps done; nothing is sampled."""
+        return self.done
 
     def state(self) -> TrainerState:
         """Return all that `load` needs, beside what is trained, to go on from `position` bit for bit."""
@@ -208,7 +214,7 @@ class JointSFTTrainer:
                 done += 1
                 yield [self.train_rows[i] for i in order[start : start + self.config.batch_size]]
 
-    def step(self, step: int, rows: Sequence[PreferenceRow]) -> dict[str, float | None]:
+    def step(self, step: int, rows: Sequence[PreferenceRow]) -> Metrics:
         """Take one optimizer step; the result does not depend on the micro-batch size.
 
         Raises:
@@ -228,7 +234,7 @@ class JointSFTTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler = fresh_scaler(self.scaler, self.model.device)
 
-    def _step(self, step: int, rows: Sequence[PreferenceRow], microbatch_size: int) -> dict[str, float | None]:
+    def _step(self, step: int, rows: Sequence[PreferenceRow], microbatch_size: int) -> Metrics:
         config = self.config
         self.model.train()
         tokens = sum(len(row.chosen_ids) for row in rows)
@@ -267,7 +273,7 @@ class JointSFTTrainer:
         self.on_phase(phase)
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float | None]:
+    def evaluate(self) -> Metrics:
         """Return held-out perplexity (per response token, None without SFT), pair accuracy (None without reward) and loss."""
         self.model.eval()
         rows = self.eval_rows

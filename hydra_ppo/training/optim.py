@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from hydra_ppo.config.settings import OptimizerSettings
@@ -123,5 +123,6 @@ def load_optimizer(
 def rates_until(settings: OptimizerSettings, total_steps: int, done: int) -> list[float]:
     """Return the factors of the learning rate in the first `done` steps of a run of `total_steps`."""
     _, schedule = build_optimizer([({"p": nn.Parameter(torch.zeros(()))}, 1.0)], settings, total_steps)
+    assert isinstance(schedule, LambdaLR)  # as all of transformers' schedules named in the settings are
     (factor,) = schedule.lr_lambdas
     return [factor(step) for step in range(done)]

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from hydra_ppo.experience import Experience
+from hydra_ppo.experience import ScoredExperience
 from hydra_ppo.functional import masked_mean
+from hydra_ppo.training.metrics import Metrics
 
 POLICY = ("policy/loss", "policy/approx_kl", "policy/clip_frac", "policy/ratio", "policy/entropy", "policy/grad_norm")
 VALUE = ("value/loss", "value/clip_frac", "value/grad_norm")
@@ -20,12 +21,9 @@ COMPARED = (
 
 
 def rollout_metrics(
-    experience: Experience, raw: Sequence[float], shaped: Sequence[float], kl_coef: float, eos_ids: Sequence[int]
-) -> dict[str, float | None]:
+    experience: ScoredExperience, raw: Sequence[float], shaped: Sequence[float], kl_coef: float, eos_ids: Sequence[int]
+) -> Metrics:
     """Return what the rollout shows, with one wait for the device."""
-    assert experience.old_logprobs is not None
-    assert experience.ref_logprobs is not None
-    assert experience.old_values is not None
     rows = len(experience)
     kl = (experience.old_logprobs - experience.ref_logprobs).sum() / rows
     surprise = -experience.old_logprobs.sum() / rows
@@ -76,7 +74,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def mean_of(rows: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, float | None]:
+def mean_of(rows: Sequence[Sequence[float]], names: Sequence[str]) -> Metrics:
     """Average per-minibatch statistics; None where there were none."""
     if not rows:
         return dict.fromkeys(names)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
+from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.data.rows import PromptRow
-from hydra_ppo.experience import Experience
-from hydra_ppo.rewards.scorer import RunningMoments
+from hydra_ppo.experience import FinishedExperience
+from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.rewards.scorer import RunningMoments, Scorer
 from hydra_ppo.rollout.collect import score
-from hydra_ppo.runs.checkpoint import TrainerState
+from hydra_ppo.runs.checkpoint import Position, TrainerState
 from hydra_ppo.runtime import random_sources
+from hydra_ppo.runtime.exhaustion import Limits
+from hydra_ppo.training.metrics import Metrics
 from hydra_ppo.training.optim import load_optimizer, save_optimizer
-
-if TYPE_CHECKING:
-    from hydra_ppo.training.ppo import PPOTrainer
 
 
 class PromptBatches:
@@ -61,8 +63,8 @@ class PartialStep:
         seconds: spent on the step by processes before this one.
     """
 
-    experience: Experience
-    metrics: dict[str, float | None] = field(default_factory=dict)
+    experience: FinishedExperience
+    metrics: Metrics = field(default_factory=dict)
     optimizer_steps: int = 0
     actor_stats: list[Tensor] = field(default_factory=list)
     critic_stats: list[Tensor] = field(default_factory=list)
@@ -82,86 +84,137 @@ class Totals:
     best_score: float | None = None
 
 
-def capture_sources(trainer: PPOTrainer) -> TrainerState:
-    """Return all that a step changes beside parameters and optimizer: random sources, prompts left, running statistics."""
-    tensors, randoms = random_sources.capture({"sampler": trainer.generator, "shuffler": trainer.shuffler})
-    values = {
-        "random": randoms,
-        "pending": list(getattr(trainer.batches, "pending", [])),
-        "kl_coef": trainer.kl_coef,
-        "moments": asdict(trainer.scorer.moments),
-    }
-    return TrainerState(tensors, values)
+@dataclass
+class PPOState:
+    """All that a run changes beside adapters and heads.
 
-
-def save_state(trainer: PPOTrainer, sources: TrainerState, seconds: float) -> TrainerState:
-    """Return the state of a run that stands where `sources` were captured, parameters as of the last optimizer step.
-
-    Args:
-        sources: from the start of the step, or from the start of its updates where those have begun.
-        seconds: spent on the step so far.
+    Attributes:
+        optimizer, schedule, scaler: of actor and critic.
+        names: of the trained parameters, by id.
+        limits: how much is computed at once.
+        sampler, shuffler: draw tokens, and the order of rows.
+        batches: gives the prompts of each step.
+        scorer: keeps running statistics of the scores.
+        kl_coef: as it is now.
+        done: steps done.
+        partial: the step that is being updated on, None outside of the updates.
+        totals: sums over the steps done.
+        sources: what `capture` found when the step began, or its updates where those have begun.
     """
-    optimizer, schedule = save_optimizer(trainer.optimizer, trainer.schedule, trainer.parameter_names)
-    tensors = {f"optimizer.{k}": v for k, v in optimizer.items()} | {f"random.{k}": v for k, v in sources.tensors.items()}
-    values: dict[str, Any] = {
-        "done": trainer.done,
-        "sources": sources.values,
-        "schedule": schedule,
-        "scaler": trainer.scaler.state_dict(),
-        "totals": asdict(trainer.totals),
-        "limits": trainer.limits.sizes,
-        "partial": None,
-    }
-    if (part := trainer.partial) is not None:
-        found, lengths = _pack(part.experience)
-        tensors |= {f"experience.{name}": tensor for name, tensor in found.items()}
-        values["partial"] = {
-            "lengths": lengths,
-            "metrics": part.metrics,
-            "optimizer_steps": part.optimizer_steps,
-            "actor_stats": [row.tolist() for row in part.actor_stats],
-            "critic_stats": [row.tolist() for row in part.critic_stats],
-            "stopped": part.stopped,
-            "seconds": part.seconds + seconds,
+
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    scaler: torch.amp.GradScaler
+    names: Mapping[int, str]
+    limits: Limits
+    sampler: torch.Generator
+    shuffler: torch.Generator
+    batches: Iterator[list[PromptRow]]
+    scorer: Scorer
+    kl_coef: float
+    done: int = 0
+    partial: PartialStep | None = None
+    totals: Totals = field(default_factory=Totals)
+    sources: TrainerState = field(default_factory=TrainerState)
+
+    @property
+    def position(self) -> Position:
+        """Steps done, and optimizer steps done of the next one."""
+        return self.done, 0 if self.partial is None else self.partial.optimizer_steps
+
+    def capture(self) -> None:
+        """Note all that a step changes beside parameters and optimizer: random sources, prompts left, running statistics."""
+        tensors, randoms = random_sources.capture(self._generators())
+        values = {
+            "random": randoms,
+            "pending": list(self.batches.pending) if isinstance(self.batches, PromptBatches) else [],
+            "kl_coef": self.kl_coef,
+            "moments": asdict(self.scorer.moments),
         }
-    return TrainerState(tensors, values)
+        self.sources = TrainerState(tensors, values)
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        return {"sampler": self.sampler, "shuffler": self.shuffler}
+
+    def save(self, seconds: float) -> TrainerState:
+        """Return the state of a run that stands where `capture` was called, parameters as of the last optimizer step.
+
+        Args:
+            seconds: spent on the step so far.
+        """
+        optimizer, schedule = save_optimizer(self.optimizer, self.schedule, self.names)
+        tensors = {f"optimizer.{k}": v for k, v in optimizer.items()}
+        tensors |= {f"random.{k}": v for k, v in self.sources.tensors.items()}
+        values: dict[str, Any] = {
+            "done": self.done,
+            "sources": self.sources.values,
+            "schedule": schedule,
+            "scaler": self.scaler.state_dict(),
+            "totals": asdict(self.totals),
+            "limits": self.limits.sizes,
+            "partial": None,
+        }
+        if (part := self.partial) is not None:
+            found, lengths = _pack(part.experience)
+            tensors |= {f"experience.{name}": tensor for name, tensor in found.items()}
+            values["partial"] = {
+                "lengths": lengths,
+                "metrics": part.metrics,
+                "optimizer_steps": part.optimizer_steps,
+                "actor_stats": [row.tolist() for row in part.actor_stats],
+                "critic_stats": [row.tolist() for row in part.critic_stats],
+                "stopped": part.stopped,
+                "seconds": part.seconds + seconds,
+            }
+        return TrainerState(tensors, values)
+
+    def load(self, saved: TrainerState, model: HydraModel, rollout: RolloutSettings) -> None:
+        """Bring the state of a fresh run to a saved one.
+
+        Args:
+            model: holds the saved adapters and heads.
+            rollout: as the run has it; its score_batch_size gives way to what has fitted into memory.
+        """
+        values, tensors = saved.values, saved.groups()
+        load_optimizer(self.optimizer, self.schedule, self.names, tensors.get("optimizer", {}), values["schedule"])
+        self.scaler.load_state_dict(values["scaler"])
+        self.done = values["done"]
+        self.totals = Totals(**values["totals"])
+        self.limits.sizes |= values["limits"]
+        sources = values["sources"]
+        self.kl_coef = sources["kl_coef"]
+        self.scorer.moments = RunningMoments(**sources["moments"])
+        if isinstance(self.batches, PromptBatches):
+            self.batches.pending = list(sources["pending"])
+        fitting = replace(rollout, score_batch_size=self.limits.sizes["rollout.score_batch_size"])
+        self.partial = _partial(model, fitting, values["partial"], tensors.get("experience", {}))
+        # Last, since what comes before may draw random numbers.
+        random_sources.restore(tensors["random"], sources["random"], self._generators())
+        self.capture()
 
 
-def load_state(trainer: PPOTrainer, state: TrainerState) -> None:
-    """Bring a fresh trainer, whose model holds the saved adapters and heads, to a saved state."""
-    values, tensors = state.values, state.groups()
-    load_optimizer(
-        trainer.optimizer, trainer.schedule, trainer.parameter_names, tensors.get("optimizer", {}), values["schedule"]
-    )
-    trainer.scaler.load_state_dict(values["scaler"])
-    trainer.done = values["done"]
-    trainer.totals = Totals(**values["totals"])
-    trainer.limits.sizes |= values["limits"]
-    sources = values["sources"]
-    trainer.kl_coef = sources["kl_coef"]
-    trainer.scorer.moments = RunningMoments(**sources["moments"])
-    trainer.batches.pending = list(sources["pending"])
-    trainer.partial = _partial(trainer, values["partial"], tensors.get("experience", {}))
-    # Last, since what comes before may draw random numbers.
-    generators = {"sampler": trainer.generator, "shuffler": trainer.shuffler}
-    random_sources.restore(tensors["random"], sources["random"], generators)
-
-
-def _partial(trainer: PPOTrainer, saved: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -> PartialStep | None:
+def _partial(
+    model: HydraModel, rollout: RolloutSettings, saved: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]
+) -> PartialStep | None:
     if saved is None:
         return None
-    device = trainer.model.device
-    experience = Experience(**{name: tensor.to(device) for name, tensor in tensors.items()}, **saved["lengths"])
-    if trainer.model.trunk is not None:  # large, and what the same pass gives again
-        again = score(trainer.model, experience, trainer.rollout_settings())
-        experience = experience.with_tensors(trunk=again.trunk)
-    stats = {name: [torch.tensor(row, device=device) for row in saved[name]] for name in ("actor_stats", "critic_stats")}
-    kept = {name: saved[name] for name in ("metrics", "optimizer_steps", "stopped", "seconds")}
-    return PartialStep(experience, **kept, **stats)
+    parts: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+    experience = FinishedExperience(**parts, **saved["lengths"])
+    if model.trunk is not None:  # large, and what the same pass gives again
+        experience = experience.with_trunk(score(model, experience, experience.old_logprobs, rollout).trunk)
+    return PartialStep(
+        experience,
+        metrics=saved["metrics"],
+        optimizer_steps=saved["optimizer_steps"],
+        actor_stats=[torch.tensor(row, device=model.device) for row in saved["actor_stats"]],
+        critic_stats=[torch.tensor(row, device=model.device) for row in saved["critic_stats"]],
+        stopped=saved["stopped"],
+        seconds=saved["seconds"],
+    )
 
 
-def _pack(experience: Experience) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+def _pack(experience: FinishedExperience) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     """Return the tensors of an experience but for the trunk, and its lengths."""
-    values = {item.name: getattr(experience, item.name) for item in fields(experience)}
+    values = experience.parts()
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor) and name != "trunk"}
     return tensors, {name: values[name] for name in ("prompt_lengths", "response_lengths")}

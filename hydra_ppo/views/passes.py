@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hydra_ppo.compute.padding import pad_on_the_right
-
-if TYPE_CHECKING:
-    from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.model.hydra import HydraModel
 
 
 class Passes:
@@ -53,7 +51,7 @@ class Passes:
         return rows.restore(self._run(role, rows.input_ids, rows.lengths, positions))
 
     def _run(self, role: str, ids: Tensor, lengths: Tensor, positions: Tensor | None) -> Tensor:
-        options = {} if positions is None else {"position_ids": positions}
+        options: dict[str, Any] = {} if positions is None else {"position_ids": positions}
         shared = self.model.roles["reference"].adapter == self.model.roles["reward"].adapter
         if role not in ("reference", "reward") or not shared:
             with self.model.role(role):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,24 @@ from transformers.modeling_outputs import (
 )
 
 from hydra_ppo.errors import RoleError
+from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.views.lazy_logits import LazyLogits
 from hydra_ppo.views.passes import Passes
 
-if TYPE_CHECKING:
-    from hydra_ppo.model.hydra import HydraModel
-
-
 ROLES = ("actor", "reference", "critic", "reward")
+KEPT = "role views"
+
+
+def role_views(model: HydraModel) -> Views:
+    """Return the roles of a model as Hugging Face models, for code that expects four; the same objects each time.
+
+    Raises:
+        RoleError: when the model is not at stage `ppo`.
+    """
+    if KEPT not in model.kept:
+        model.kept[KEPT] = Views(model)
+    found: Views = model.kept[KEPT]
+    return found
 
 
 class Views(Mapping[str, "RoleView"]):
@@ -44,8 +54,8 @@ class Views(Mapping[str, "RoleView"]):
     def __init__(self, model: HydraModel) -> None:
         if missing := [role for role in ROLES if role not in model.roles]:
             raise RoleError(
-                f"views() needs the role {missing[0]!r}, which does not exist at stage {model.train_stage!r}; build the model "
-                "with train='ppo'."
+                f"role_views() needs the role {missing[0]!r}, which does not exist at stage {model.train_stage!r}; build the "
+                "model with train='ppo'."
             )
         passes = Passes(model)
         self.actor = CausalView(passes, "actor")
@@ -126,7 +136,7 @@ class View(nn.Module):
                 "loaded: HydraModel.from_pretrained(..., dtype=...)."
             )
         if after.device != before.device:
-            self.hydra._apply(fn)
+            cast(Any, self.hydra)._apply(fn)  # torch leaves it without types
         return self
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
@@ -170,7 +180,7 @@ class BackboneView(View):
         _refuse(others)
         hidden = self.passes.hidden_states(self.role, input_ids, attention_mask, position_ids)
         states = LastHiddenState(hidden, len(self.hydra.architecture.layers)) if output_hidden_states else None
-        output = BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states)
+        output = BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=cast(Any, states))
         return (hidden,) if return_dict is False else output
 
 
@@ -241,6 +251,7 @@ class CausalView(RoleView):
         super().__init__(passes, role)
         self.generation_config = deepcopy(self.hydra.causal_lm.generation_config)
         self._disabled = False
+        self._reference = (BackboneView(passes, "reference"),)  # in a tuple: no submodule of this view
 
     def forward(
         self,
@@ -268,13 +279,13 @@ class CausalView(RoleView):
         Raises:
             RoleError: for caches, embeddings as inputs, and what else a view does not do.
         """
-        backbone = (self.hydra.views().reference if self._disabled else self).backbone
+        backbone = self._reference[0] if self._disabled else self.backbone
         found = backbone(input_ids, attention_mask, position_ids, output_hidden_states, **others)
         logits = LazyLogits(found.last_hidden_state, self.hydra.architecture.lm_head())
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=found.hidden_states)
+        output = CausalLMOutputWithPast(loss=loss, logits=cast(Any, logits), hidden_states=found.hidden_states)
         if return_dict is False:
             return tuple(part for part in (loss, logits, found.hidden_states) if part is not None)
         return output
@@ -283,7 +294,7 @@ class CausalView(RoleView):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Sample as `transformers.GenerationMixin.generate` does; arguments and results are its own."""
         self.passes.forget()
-        causal_lm = self.hydra.causal_lm
+        causal_lm: Any = self.hydra.causal_lm  # generate() is not a part of every PreTrainedModel
         # Not as an argument, which would not go together with others: it is where defaults come from.
         before, causal_lm.generation_config = causal_lm.generation_config, self.generation_config
         try:
@@ -296,7 +307,7 @@ class CausalView(RoleView):
         return True
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return self.hydra.causal_lm.prepare_inputs_for_generation(*args, **kwargs)
+        return cast(Any, self.hydra.causal_lm).prepare_inputs_for_generation(*args, **kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -367,7 +378,7 @@ def _register(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
     for parent in parents:
         if parent not in module._modules:
             module.add_module(parent, nn.Module())
-        module = module._modules[parent]
+        module = module.get_submodule(parent)
     module.register_parameter(name, parameter)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hydra_ppo.compute.logprobs import LMHead, token_logprobs
-from hydra_ppo.profiling.benchmarks import measure
+from hydra_ppo.profiling.benchmarks.measure import measure
 
 HIDDEN, TOKENS = 512, 512
 ROUNDS = {32_000: 7, 128_256: 3}

@@ -5,25 +5,21 @@ Tokens are response tokens, as in the trainer's own tokens per second; so the th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hydra_ppo.config.settings import DataSettings, ModelSettings, OptimizerSettings, PPOConfig, RolloutSettings, RunSettings
-from hydra_ppo.data.rows import PromptRow
-from hydra_ppo.experience import Experience
-from hydra_ppo.model.hydra import HydraModel
-from hydra_ppo.profiling.benchmarks import measure
+from hydra_ppo.config.settings import OptimizerSettings, RolloutSettings
+from hydra_ppo.experience import FinishedExperience, ScoredExperience
+from hydra_ppo.profiling.benchmarks.measure import measure
+from hydra_ppo.profiling.benchmarks.trainers import endless_llama, make_trainer, random_model, random_prompts
 from hydra_ppo.rollout.collect import collect_experience, score
 from hydra_ppo.rollout.sampling import Samples, sample
 from hydra_ppo.training.optim import state_tensors
-from hydra_ppo.training.ppo import PPOTrainer, with_advantages
+from hydra_ppo.training.ppo_update import with_advantages
 
 TOLERANCE = 1e-4
 """Absolute, nats, between log-probs from the KV cache and from one pass, both in fp32."""
@@ -54,56 +50,49 @@ class Step:
     """
 
     def __init__(self, sizes: Sizes) -> None:
-        torch.manual_seed(0)
-        self.model = HydraModel.from_config(
-            LlamaConfig(
+        self.model = random_model(
+            endless_llama(
                 vocab_size=sizes.vocabulary,
                 hidden_size=sizes.hidden,
                 intermediate_size=4 * sizes.hidden,
                 num_hidden_layers=sizes.layers,
                 num_attention_heads=4,
                 max_position_embeddings=sizes.prompt_tokens + sizes.response_tokens,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-            ),
-            device="cpu",
+            )
         )
         self.model.enable_checkpointing()
-        self.model.reward_head_trained = True  # its scores need no meaning here, and the trainer asks
-        self.config = PPOConfig(
-            model=ModelSettings(name_or_path="unused"),
-            data=DataSettings(train="unused"),
-            run=RunSettings(output="unused", memory="never"),
-            rollout=RolloutSettings(
-                batch_size=sizes.prompts, max_new_tokens=sizes.response_tokens, score_batch_size=sizes.microbatch
-            ),
+        self.prompts = random_prompts(sizes.vocabulary, sizes.prompt_tokens, sizes.prompts)
+        self.trainer = make_trainer(
+            self.model,
+            self.prompts,
+            RolloutSettings(batch_size=sizes.prompts, max_new_tokens=sizes.response_tokens, score_batch_size=sizes.microbatch),
             optimizer=OptimizerSettings(learning_rate=1e-5),
             ppo_epochs=1,
             minibatch_size=sizes.prompts,
             microbatch_size=sizes.microbatch,
         )
-        ids = torch.randint(3, sizes.vocabulary, (sizes.prompts, sizes.prompt_tokens)).tolist()
-        self.prompts: Sequence[Sequence[int]] = ids
-        self.trainer = PPOTrainer(self.model, _tokenizer(), self.config, [PromptRow("", tuple(row)) for row in ids])
-        self.eos_ids = [sizes.vocabulary]  # a token that there is not, so that all responses are of full length
+        self.config = self.trainer.config
         self.experience = self.collect()
 
-    def collect(self) -> Experience:
+    def collect(self) -> FinishedExperience:
         """Sample and score, and fill in the advantages."""
         found = collect_experience(
-            self.model, self.prompts, self.config.rollout, eos_ids=self.eos_ids, pad_id=0, generator=_generator()
+            self.model,
+            self.prompts,
+            self.config.rollout,
+            eos_ids=self.trainer.eos_ids,
+            pad_id=self.trainer.pad_id,
+            generator=_generator(),
         )
-        assert found.scores is not None
         return with_advantages(found, found.scores, self.config, self.config.kl.coef)
 
     def sample(self) -> Samples:
         """Sample the responses: always the same."""
-        return sample(self.model, self.prompts, self.config.rollout, self.eos_ids, _generator())
+        return sample(self.model, self.prompts, self.config.rollout, self.trainer.eos_ids, _generator())
 
-    def score(self) -> Experience:
+    def score(self) -> ScoredExperience:
         """Do the two scoring passes over responses that are there already."""
-        return score(self.model, self.experience, self.config.rollout)
+        return score(self.model, self.experience, self.experience.old_logprobs, self.config.rollout)
 
     def update(self) -> dict[str, float | None]:
         """Do forward and backward passes of actor and critic, and one optimizer step."""
@@ -111,7 +100,7 @@ class Step:
 
     def alive(self) -> list[Tensor]:
         """Return the tensors that outlive a phase: model, optimizer state, experience."""
-        held = [*self.model.parameters(), *self.model.buffers(), *state_tensors(self.trainer.optimizer)]
+        held = [*self.model.parameters(), *self.model.buffers(), *state_tensors(self.trainer.progress.optimizer)]
         return held + [value for value in vars(self.experience).values() if isinstance(value, Tensor)]
 
 
@@ -146,11 +135,3 @@ def test_phase(benchmark: Any, step: Step, phase: str) -> None:
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Return one that knows the special tokens, which is all that the trainer asks of it here."""
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<eos>")), pad_token="<pad>", eos_token="<eos>"
-    )

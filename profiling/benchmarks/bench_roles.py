@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from hydra_ppo.config.settings import LoraSettings
 from hydra_ppo.model.hydra import HydraModel
-from hydra_ppo.profiling.benchmarks import measure
+from hydra_ppo.profiling.benchmarks.measure import measure
 
 LAYERS, RANK = 8, 16
 ROLES = ("actor", "critic")

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hydra_ppo.cli.main import BAD_INPUT, DONE
 from hydra_ppo.errors import DataError
 
 MIB = 2**20
@@ -146,10 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary = read(options.bench_json)
     except DataError as error:
         print(error, file=sys.stderr)
-        return 2
+        return BAD_INPUT
     summary.save(options.output)
     Console().print(draw(summary))
-    return 0
+    return DONE
 
 
 def _rows(benchmark: dict[str, Any]) -> list[Row]:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
-from hydra_ppo.profiling.measuring.record import Record
+from hydra_ppo.profiling.measuring.record import Record, versions
 from hydra_ppo.profiling.reporting.report import format_bytes, print_record
 from hydra_ppo.profiling.workload import Workload
-
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def profile(
@@ -137,8 +133,3 @@ def plan(workload: Workload, memory: int, margin: int | None, count: int, output
         write_yaml(plans[0], output)
         console.print(f"Written to {output}; fill in model, data and output, then: hydra-ppo ppo {output}", highlight=False)
     return 0 if plans else 3
-
-
-def versions() -> dict[str, Any]:
-    """Return the versions that a measurement depends on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hydra_ppo.profiling.learning.compare import Outcome, by_setting, mean, standard_error
+from hydra_ppo.profiling.reporting.figures import blank, clean, save
 
 COLOUR = "#332288"
 SEED_COLOUR = "#88ccee"
@@ -18,9 +18,7 @@ QUIET = {"color": "#555555", "linestyle": "--", "linewidth": 1.0}
 
 def draw_trunks(outcomes: Sequence[Outcome], path: Path) -> Path:
     """Draw gold score after PPO and win rate over `trunk_layers`, means with standard errors over seeds; return `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    trunk_figure(outcomes).savefig(path)
-    return path
+    return save(trunk_figure(outcomes), path)
 
 
 def trunk_figure(outcomes: Sequence[Outcome]) -> Figure:
@@ -30,9 +28,7 @@ def trunk_figure(outcomes: Sequence[Outcome]) -> Figure:
         outcomes: of one method, at least one.
     """
     groups = {trunk: rows for (_, trunk), rows in sorted(by_setting(outcomes).items())}
-    # The Figure class draws without pyplot, whose backend and state belong to the caller.
-    figure = Figure(figsize=(8.0, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(8.0, 3.6)
     panels = (
         ("gold_after", "gold score after PPO", mean([row.gold_before for row in outcomes]), "before PPO"),
         ("win_rate", "win rate against the SFT policy", 0.5, "a tie"),
@@ -51,8 +47,7 @@ def trunk_figure(outcomes: Sequence[Outcome]) -> Figure:
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("trunk_layers: lowest layers without adapters", fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_axisbelow(True)
+        clean(axes)
     seeds = len({row.seed for row in outcomes})
     figure.suptitle(f"{outcomes[0].method}: mean and standard error over {seeds} seeds, light points are the seeds", fontsize=9)
     return figure

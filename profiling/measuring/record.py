@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,21 @@ PHASES = ("load", "rollout", "score", "update-actor", "update-critic", "optimize
 
 SHARED = "shared"
 """Role of what belongs to no single role: the base of Hydra, the experience."""
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+"""Those whose versions a measurement depends on, beside Python's."""
+
+
+def versions(*others: str) -> dict[str, str | None]:
+    """Return the versions of Python, of `PACKAGES` and of others; None where a package is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in (*PACKAGES, *others):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
 
 FORMAT = 1
 
@@ -154,7 +171,7 @@ class Record:
     """
 
     profiles: list[Profile]
-    versions: dict[str, str]
+    versions: dict[str, str | None]
 
     def save(self, path: Path) -> None:
         """Write the record as JSON."""

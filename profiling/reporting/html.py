@@ -105,10 +105,10 @@ def _settings_table(profiles: Sequence[Profile]) -> Table:
     return table
 
 
-def _versions_table(versions: Mapping[str, str]) -> Table:
+def _versions_table(versions: Mapping[str, str | None]) -> Table:
     table = Table("package", "version", title=Text("Versions"))
     for name, version in versions.items():
-        table.add_row(Text(name), Text(version))
+        table.add_row(Text(name), Text(version or "not installed"))
     return table
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from textwrap import fill
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from hydra_ppo.errors import DataError
 from hydra_ppo.profiling.measuring.record import KINDS, Profile, Timeline
+from hydra_ppo.profiling.reporting.figures import blank, clean, save
 from hydra_ppo.profiling.reporting.report import format_bytes, kinds_at_peak, source, unit_for, unit_text
 
 # Paul Tol's muted scheme, with a blue; neighbours in the stack differ in lightness too.
@@ -44,7 +44,7 @@ def draw_timeline(profile: Profile, path: Path) -> Path:
     Raises:
         DataError: when the profile has no timeline.
     """
-    return _save(timeline_figure(profile), path)
+    return save(timeline_figure(profile), path)
 
 
 def draw_comparison(profiles: Sequence[Profile], path: Path) -> Path:
@@ -53,7 +53,7 @@ def draw_comparison(profiles: Sequence[Profile], path: Path) -> Path:
     Raises:
         DataError: when there is no profile, or kinds do not add up to their peak.
     """
-    return _save(comparison_figure(profiles), path)
+    return save(comparison_figure(profiles), path)
 
 
 def timeline_figure(profile: Profile) -> Figure:
@@ -65,11 +65,11 @@ def timeline_figure(profile: Profile) -> Figure:
     runs = _runs(timeline, len(totals))
     name, unit = unit_for([*totals, profile.floor_bytes])
 
-    figure = _figure(4.8)
+    figure = blank(WIDTH, 4.8)
     phases = list(dict.fromkeys(phase for phase, _, _ in runs))
     axes, strip = figure.subplots(2, sharex=True, height_ratios=(18, max(len(phases), 1)))
-    _clean(axes)
-    _clean(strip)
+    clean(axes)
+    clean(strip)
     kinds = [kind for kind in KINDS if any(timeline.kinds.get(kind, ()))]
     for kind, low, high in _stack(timeline, kinds):
         # Each sample holds until the next, so a phase starts where its first sample does.
@@ -120,9 +120,9 @@ def comparison_figure(profiles: Sequence[Profile]) -> Figure:
     mixed = len(set(sources)) > 1
 
     row_height = 0.8 if mixed else 0.5
-    figure = _figure(1.4 + row_height * len(profiles) + 0.2 * ceil((len(kinds) + 1) / LEGEND_COLUMNS))
+    figure = blank(WIDTH, 1.4 + row_height * len(profiles) + 0.2 * ceil((len(kinds) + 1) / LEGEND_COLUMNS))
     axes = figure.subplots()
-    _clean(axes)
+    clean(axes)
     for row, (profile, sizes) in enumerate(zip(profiles, by_kind, strict=True)):
         left = 0.0
         for kind, size in sizes.items():
@@ -170,24 +170,6 @@ def _stack(timeline: Timeline, kinds: Sequence[str]) -> list[tuple[str, list[int
     return layers
 
 
-def _figure(height: float) -> Figure:
-    # The Figure class draws without pyplot, whose backend and state belong to the caller.
-    figure = Figure(figsize=(WIDTH, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _clean(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-
-
 def _title(axes: Axes, title: str, below: str) -> None:
     axes.set_title(f"{title}\n", loc="left", fontsize=11)
     axes.annotate(below, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=9, color="#444444")
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -10,21 +10,14 @@ from typing import Any
 
 import torch
 
-from hydra_ppo.config.settings import (
-    DataSettings,
-    LoraSettings,
-    ModelSettings,
-    PPOConfig,
-    RolloutSettings,
-    RunSettings,
-    SFTConfig,
-)
+from hydra_ppo.config.settings import LoraSettings, PPOConfig, RolloutSettings, SFTConfig
 from hydra_ppo.data.rows import PreferenceRow, PromptRow
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.loading import DTYPES, base_from_config
 from hydra_ppo.model.roles import Role, Stage
 from hydra_ppo.profiling.subjects.baselines import SeparateModels, build, drop_lm_head
 from hydra_ppo.profiling.subjects.fake import LeapingDecoder, fake_base
+from hydra_ppo.profiling.subjects.stand_ins import NoTokenizer, unused_settings
 from hydra_ppo.profiling.workload import Workload
 from hydra_ppo.rollout.sampling import Decoder, sample
 from hydra_ppo.training.joint_sft import JointSFTTrainer
@@ -112,7 +105,7 @@ class Builder:
         workload = self.workload
         rows = workload.rollout_batch
         settings = PPOConfig(
-            **_common(workload),
+            **unused_settings(),
             rollout=RolloutSettings(batch_size=rows, max_new_tokens=workload.response, score_batch_size=workload.score_batch),
             ppo_epochs=1,
             minibatch_size=workload.minibatch or rows,
@@ -122,20 +115,21 @@ class Builder:
         sampler = partial(sample, lengths=[workload.response] * rows, decoder=decoder)
         # No two alike, where there are tokens enough: a prompt that is sampled from several times is run once.
         prompts = [PromptRow("", _tokens(workload.prompt, row)) for row in range(rows)]
-        trainer = PPOTrainer(model, _NoTokenizer(), settings, prompts, sampler=sampler, on_phase=on_phase)
-        trainer.batches = repeat(prompts)  # in this order: a fake permutation reads as one row again and again
+        # With given lengths no token ends a response, whichever the end token is.
+        trainer = PPOTrainer(model, NoTokenizer(end_token=0), settings, prompts, sampler=sampler, on_phase=on_phase)
+        trainer.progress.batches = repeat(prompts)  # in this order: a fake permutation reads as one row again and again
 
         def warm_up() -> None:
-            _zero_gradients(trainer.optimizer)
-            trainer.optimizer_step()
+            _zero_gradients(trainer.progress.optimizer)
+            trainer.updates.optimizer_step()
 
-        return Subject(trainer.optimizer, partial(trainer.step, 1), warm_up)
+        return Subject(trainer.progress.optimizer, partial(trainer.step, 1), warm_up)
 
     def _reward(self, model: Models, on_phase: Callable[[str], None]) -> Subject:
         workload = self.workload
         full = self.method == "full"
         settings = SFTConfig(
-            **_common(workload),
+            **unused_settings(),
             method="full" if full else "lora",
             adapter="sft" if full else "reward",
             sft_coef=0.0,
@@ -156,14 +150,6 @@ class Builder:
         return Subject(trainer.optimizer, partial(trainer.step, 0, taken), warm_up)
 
 
-def _common(workload: Workload) -> dict[str, Any]:
-    return {
-        "model": ModelSettings(name_or_path=workload.model),
-        "data": DataSettings(train="made up"),
-        "run": RunSettings(output="nowhere", memory="never", progress=False),
-    }
-
-
 def _tokens(count: int, row: int = 0) -> tuple[int, ...]:
     """Return `count` tokens between 3 and 52; the last two spell the number of the row."""
     ending = (3 + row // 50 % 50, 3 + row % 50)
@@ -174,13 +160,3 @@ def _zero_gradients(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-
-
-class _NoTokenizer:
-    """Stands in for a tokenizer: texts do not matter here, and no token ends a response."""
-
-    eos_token_id = 0  # with given lengths no token ends a response
-    pad_token_id = 0
-
-    def batch_decode(self, responses: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
-        return [""] * len(responses)

@@ -9,13 +9,14 @@ import torch
 
 from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.profiling.measuring.capture import capture
+from hydra_ppo.profiling.measuring.clock import PhaseClock
 from hydra_ppo.profiling.measuring.record import Profile
 from hydra_ppo.profiling.measuring.shallow import with_depth
 from hydra_ppo.profiling.measuring.tracker import Tracker
 from hydra_ppo.profiling.reporting.report import format_bytes
 from hydra_ppo.profiling.subjects.subjects import Builder
 from hydra_ppo.profiling.validate.parts import require, shortened
-from hydra_ppo.profiling.validate.speed import PhaseClock, free, weights_made_on
+from hydra_ppo.profiling.validate.speed import free, weights_made_on
 from hydra_ppo.profiling.workload import Workload
 from hydra_ppo.rollout.sampling import sample
 

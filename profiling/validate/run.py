@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from rich.table import Table
 
 from hydra_ppo.cli.main import BAD_INPUT, DONE, FAILED, set_up_output
 from hydra_ppo.errors import ConfigError, HydraError
-from hydra_ppo.profiling.cli.commands import PACKAGES
+from hydra_ppo.profiling.measuring.record import versions
 from hydra_ppo.profiling.validate.parts import Budget, Part, described, require, run_parts, say, verdict
 
 FORMAT = 1
@@ -102,17 +100,6 @@ def describe_machine(device: Any) -> dict[str, Any]:
     return machine
 
 
-def versions() -> dict[str, str | None]:
-    """Return the versions of Python and of what the numbers depend on, None where a package is missing."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in (*PACKAGES, "flash-attn"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def results_table(parts: dict[str, dict[str, Any]]) -> Table:
     """Return one row per part."""
     table = Table(box=box.SIMPLE_HEAD)
@@ -152,7 +139,7 @@ def validate(device: str, output: Path | None, seconds: float) -> int:
         "format": FORMAT,
         "date": now.isoformat(timespec="seconds"),
         "device": machine,
-        "versions": versions(),
+        "versions": versions("flash-attn"),
         "budget_seconds": seconds,
         "memory_goal": GOAL,
     }

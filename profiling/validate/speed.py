@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 
+from hydra_ppo.profiling.measuring.clock import PhaseClock
 from hydra_ppo.profiling.subjects import subjects
 from hydra_ppo.profiling.subjects.subjects import Builder
 from hydra_ppo.profiling.validate.parts import require, shortened
@@ -41,25 +41,6 @@ def weights_made_on(device: torch.device) -> Iterator[None]:
 
     with patch.object(subjects, "base_from_config", on_device):
         yield
-
-
-class PhaseClock:
-    """Listens to phases and keeps the seconds of each, waiting for the device wherever one ends."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-        self._phase = "end"
-        self._begun = 0.0
-
-    def __call__(self, phase: str) -> None:
-        """Begin `phase`; the one before it ends here, and `end` is none."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        if self._phase != "end":
-            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._begun
-        self._phase, self._begun = phase, now
 
 
 def check_speed(workload: Workload, config: Any, device: torch.device, seconds: float) -> dict[str, Any]:

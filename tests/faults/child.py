@@ -20,7 +20,7 @@ PRELOAD = [
 PHASES = {
     "rollout": "rollout.sampling",
     "score": "rollout.collect",
-    "update": "training.ppo",
+    "update": "training.ppo_update",
     "sft-update": "training.joint_sft",
 }
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")

@@ -123,13 +123,13 @@ def test_nan_for_one_token_only(project, capsys, fault):
 
 @pytest.mark.parametrize("where", quick_first(["policy/grad_norm", "policy/loss", "value/loss"], 1))
 def test_nan_in_training(where, project, whole, monkeypatch, capsys, fault):
-    from hydra_ppo.training.ppo import PPOTrainer
+    from hydra_ppo.training.ppo_update import Updates
 
     output = "nan-" + where.replace("/", "-")
     with monkeypatch.context() as patch:
         seen = {"count": 0}
         name = "critic_backward" if where == "value/loss" else "actor_backward"
-        real = getattr(PPOTrainer, name)
+        real = getattr(Updates, name)
 
         def broken(self, micro, count):
             found = real(self, micro, count)
@@ -141,7 +141,7 @@ def test_nan_in_training(where, project, whole, monkeypatch, capsys, fault):
                     found[0] = float("nan")
             return found
 
-        patch.setattr(PPOTrainer, name, broken)
+        patch.setattr(Updates, name, broken)
         assert go(project, output) == 1
     line = last_line(capsys)
     assert line.startswith("step=2 phase=update, optimizer step ")
@@ -168,20 +168,20 @@ def test_nan_in_sft(project, monkeypatch, capsys):
 def test_a_stop_after_nan_does_not_save_it(project, whole, monkeypatch, capsys):
     """A wish to stop that comes between NaN and its detection must not make a checkpoint of it."""
     from hydra_ppo.runtime.interruption import StopRequested
-    from hydra_ppo.training.ppo import PPOTrainer
+    from hydra_ppo.training.ppo_update import Updates
 
     with monkeypatch.context() as patch:
-        step = PPOTrainer.optimizer_step
+        step = Updates.optimizer_step
 
         def broken(self):
             found = step(self)
-            if self.done == 1 and self.partial.optimizer_steps == 1:
+            if self.state.done == 1 and self.state.partial.optimizer_steps == 1:
                 with torch.no_grad():
                     self.actor_parameters[0].fill_(float("nan"))
                 raise StopRequested
             return found
 
-        patch.setattr(PPOTrainer, "optimizer_step", broken)
+        patch.setattr(Updates, "optimizer_step", broken)
         assert go(project, "nan-stop") == 1
     assert "is not finite; it is not saved" in last_line(capsys)
     go_on_and_compare(project, "nan-stop", whole, monkeypatch)

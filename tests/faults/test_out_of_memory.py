@@ -115,12 +115,12 @@ def test_twice_and_the_size_outlives_a_resume(project, monkeypatch):
 
 
 def test_one_row_does_not_fit(project, monkeypatch, capsys):
-    from hydra_ppo.training.ppo import PPOTrainer
+    from hydra_ppo.training.ppo_update import Updates
 
     def never(self, *arguments):
         raise torch.OutOfMemoryError(GPU_TEXT)
 
-    monkeypatch.setattr(PPOTrainer, "critic_backward", never)
+    monkeypatch.setattr(Updates, "critic_backward", never)
     code, folder = run(project, "ppo", "never", **halved())
     assert code == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]

@@ -55,7 +55,7 @@ def stop_at(monkeypatch, number):
             os.kill(os.getpid(), signal.SIGTERM)
         check()
 
-    for module in ("rollout.sampling", "rollout.collect", "training.ppo", "training.joint_sft"):
+    for module in ("rollout.sampling", "rollout.collect", "training.ppo_update", "training.joint_sft"):
         monkeypatch.setattr(f"hydra_ppo.{module}.check_stop", counting)
     return seen
 
@@ -93,7 +93,7 @@ def test_ppo_stopped_between_rollout_and_first_update(project, whole, monkeypatc
         check()
 
     with monkeypatch.context() as patch:
-        patch.setattr("hydra_ppo.training.ppo.check_stop", stop)
+        patch.setattr("hydra_ppo.training.ppo_update.check_stop", stop)
         assert main(arguments) == 0
     assert main(arguments) == 0
     assert_same(tmp_path / "run", whole("ppo", "fp32"))

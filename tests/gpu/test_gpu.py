@@ -147,13 +147,13 @@ def trainer(memory: str = "never", **options) -> PPOTrainer:
 
 def test_fp16_with_a_scaled_loss_stays_finite():
     ppo = trainer(dtype="fp16")
-    assert ppo.scaler.is_enabled()
+    assert ppo.progress.scaler.is_enabled()
     before = {name: p.clone() for name, p in ppo.model.role_parameters("actor").items()}
     for step in range(1, 4):
         metrics = ppo.step(step)
     # A norm of an update that the scaler left out may be infinite; nothing else may.
     assert all(math.isfinite(value) for name, value in metrics.items() if value is not None and "grad_norm" not in name)
-    assert ppo.scaler.get_scale() >= 1
+    assert ppo.progress.scaler.get_scale() >= 1
     after = ppo.model.role_parameters("actor")
     assert all(p.isfinite().all() for p in after.values())
     assert any(not torch.equal(p, before[name]) for name, p in after.items())

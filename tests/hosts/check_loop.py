@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 
 from examples.hosts import loop
+from hydra_ppo import role_views
 from tests.hosts import common
 from tests.hosts.common import Result
 
@@ -37,7 +38,7 @@ def compare(result: Result, views, separate) -> None:
 def patched(result: Result, folder: Path) -> None:
     """Train on views."""
     model = common.hydra_model()
-    views = model.views()
+    views = role_views(model)
     compare(result, views, common.separate_models(model))
     torch.manual_seed(4)
     with common.watch_training(result, model):

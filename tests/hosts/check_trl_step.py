@@ -21,6 +21,7 @@ from trl.trainer import ppo_trainer
 
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.patches.trl import apply
+from hydra_ppo.views.views import role_views
 from tests.hosts import common
 from tests.hosts.common import BOS, EOS, PAD, VOCABULARY, Result, difference
 
@@ -119,7 +120,7 @@ def compare(result: Result, model: HydraModel, applied: Any, separate: dict[str,
         note(result, key, difference(found, expected, masks[0]))
 
     inputs = trainers[0].prepare_model_inputs(queries, responses)
-    scores = model.views().reward(**inputs).logits[:, 0]  # the step below takes the reference's log-probs from this pass
+    scores = role_views(model).reward(**inputs).logits[:, 0]  # the step below takes the reference's log-probs from this pass
     expected_scores = separate["reward"].model(**inputs).last_hidden_state
     last = inputs["attention_mask"].shape[1] - 1 - inputs["attention_mask"].flip(1).argmax(dim=1)
     expected_scores = separate["reward"].score(expected_scores)[torch.arange(ROWS), last, 0]
@@ -130,9 +131,9 @@ def compare(result: Result, model: HydraModel, applied: Any, separate: dict[str,
     stats = []
     for trainer in trainers:
         np.random.seed(0)
-        before = model.views().reference.passes.reused
+        before = role_views(model).reference.passes.reused
         stats.append(trainer.step(queries, responses, list(scores), None if side == "left" else response_masks))
-        assert model.views().reference.passes.reused == before
+        assert role_views(model).reference.passes.reused == before
     for key, title in STATS.items():
         found, expected = (torch.as_tensor(np.asarray(part[key])) for part in stats)
         note(result, title, difference(found, expected))
@@ -229,7 +230,7 @@ def patched(result: Result, folder: Path) -> None:
 
         trainer = PPOTrainer(config(), tokenizer=tokenizer(), **applied)
         with common.watch_training(result, model):
-            train(result, trainer, lambda **batch: model.views().reward(**batch).logits[:, 0])
+            train(result, trainer, lambda **batch: role_views(model).reward(**batch).logits[:, 0])
         known = applied["ref_model"].known
         used = known.used - 2 * ROWS  # less those of two of the comparisons; the others need whole distributions
         result.notes.append(f"reference rows taken from the reward's pass: {used} of {UPDATES * ROWS} in training")
@@ -239,7 +240,7 @@ def patched(result: Result, folder: Path) -> None:
         names = {path.name for path in (folder / "saved").iterdir()}
         assert {"hydra.json", "actor", "critic", "heads.safetensors", "tokenizer.json"} <= names, names
         assert not any(path.stat().st_size > 2**20 for path in (folder / "saved").rglob("*") if path.is_file())
-    result.undone = result.undone and not model.views().reference.passes.observers
+    result.undone = result.undone and not role_views(model).reference.passes.observers
 
 
 def unpatched(result: Result, folder: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.patches import trl, trl_train
 from hydra_ppo.views.lazy_logits import LazyLogits
+from hydra_ppo.views.views import role_views
 from tests.hosts import common
 from tests.hosts.common import EOS, PAD, Result
 
@@ -113,9 +114,9 @@ def compare(result: Result, model: HydraModel) -> None:
     for row, (left, right) in enumerate([(0, 0), (3, 0), (0, 5), (4, 7), (1, 1), (0, RESPONSE - 1)]):
         ids[row, :left] = PAD
         ids[row, ids.shape[1] - right :] = PAD
-    views = dict(model.views())
+    views = dict(role_views(model))
     ours, theirs = numbers(views, ids, 16), numbers(common.separate_models(model), ids, 16)
-    if model.views().actor.passes.reused != 1:
+    if role_views(model).actor.passes.reused != 1:
         result.problems.append("the reward did not use the reference's pass")
     real = ids[:, 16:] != PAD
     for name, expected in theirs.items():

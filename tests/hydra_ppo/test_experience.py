@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hydra_ppo.experience import Experience, split_by_length
+from hydra_ppo.experience import Experience, FinishedExperience, ScoredExperience, split_by_length
 from tests.families import PROMPTS, RESPONSES, experience
 
 
@@ -35,13 +35,17 @@ def test_positions_by_hand():
 
 @pytest.mark.parametrize("rows", [[0], [1, 2], [2, 0], [0, 1, 2]])
 def test_selected_rows_are_cut_to_size_and_keep_their_tokens(rows):
-    batch = experience().with_tensors(old_values=torch.arange(18.0).view(3, 6), scores=torch.arange(3.0))
+    values = torch.arange(18.0).view(3, 6)
+    known = {"old_logprobs": -values, "ref_logprobs": values / 2, "old_values": values, "scores": torch.arange(3.0)}
+    batch = ScoredExperience(**experience().parts(), **known)
     part = batch.select(rows)
     assert rows_of(part) == [(PROMPTS[i], RESPONSES[i]) for i in rows]
     assert part.prompt_ids.shape[1] == max(len(PROMPTS[i]) for i in rows)
     width = max(len(RESPONSES[i]) for i in rows)
     assert torch.equal(part.old_values, batch.old_values[rows][:, :width])
+    assert torch.equal(part.old_logprobs, batch.old_logprobs[rows][:, :width])
     assert part.scores.tolist() == [float(i) for i in rows]
+    assert part.sampler_logprobs is None
 
 
 def test_minibatches_cover_every_row_once_per_epoch_in_a_new_order():
@@ -62,3 +66,15 @@ def test_split_by_hand():
 def test_ended_looks_at_the_last_token():
     assert experience().ended([2]) == [True, False, False]
     assert experience().ended([46, 51]) == [False, True, True]
+
+
+def test_finished_experience_is_cut_like_any_other():
+    values = torch.arange(18.0).view(3, 6)
+    known = {"old_logprobs": values, "ref_logprobs": values, "old_values": values, "scores": torch.zeros(3)}
+    finished = ScoredExperience(**experience().parts(), **known).finished(values + 1, values + 2)
+    assert isinstance(finished, FinishedExperience)
+    minibatches = list(finished.minibatches(1, 2, torch.Generator().manual_seed(0)))
+    assert [type(part) for part in minibatches] == [FinishedExperience] * 2
+    assert all(torch.equal(part.returns, part.advantages + 1) for part in minibatches)
+    assert finished.with_trunk(torch.ones(3, 9, 2)).select([1]).trunk.shape == (1, 8, 2)
+    assert finished.trunk is None

@@ -83,8 +83,8 @@ def test_other_versions_are_refused_with_a_remedy(found, monkeypatch):
     with pytest.raises(HostError) as error:
         require("trl", "0.8", "1.13")
     assert str(error.value) == (
-        f"trl=={found} is installed, but this patch supports >=0.8,<1.13; pip install 'trl>=0.8,<1.13', or use model.views() "
-        "directly."
+        f"trl=={found} is installed, but this patch supports >=0.8,<1.13; pip install 'trl>=0.8,<1.13', or use "
+        "role_views(model) directly."
     )
 
 

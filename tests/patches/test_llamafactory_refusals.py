@@ -14,7 +14,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from hydra_ppo.model.manifest import MANIFEST
-from hydra_ppo.patches import llamafactory
+from hydra_ppo.patches import llamafactory, llamafactory_rules
 from hydra_ppo.patches.versions import HostError
 from tests.hosts.common import save_tuned, tiny_config
 
@@ -77,30 +77,30 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(tuned: Path, **changes: Any) -> dict[str, SimpleNamespace]:
     groups = {name: SimpleNamespace() for name in ("model", "data", "training", "finetuning", "generating")}
     groups["model"].model_name_or_path = str(tuned.parent / "base")
-    for rule in llamafactory.RULES:
+    for rule in llamafactory_rules.RULES:
         setattr(groups[rule.arguments], rule.setting, changes.get(rule.setting, rule.allowed[0]))
     return groups
 
 
 def test_defaults_pass(tuned: Path) -> None:
-    llamafactory.check(tuned, **arguments(tuned))
+    llamafactory_rules.check(tuned, **arguments(tuned))
 
 
 def test_every_rule_has_a_case() -> None:
-    assert sorted(REFUSED) == sorted(rule.setting for rule in llamafactory.RULES)
+    assert sorted(REFUSED) == sorted(rule.setting for rule in llamafactory_rules.RULES)
 
 
 @pytest.mark.parametrize("setting", REFUSED)
 def test_refuses(tuned: Path, setting: str) -> None:
     with pytest.raises(HostError, match=f"^{setting}=.*; .*\\.$"):
-        llamafactory.check(tuned, **arguments(tuned, **{setting: REFUSED[setting]}))
+        llamafactory_rules.check(tuned, **arguments(tuned, **{setting: REFUSED[setting]}))
 
 
 def test_refuses_another_base(tuned: Path) -> None:
     wrong = arguments(tuned)
     wrong["model"].model_name_or_path = "meta-llama/Llama-3.2-1B"
     with pytest.raises(HostError, match=r"^model_name_or_path='meta-llama/Llama-3.2-1B' is not '.*base', the base of"):
-        llamafactory.check(tuned, **wrong)
+        llamafactory_rules.check(tuned, **wrong)
 
 
 def test_refuses_an_untrained_reward_head(tuned: Path, tmp_path: Path) -> None:
@@ -108,12 +108,12 @@ def test_refuses_an_untrained_reward_head(tuned: Path, tmp_path: Path) -> None:
     manifest["base"] = {"name_or_path": str(tuned.parent / "base"), "relative": False}
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(HostError, match="has no trained reward head"):
-        llamafactory.check(tmp_path, **arguments(tuned))
+        llamafactory_rules.check(tmp_path, **arguments(tuned))
 
 
 def test_refuses_images() -> None:
     with pytest.raises(HostError, match="vision_config"):
-        llamafactory.check_text_only(SimpleNamespace(name_or_path="llava", vision_config={}))
+        llamafactory_rules.check_text_only(SimpleNamespace(name_or_path="llava", vision_config={}))
 
 
 def test_other_reward_models_are_left_alone(tmp_path: Path) -> None:

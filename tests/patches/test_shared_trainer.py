@@ -10,9 +10,10 @@ import pytest
 from torch import nn
 
 from hydra_ppo.patches import binding, trl_step
-from hydra_ppo.patches.llamafactory import WORKFLOW
+from hydra_ppo.patches.llamafactory_rules import WORKFLOW
 from hydra_ppo.patches.llamafactory_run import Run
 from hydra_ppo.patches.versions import HostError
+from hydra_ppo.views.views import role_views
 from tests.hosts import common
 
 
@@ -87,7 +88,7 @@ def test_nothing_is_left_whichever_patch_is_undone_last(owners, tmp_path, order,
         one.__exit__(None, None, None)
     assert attributes(owners) == before
     assert binding._installed == {}
-    assert model.views().reference.passes.observers == []
+    assert role_views(model).reference.passes.observers == []
 
 
 def test_both_patches_bind_the_trainer_once(owners, tmp_path):

@@ -14,6 +14,7 @@ from hydra_ppo.patches.scored_logits import ScoredLogits, entropy_from_logits, l
 from hydra_ppo.patches.step_passes import DeferredValues, batched_forward_pass
 from hydra_ppo.patches.value_head import TokenScores, actor_critic, frozen_reference
 from hydra_ppo.patches.versions import HostError
+from hydra_ppo.views.views import role_views
 from tests.hosts import common
 
 TOLERANCE = 1e-5
@@ -43,16 +44,16 @@ def model():
 
 @pytest.fixture
 def known(model):
-    rows = KnownRows(model.views().reference.passes)
+    rows = KnownRows(role_views(model).reference.passes)
     rows.start()
     yield rows
     rows.stop()
-    assert model.views().reference.passes.observers == []
+    assert role_views(model).reference.passes.observers == []
 
 
 def next_logprobs(model, ids, mask):
     with torch.no_grad():
-        logits = model.views().reference(ids, mask).logits
+        logits = role_views(model).reference(ids, mask).logits
         return logits[:, :-1].token_logprobs(ids[:, 1:]).logprobs * mask[:, 1:] * mask[:, :-1]
 
 
@@ -76,7 +77,7 @@ def test_models_are_children_of_the_parent_and_views(model, known):
 
 def test_values_scores_and_logits_are_those_of_the_roles(model, known):
     ids, mask = batch("left")
-    views = model.views()
+    views = role_views(model)
     logits, loss, values = actor_critic(known, Parent)(ids, attention_mask=mask, return_dict=True)
     assert loss is None
     torch.testing.assert_close(logits.hidden, views.actor(ids, mask).logits.hidden)
@@ -108,7 +109,7 @@ def test_rows_of_the_reward_are_known_to_the_reference(model, known, side):
     for row in range(len(ids)):  # some at a time, with padding of their own
         tokens = torch.tensor([ROWS[row]])
         positions = None if side == "right" else torch.arange(10 - len(ROWS[row]), 10)[None]
-        model.views().reward(tokens, torch.ones_like(tokens), positions)
+        role_views(model).reward(tokens, torch.ones_like(tokens), positions)
     assert known.kept == len(ids)
     torch.testing.assert_close(known.find(ids, mask), expected, rtol=TOLERANCE, atol=TOLERANCE)
     assert known.used == len(ids)
@@ -118,7 +119,7 @@ def test_rows_of_the_reward_are_known_to_the_reference(model, known, side):
 
 def test_rows_at_other_positions_or_with_other_tokens_are_not_known(model, known):
     ids, mask = batch("right")
-    model.views().reward(ids, mask)
+    role_views(model).reward(ids, mask)
     moved_ids, moved_mask = batch("left")
     assert known.find(moved_ids, moved_mask) is None
     assert known.find(ids[:1] + 1, mask[:1]) is None
@@ -130,24 +131,24 @@ def test_rows_at_other_positions_or_with_other_tokens_are_not_known(model, known
 
 def test_rows_that_nobody_asks_for_are_kept_for_one_step_only(model, known):
     for _ in range(2):
-        model.views().reward(*batch())
+        role_views(model).reward(*batch())
         known.end_step()
     assert known.kept == len(ROWS)
 
 
 def test_a_row_without_tokens_breaks_nothing(model, known):
     ids, mask = batch(rows=[ROWS[0], []])
-    model.views().reward(ids, mask)
+    role_views(model).reward(ids, mask)
     assert known.find(ids[:1], mask[:1]) is not None
     assert known.find(ids, mask) is None
 
 
 def test_entropies_stay_with_the_logits_they_belong_to(model):
     ids, mask = batch()
-    logits = model.views().actor(ids, mask).logits
+    logits = role_views(model).actor(ids, mask).logits
     columns = mask[:, 1:].bool()
     scored = score_next(logits, ids, columns)
-    other = score_next(model.views().reference(ids, mask).logits, ids, columns)  # of the same shape, taken later
+    other = score_next(role_views(model).reference(ids, mask).logits, ids, columns)  # of the same shape, taken later
     entropy, lookup = entropy_from_logits(print), logprobs_from_logits(print)
     expected = logits[:, :-1].detach().entropy() * columns
     torch.testing.assert_close(entropy(torch.cat([scored])[:, :-1]), expected, rtol=TOLERANCE, atol=TOLERANCE)

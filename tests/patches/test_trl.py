@@ -13,6 +13,7 @@ import torch
 
 from hydra_ppo.patches import trl, trl_train
 from hydra_ppo.views.sampled_logits import SampledLogits
+from hydra_ppo.views.views import role_views
 from tests.hosts import check_trl_train, common
 from tests.hosts.run import judge
 
@@ -56,7 +57,7 @@ def test_other_models_run_as_if_nothing_were_patched(tmp_path):
 
 def test_rollout_keeps_the_samplers_log_probs():
     model = common.hydra_model()
-    views = model.views()
+    views = role_views(model)
     queries = torch.tensor(common.prompts(3))
     queries[1, :5] = common.PAD
     views.actor.generation_config.eos_token_id = None
@@ -94,7 +95,7 @@ def test_examples_run(script, monkeypatch, capsys):
 
 def test_generation_settings_that_a_rollout_leaves_out_are_named_once(caplog, monkeypatch):
     monkeypatch.setattr(trl_train, "_named", set())
-    actor = common.hydra_model().views().actor
+    actor = role_views(common.hydra_model()).actor
     actor.generation_config.repetition_penalty = 1.05
     config = check_trl_train.TRAINER.GenerationConfig(max_new_tokens=2, temperature=1.0, do_sample=True)
     for _ in range(2):

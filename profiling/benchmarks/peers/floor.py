@@ -21,8 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hydra_ppo.profiling.benchmarks.peers.workloads import LORA_RANK, Workload
-
-PHASES = ("rollout", "score", "update")
+from hydra_ppo.profiling.benchmarks.phases import PHASES
 
 
 @dataclass(frozen=True)

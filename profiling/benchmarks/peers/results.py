@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.table import Table
 
-from hydra_ppo.profiling.benchmarks.peers.floor import PHASES, multiply_adds, shares
+from hydra_ppo.profiling.benchmarks.peers.floor import multiply_adds, shares
 from hydra_ppo.profiling.benchmarks.peers.workloads import Contestant, Workload
+from hydra_ppo.profiling.benchmarks.phases import PHASES
 
 MIB = 2**20
 GIGA = 1e9

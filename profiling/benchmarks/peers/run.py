@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 
 import hydra_ppo.runtime.memory
+from hydra_ppo.cli.main import BAD_INPUT, DONE, FAILED
 from hydra_ppo.errors import ConfigError, HydraError
 from hydra_ppo.profiling.benchmarks.peers.environments import Environment, prepare
 from hydra_ppo.profiling.benchmarks.peers.load import PROC, REPEATS, undisturbed
@@ -30,7 +31,6 @@ from hydra_ppo.profiling.benchmarks.peers.results import Result, collect, floor_
 from hydra_ppo.profiling.benchmarks.peers.workloads import WORKLOADS, Contestant, Workload, by_default, contestants, matmul
 
 ALL = ("w1", "w2")
-DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 WIDTH = 100
 """Columns that the tables need; in fewer, numbers would be cut short."""

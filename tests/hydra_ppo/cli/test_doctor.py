@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 
 from hydra_ppo.cli import doctor
-from hydra_ppo.cli.doctor import GIB, Finding, examine
+from hydra_ppo.cli.doctor import GIB, examine
+from hydra_ppo.cli.installed import Finding, release
 from hydra_ppo.compat import FLASH_IS_BUILT_IN
 
 NAMES = [
@@ -166,8 +167,8 @@ def test_without_an_installed_hydra_ppo(monkeypatch):
     ("older", "newer"), [("2.9", "2.11"), ("2.13.0+cpu", "2.13.1"), ("4.9.9", "5"), ("0.9rc1", "1.0.dev0"), ("", "0.1")]
 )
 def test_versions_by_their_numbers(older, newer):
-    assert doctor._release(older) < doctor._release(newer)
-    assert doctor._release("4.0") == doctor._release("4")
+    assert release(older) < release(newer)
+    assert release("4.0") == release("4")
 
 
 def test_two_gpus(monkeypatch):

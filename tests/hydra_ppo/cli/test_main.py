@@ -46,9 +46,9 @@ def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
 
 
 BAD_COMMAND_LINES = [
-    ([], "no command given; choose one of sft, ppo, export, quickstart, doctor, inspect, plan, profile, or --help."),
+    ([], "no command given; choose one of sft, ppo, export, doctor, inspect, plan, profile, quickstart, or --help."),
     (["pppo"], "pppo is not a command; did you mean ppo?"),
-    (["zzz"], "zzz is not a command; choose one of sft, ppo, export, quickstart, doctor, inspect, plan, profile."),
+    (["zzz"], "zzz is not a command; choose one of sft, ppo, export, doctor, inspect, plan, profile, quickstart."),
     (["ppo", "nofile.yaml"], "nofile.yaml does not exist; name a YAML file of settings, or give the settings as flags."),
     (["sft", "--model.quantisation", "nf4"], "model.quantisation is not a setting; did you mean model.quantization?"),
     (["export", "run"], "the following arguments are required: --output; hydra-ppo export --help shows the usage."),

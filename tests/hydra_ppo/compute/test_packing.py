@@ -53,12 +53,19 @@ def test_where_the_tokens_of_three_rows_lie():
     assert options["max_length_k"] == 3
 
 
+def trunk_of(model: HydraModel) -> torch.Tensor:
+    """What leaves the trunk, as scoring keeps it."""
+    experience = rows()
+    trunk = score(model, experience, torch.zeros(experience.response_ids.shape), RolloutSettings(batch_size=4)).trunk
+    assert trunk is not None
+    return trunk
+
+
 def results(model: HydraModel, trunk: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Numbers of all roles at positions that count, and the gradients of actor and critic."""
     experience = rows()
     if trunk:
-        scored = score(model, experience, RolloutSettings(batch_size=4))
-        experience = scored
+        experience = experience.with_trunk(trunk_of(model))
     sequences, mask = experience.sequences(), experience.response_mask
     found = {}
     for role in ("actor", "critic"):
@@ -91,9 +98,8 @@ def test_all_roles_and_gradients_equal_those_of_padded_rows(family, checkpointin
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_trunk_is_kept_by_row_whatever_the_passes_are(packing):
     model, plain = build(trunk_layers=2, packing=packing), build(trunk_layers=2, packing=False)
-    settings = RolloutSettings(batch_size=4)
     mask = torch.arange(10)[None] < torch.tensor(rows().lengths)[:, None]
-    assert close(score(model, rows(), settings).trunk[mask], score(plain, rows(), settings).trunk[mask])
+    assert close(trunk_of(model)[mask], trunk_of(plain)[mask])
     for mine, theirs in zip(results(model, trunk=True), results(plain, trunk=True), strict=True):
         for name, expected in theirs.items():
             assert close(mine[name], expected), name

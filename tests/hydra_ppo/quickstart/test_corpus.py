@@ -7,20 +7,17 @@ import pytest
 
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.quickstart.corpus import (
-    POLARITY,
     SPECIAL_TOKENS,
     Corpus,
     build_llama_config,
     fluency,
     gold_score,
-    grammar_bigrams,
-    join_words,
     make_corpus,
     openings,
     sentiment,
-    split_words,
     train_tokenizer,
 )
+from hydra_ppo.quickstart.grammar import POLARITY, grammar_bigrams, join_words, split_words
 
 OPENING = "I bought this kettle last week and"
 POSITIVE = "it works perfectly. The handle is sturdy. I would buy it again."

@@ -11,8 +11,10 @@ import torch
 from hydra_ppo.config.settings import KLSettings, OptimizerSettings, RewardSettings, RewardSource, RolloutSettings
 from hydra_ppo.errors import ConfigError, NonFiniteError
 from hydra_ppo.rollout.collect import collect_experience
-from hydra_ppo.training.ppo import PPOTrainer, with_advantages
+from hydra_ppo.runtime.interruption import StopRequested
+from hydra_ppo.training.ppo import PPOTrainer
 from hydra_ppo.training.ppo_metrics import COMPARED, compare, repeated_ngrams
+from hydra_ppo.training.ppo_update import Updates, with_advantages
 from tests.families import randomise
 from tests.hydra_ppo.training.test_joint_sft import Memo
 from tests.training import hydra, ppo_config, prompts, tokenizer
@@ -71,7 +73,7 @@ def test_gradients_do_not_depend_on_the_microbatch_size(changes):
         config = ppo_config(reward=LOW_WORDS, microbatch_size=size, minibatch_size=8, ppo_epochs=1, **changes)
         ppo = trainer(model, config)
         gradients = {}
-        ppo.optimizer.step = lambda gradients=gradients, model=model: gradients.update(
+        ppo.progress.optimizer.step = lambda gradients=gradients, model=model: gradients.update(
             {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         )
         metrics = ppo.update(finished_experience(model, config))
@@ -156,18 +158,18 @@ def test_early_stop_leaves_the_actor_and_goes_on_with_the_critic():
 def test_critic_warmup_leaves_the_actor_alone():
     model = hydra()
     ppo = trainer(model, ppo_config(reward=LOW_WORDS, critic_warmup_steps=2))
-    before = [p.detach().clone() for p in ppo.actor_parameters]
-    critic = [p.detach().clone() for p in ppo.critic_parameters]
+    before = [p.detach().clone() for p in ppo.updates.actor_parameters]
+    critic = [p.detach().clone() for p in ppo.updates.critic_parameters]
     ppo.train()
-    assert all(torch.equal(a, b) for a, b in zip(before, ppo.actor_parameters, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(critic, ppo.critic_parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, ppo.updates.actor_parameters, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(critic, ppo.updates.critic_parameters, strict=True))
 
 
 def test_adaptive_kl_moves_the_coefficient():
     ppo = trainer(config=ppo_config(reward=LOW_WORDS, kl=KLSettings(coef=0.1, adaptive=True, target=5.0, horizon=100)))
     ppo.step(1)
     # KL is about 0 at step 1, far below the target: the error is clipped to -0.2; 0.1 * (1 - 0.2 * 8 / 100)
-    assert ppo.kl_coef == pytest.approx(0.1 * (1 - 0.2 * 8 / 100))
+    assert ppo.progress.kl_coef == pytest.approx(0.1 * (1 - 0.2 * 8 / 100))
 
 
 def test_recomputed_logprobs_report_the_drift():
@@ -252,9 +254,9 @@ def test_only_one_roles_graph_is_alive_at_a_time():
                 function(batch, count)
         return live.peak
 
-    gradients = sum(p.numel() * 4 for p in ppo.actor_parameters)
-    together = peak(ppo.actor_backward, ppo.critic_backward)
-    assert together <= max(peak(ppo.actor_backward), peak(ppo.critic_backward)) + gradients + 4096
+    gradients = sum(p.numel() * 4 for p in ppo.updates.actor_parameters)
+    together = peak(ppo.updates.actor_backward, ppo.updates.critic_backward)
+    assert together <= max(peak(ppo.updates.actor_backward), peak(ppo.updates.critic_backward)) + gradients + 4096
 
 
 def test_summary_compares_prompt_by_prompt():
@@ -280,3 +282,36 @@ def test_an_evaluation_is_logged_whatever_the_interval():
     config = replace(config, run=replace(config.run, log_every=3))
     trainer(config=config, run=memo, eval_prompts=prompts(4)).train()
     assert [(step, "eval/scores" in m) for step, m in memo.steps] == [(2, True), (3, False), (4, True)]
+
+
+@pytest.mark.parametrize("options", [{}, {"trunk_layers": 1}], ids=str)
+def test_a_step_that_was_stopped_between_its_minibatches_goes_on_from_its_state(options, monkeypatch):
+    """The trunk of the rollout is not saved; the same pass gives it again."""
+    whole = hydra(**options)
+    trainer(whole, run=Memo()).train()
+
+    model = hydra(**options)
+    stopped = trainer(model, run=Memo())
+    real, minibatches = Updates.optimizer_step, []
+
+    def stop_at_the_third(self):
+        minibatches.append(1)
+        if len(minibatches) == 3:
+            raise StopRequested
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Updates, "optimizer_step", stop_at_the_third)
+        with pytest.raises(StopRequested):
+            stopped.train()
+    assert stopped.position == (0, 2)
+    assert stopped.sampled == 1
+    state = stopped.state()
+    assert not any("trunk" in name for name in state.tensors)
+
+    again = trainer(model, run=Memo())
+    again.load(state)
+    assert again.position == (0, 2)
+    again.train()
+    for (name, one), other in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other), name

@@ -14,6 +14,7 @@ from hydra_ppo.errors import RoleError
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.loading import quantize_linears
 from hydra_ppo.views.lazy_logits import LazyLogits
+from hydra_ppo.views.views import role_views
 from tests.families import FAMILIES, randomise
 from tests.hosts.common import separate_models
 
@@ -52,7 +53,7 @@ def near(found, expected, mask=None):
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2", "gpt2", "gpt-neox", "opt", "mistral", "phi3"])
 def test_equals_separate_models(family, positions_given):
     model = build(family)
-    separate, views = separate_models(model), model.views()
+    separate, views = separate_models(model), role_views(model)
     ids, mask, positions = batch()
     options = {"attention_mask": mask}
     if positions_given and family != "opt":  # OPT counts tokens by itself
@@ -73,13 +74,13 @@ def test_equals_separate_models(family, positions_given):
 def test_classifier_reads_the_last_token_of_each_row():
     model = build()
     ids, mask, positions = batch()
-    model.views().reward.config.pad_token_id = PAD
+    role_views(model).reward.config.pad_token_id = PAD
     separate = separate_models(model)["reward"].eval()
     with torch.no_grad():
         expected = separate(ids, attention_mask=mask, position_ids=positions).logits
-        near(model.views().reward(ids, attention_mask=mask, position_ids=positions).logits, expected)
+        near(role_views(model).reward(ids, attention_mask=mask, position_ids=positions).logits, expected)
         right = ids[[1, 3]]  # no mask: what is not padding counts
-        near(model.views().reward(right).logits, separate(right).logits)
+        near(role_views(model).reward(right).logits, separate(right).logits)
 
 
 def test_padding_between_tokens_is_masked_as_it_always_was():
@@ -88,7 +89,7 @@ def test_padding_between_tokens_is_masked_as_it_always_was():
     ids, mask, _ = batch()
     mask[3, 5] = 0
     with torch.no_grad():
-        near(model.views().actor(ids, mask).logits.materialize(), separate(ids, attention_mask=mask).logits, mask)
+        near(role_views(model).actor(ids, mask).logits.materialize(), separate(ids, attention_mask=mask).logits, mask)
 
 
 def test_labels_give_the_loss_of_next_tokens():
@@ -97,7 +98,7 @@ def test_labels_give_the_loss_of_next_tokens():
     labels = ids.masked_fill(mask.cumsum(1) < 2, -100)  # what stands before a row's first token predicts nothing
     labels = labels.masked_fill(mask == 0, -100)
     expected = separate_models(model)["actor"].eval()(ids, attention_mask=mask, labels=labels).loss
-    near(model.views().actor(ids, attention_mask=mask, labels=labels).loss, expected)
+    near(role_views(model).actor(ids, attention_mask=mask, labels=labels).loss, expected)
 
 
 def test_generate_is_that_of_transformers():
@@ -106,16 +107,16 @@ def test_generate_is_that_of_transformers():
     options = {"attention_mask": mask[:1], "max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD}
     for role in ("actor", "reference"):
         expected = separate_models(model)[role].eval().generate(ids[:1], **options)
-        assert torch.equal(model.views()[role].generate(ids[:1], **options), expected)
+        assert torch.equal(role_views(model)[role].generate(ids[:1], **options), expected)
     config = GenerationConfig(max_new_tokens=4, do_sample=True, pad_token_id=PAD)
-    out = model.views().actor.generate(
+    out = role_views(model).actor.generate(
         ids[:1], attention_mask=mask[:1], generation_config=config, output_scores=True, return_dict_in_generate=True
     )
     assert 1 <= len(out.scores) <= 4
 
 
 def test_disable_adapter_gives_the_reference():
-    views = build().views()
+    views = role_views(build())
     ids, mask, _ = batch()
     with torch.no_grad():
         with views.actor.disable_adapter():
@@ -144,7 +145,7 @@ def test_one_backward_for_both_roles_gives_exact_gradients(checkpointing, quanti
     ids, mask, positions = batch()
     together, apart = build(quantization=quantization), build(quantization=quantization)
     together.enable_checkpointing(checkpointing)
-    views = together.views()
+    views = role_views(together)
     losses(views.actor, views.critic, ids, mask, positions).backward()
     # The same sum by hand, each role in a backward of its own, nothing checkpointed.
     counts = (mask[:, 1:] * mask[:, :-1]).bool()
@@ -165,7 +166,7 @@ def test_one_backward_for_both_roles_gives_exact_gradients(checkpointing, quanti
 
 
 def test_reference_and_reward_never_get_a_graph():
-    views = build().views()
+    views = role_views(build())
     ids, mask, _ = batch()
     assert not views.reference(ids, mask).logits.requires_grad
     assert not views.reward(ids, mask).logits.requires_grad
@@ -176,7 +177,7 @@ def test_reference_and_reward_never_get_a_graph():
 
 @pytest.mark.parametrize("order", [("reference", "reward"), ("reward", "reference")])
 def test_reference_and_reward_share_one_pass(order):
-    views = build().views()
+    views = role_views(build())
     ids, mask, positions = batch()
     alone = {role: views[role](ids, mask, positions).logits for role in order for _ in [views.actor.passes.forget()]}
     views.actor.passes.forget()
@@ -194,7 +195,7 @@ def test_reference_and_reward_share_one_pass(order):
 
 
 def test_a_reward_on_truncated_responses_uses_the_reference_pass_on_whole_ones():
-    views = build().views()
+    views = role_views(build())
     ids, mask, _ = batch()
     shorter = mask.clone()
     shorter[3, 6:] = shorter[0, 8:] = 0
@@ -208,7 +209,7 @@ def test_a_reward_on_truncated_responses_uses_the_reference_pass_on_whole_ones()
 
 @pytest.mark.parametrize("change", ["token", "longer", "fewer rows"])
 def test_other_tokens_get_a_pass_of_their_own(change):
-    views = build().views()
+    views = role_views(build())
     ids, mask, _ = batch()
     other, longer = ids.clone(), mask.clone()
     if change == "token":
@@ -225,7 +226,7 @@ def test_other_tokens_get_a_pass_of_their_own(change):
 
 
 def test_training_and_sampling_let_go_of_the_frozen_pass():
-    views = build().views()
+    views = role_views(build())
     passes = views.actor.passes
     ids, mask, _ = batch()
     for act in (lambda: views.actor(ids, mask), lambda: views.actor.generate(ids, attention_mask=mask, max_new_tokens=1)):
@@ -249,7 +250,7 @@ class Wrapper(nn.Module):
 
 def test_parameters_are_the_roles_own_once():
     model = build()
-    views = model.views()
+    views = role_views(model)
     for role in ("actor", "critic"):
         own = {id(p) for p in model.role_parameters(role).values()}
         listed = list(views[role].parameters())
@@ -263,7 +264,7 @@ def test_parameters_are_the_roles_own_once():
         assert views[role].state_dict() == {}
     both = {id(p) for role in ("actor", "critic") for p in model.role_parameters(role).values()}
     assert sorted(map(id, Wrapper(views).parameters())) == sorted(both)
-    assert model.views() is views
+    assert role_views(model) is views
     assert not [name for name, _ in model.named_modules() if "views" in name]
 
 
@@ -272,7 +273,7 @@ def test_state_dict_of_a_view_loads_into_another_model():
     with torch.no_grad():
         for parameter in other.role_parameters("actor").values():
             parameter.zero_()
-    other.views().actor.load_state_dict(model.views().actor.state_dict())
+    role_views(other).actor.load_state_dict(role_views(model).actor.state_dict())
     for name, parameter in other.role_parameters("actor").items():
         assert torch.equal(parameter, model.role_parameters("actor")[name])
 
@@ -281,13 +282,13 @@ def test_moving_a_wrapper_moves_the_base_once(monkeypatch):
     model = build()
     moves = []
     monkeypatch.setattr(model, "_apply", lambda fn, recurse=True: moves.append(fn))
-    wrapper = Wrapper(model.views())
+    wrapper = Wrapper(role_views(model))
     wrapper.to("cpu")
     wrapper.to(torch.float32)
     assert moves == []  # it is there already
-    model.views().actor.to("meta")
+    role_views(model).actor.to("meta")
     assert len(moves) == 1
-    for cast in (lambda: wrapper.half(), lambda: model.views().actor.to(torch.bfloat16)):
+    for cast in (lambda: wrapper.half(), lambda: role_views(model).actor.to(torch.bfloat16)):
         with pytest.raises(RoleError, match="would round the fp32 adapters"):
             cast()
 
@@ -297,11 +298,11 @@ def test_accelerate_prepares_views_and_finds_them_again():
 
     accelerator = Accelerator(cpu=True)
     model = build()
-    wrapper = Wrapper(model.views())
+    wrapper = Wrapper(role_views(model))
     optimizer = torch.optim.AdamW(wrapper.parameters(), lr=1e-3)
     prepared, optimizer = accelerator.prepare(wrapper, optimizer)
-    assert accelerator.unwrap_model(prepared).policy is model.views().actor
-    reference = accelerator.prepare(model.views().reference)
+    assert accelerator.unwrap_model(prepared).policy is role_views(model).actor
+    reference = accelerator.prepare(role_views(model).reference)
     ids, mask, positions = batch()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     accelerator.backward(losses(prepared.policy, prepared.value_model, ids, mask, positions))
@@ -314,7 +315,7 @@ def test_accelerate_prepares_views_and_finds_them_again():
 
 @pytest.mark.parametrize("role", ["actor", "critic", "reward"])
 def test_copies_are_refused(role):
-    view = build().views()[role]
+    view = role_views(build())[role]
     with pytest.raises(RoleError, match="would copy the base"):
         copy.deepcopy(view)
     with pytest.raises(RoleError, match="save_pretrained"):
@@ -323,14 +324,16 @@ def test_copies_are_refused(role):
 
 def test_saving_any_view_writes_adapters_and_heads(tmp_path):
     model = build()
-    model.views().critic.save_pretrained(tmp_path)
+    role_views(model).critic.save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"actor", "critic", "heads.safetensors", "hydra.json"}
-    assert sum(p.stat().st_size for p in tmp_path.rglob("*")) < 4 * sum(p.numel() * 4 for p in model.views().actor.parameters())
+    assert sum(p.stat().st_size for p in tmp_path.rglob("*")) < 4 * sum(
+        p.numel() * 4 for p in role_views(model).actor.parameters()
+    )
 
 
 def test_checkpointing_is_switched_by_any_view():
     model = build()
-    views = model.views()
+    views = role_views(model)
     views.actor.gradient_checkpointing_enable({"use_reentrant": False})
     assert model.checkpointing
     assert views.critic.is_gradient_checkpointing
@@ -356,11 +359,11 @@ def test_checkpointing_is_switched_by_any_view():
 def test_what_is_not_supported_is_refused(options, message):
     ids, mask, _ = batch()
     with pytest.raises(RoleError, match=message):
-        build().views().actor(**{"input_ids": ids, "attention_mask": mask} | options)
+        role_views(build()).actor(**{"input_ids": ids, "attention_mask": mask} | options)
 
 
 def test_only_the_last_hidden_state_is_kept():
-    views = build().views()
+    views = role_views(build())
     ids, mask, _ = batch()
     states = views.actor(ids, mask, output_hidden_states=True).hidden_states
     assert len(states) == 4
@@ -374,4 +377,4 @@ def test_only_the_last_hidden_state_is_kept():
 
 def test_views_need_the_stage_that_has_their_roles():
     with pytest.raises(RoleError, match="needs the role 'actor', which does not exist at stage 'sft'"):
-        HydraModel.from_config(FAMILIES["llama"], train="sft").views()
+        role_views(HydraModel.from_config(FAMILIES["llama"], train="sft"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hydra_ppo.profiling.measuring import record
 from hydra_ppo.profiling.measuring.record import SHARED
 from hydra_ppo.profiling.measuring.tracker import Tracker
 from hydra_ppo.runtime.announce import allocating
@@ -130,3 +131,12 @@ def test_a_timeline_keeps_the_peak_however_few_samples_it_has():
         assert [phase for phase, _ in timeline.phases] == ["rollout", "score"]
         assert max(totals[timeline.phases[1][1] :]) == 2 * KIB
         assert len(totals) <= max(samples + 2, 204)
+
+
+def test_a_missing_package_has_no_version(monkeypatch):
+    """bitsandbytes is not needed for an unquantised profile."""
+    monkeypatch.setattr(record, "PACKAGES", ("torch", "no-such-package"))
+    found = record.versions("peft")
+    assert found["torch"] == torch.__version__
+    assert found["no-such-package"] is None
+    assert found.keys() == {"python", "torch", "no-such-package", "peft"}

@@ -73,7 +73,7 @@ def test_j_hydra_has_one_adapter_for_actor_and_critic():
     actor = {id(p) for p in trainer.model.role_parameters("actor").values()}
     critic = trainer.model.role_parameters("critic")
     assert {id(p) for n, p in critic.items() if "head" not in n} == actor
-    assert len(trainer.optimizer.param_groups[1]["params"]) == 1  # the value head; the adapter counts once
+    assert len(trainer.progress.optimizer.param_groups[1]["params"]) == 1  # the value head; the adapter counts once
     assert trainer.model.stage.adapters == ["actor"]
 
 

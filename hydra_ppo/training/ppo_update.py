@@ -1,0 +1,177 @@
+"""The updates of a PPO step: several epochs over one rollout, an optimizer step a minibatch.
+
+Per micro-batch the actor's clipped loss goes forward and backward, then the critic's, so that only one role's graph is alive.
+
+Sources: Schulman et al. 2017 (arXiv 1707.06347), sections 3 and 5; Santacroce et al. 2023 (arXiv 2309.00754), section 3.2.
+Departure: actor and critic have gradient norms, and clips, of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hydra_ppo.config.settings import PPOConfig
+from hydra_ppo.errors import NonFiniteError
+from hydra_ppo.experience import FinishedExperience, ScoredExperience
+from hydra_ppo.functional import gae, kl_penalised_rewards, masked_mean, policy_loss, value_loss, whiten
+from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.runtime.announce import allocating
+from hydra_ppo.runtime.interruption import check_stop
+from hydra_ppo.training.metrics import Metrics
+from hydra_ppo.training.optim import clip_gradients, fresh_scaler
+from hydra_ppo.training.ppo_metrics import POLICY, VALUE, mean_of
+from hydra_ppo.training.ppo_state import PartialStep, PPOState
+
+
+class Updates:
+    """Trains actor and critic on finished experience.
+
+    Args:
+        model: at stage `ppo`.
+        config: every setting.
+        state: optimizer, scaler and limits, which the updates change.
+        on_phase: told update-actor, update-critic and optimizer as they begin.
+
+    Memory: gradients of both adapters and the value head; one role's graph of one micro-batch.
+    """
+
+    def __init__(self, model: HydraModel, config: PPOConfig, state: PPOState, on_phase: Callable[[str], None]) -> None:
+        self.model, self.config, self.state, self.on_phase = model, config, state, on_phase
+        self.actor_parameters = list(model.role_parameters("actor").values())
+        self.critic_parameters = list(model.role_parameters("critic").values())
+
+    def run(self, part: PartialStep, *, train_actor: bool = True, step: int = 0) -> Metrics:
+        """Run the PPO epochs over one rollout, or what is left of them, and return what they are measured by.
+
+        Args:
+            part: the rollout, and what was done already; counts on as minibatches are done.
+
+        Raises:
+            NonFiniteError: naming step, optimizer step and quantity.
+            OutOfMemory: when one row at a time does not fit.
+        """
+        config, state = self.config, self.state
+        self.model.train()
+        minibatches = part.experience.minibatches(config.ppo_epochs, config.minibatch_size, state.shuffler)
+        for number, minibatch in enumerate(minibatches):
+            if number < part.optimizer_steps:
+                continue
+            micro_batches = minibatch.split(state.limits.sizes["microbatch_size"], config.microbatch_tokens)
+            state.limits.fit(
+                "microbatch_size",
+                f"step={step} phase=update",
+                partial(self._minibatch, minibatch, part, train_actor),
+                undo=self._drop_gradients,
+                most=max(len(rows) for rows in micro_batches),
+            )
+        # The one wait for the device; what is first not finite is the cause of all that follows.
+        policy, value = ([] if not rows else torch.stack(rows).tolist() for rows in (part.actor_stats, part.critic_stats))
+        for rows, names in ((policy, POLICY), (value, VALUE)):
+            for number, row in enumerate(rows, 1):
+                where = f"step={step} phase=update, optimizer step {number}"
+                check_measured(where, dict(zip(names, row, strict=True)), state.scaler)
+        return mean_of(policy, POLICY) | mean_of(value, VALUE) | {"policy/stopped_early": float(part.stopped)}
+
+    def _minibatch(self, minibatch: FinishedExperience, part: PartialStep, train_actor: bool, microbatch_size: int) -> None:
+        """Take one optimizer step; the result does not depend on the micro-batch size."""
+        config, device = self.config, self.model.device
+        count = minibatch.response_mask.sum()
+        policy, value = torch.zeros(5, device=device), torch.zeros(2, device=device)
+        stopped = part.stopped
+        for rows in minibatch.split(microbatch_size, config.microbatch_tokens):
+            check_stop()
+            with allocating("experience"):
+                micro = minibatch.select(rows)
+            if train_actor and not stopped:
+                self.on_phase("update-actor")
+                policy += self.actor_backward(micro, count)
+            self.on_phase("update-critic")
+            value += self.critic_backward(micro, count)
+        # Reading the KL waits for the device, so only who asks for the early stop pays for it.
+        if config.target_kl is not None and train_actor and not stopped and policy[1].item() > config.target_kl:
+            stopped = True
+            for parameter in self.actor_parameters:
+                parameter.grad = None
+        self.on_phase("optimizer")
+        norms = self.optimizer_step()
+        if train_actor and not stopped:
+            part.actor_stats.append(torch.cat([policy, norms[:1]]))
+        part.critic_stats.append(torch.cat([value, norms[1:]]))
+        part.stopped = stopped
+        part.optimizer_steps += 1
+
+    def _drop_gradients(self) -> None:
+        """Forget what a failed minibatch left behind."""
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.scaler = fresh_scaler(self.state.scaler, self.model.device)
+
+    def actor_backward(self, micro: FinishedExperience, count: Tensor) -> Tensor:
+        """Add the actor's gradients of one micro-batch; return (5,) loss, approx_kl, clip_frac, ratio, entropy."""
+        config = self.config
+        with self.model.role("actor"):
+            found = self.model.logprobs(micro.sequences(), config.rollout.temperature, entropy_grad=config.entropy_coef > 0)
+            out = policy_loss(
+                found.logprobs, micro.old_logprobs, micro.advantages, micro.response_mask, config.clip_range, count
+            )
+            entropy = masked_mean(found.entropy, micro.response_mask, count)
+            loss = out.loss - config.entropy_coef * entropy if config.entropy_coef > 0 else out.loss
+            self.state.scaler.scale(loss).backward()
+        return torch.stack([out.loss.detach(), out.approx_kl, out.clip_frac, out.ratio, entropy.detach()])
+
+    def critic_backward(self, micro: FinishedExperience, count: Tensor) -> Tensor:
+        """Add the critic's gradients of one micro-batch; return (2,) loss, clip_frac."""
+        config = self.config
+        with self.model.role("critic"):
+            values = self.model.values(micro.sequences())
+            out = value_loss(values, micro.old_values, micro.returns, micro.response_mask, config.value_clip_range, count)
+            self.state.scaler.scale(config.vf_coef * out.loss).backward()
+        return torch.stack([out.loss.detach(), out.clip_frac])
+
+    def optimizer_step(self) -> Tensor:
+        """Clip, step, and return the gradient norms (2,) of actor and critic before the clip."""
+        state = self.state
+        state.scaler.unscale_(state.optimizer)
+        limit = self.config.optimizer.max_grad_norm
+        norms = torch.stack(
+            [clip_gradients(p, limit).to(self.model.device) for p in (self.actor_parameters, self.critic_parameters)]
+        )
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.schedule.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        return norms
+
+
+def with_advantages(experience: ScoredExperience, scores: Tensor, config: PPOConfig, kl_coef: float) -> FinishedExperience:
+    """Find advantages and returns, both (B, R), from scores (B,) and the rollout's log-probs and values."""
+    mask = experience.response_mask
+    rewards = kl_penalised_rewards(scores, experience.old_logprobs, experience.ref_logprobs, mask, kl_coef, config.kl.estimator)
+    advantages, returns = gae(rewards, experience.old_values, mask, config.gamma, config.gae_lambda)
+    if config.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    return experience.finished(advantages, returns)
+
+
+def optimizer_steps(config: PPOConfig) -> int:
+    """Return the optimizer steps of a run."""
+    return config.steps * config.ppo_epochs * (config.rollout.batch_size // config.minibatch_size)
+
+
+def check_measured(where: str, metrics: Metrics, scaler: torch.amp.GradScaler) -> None:
+    """Refuse to go on with a number that is NaN or infinite; a gradient norm may be, once, where fp16 finds its scale.
+
+    Raises:
+        NonFiniteError: naming where, and the quantity.
+    """
+    for name, value in metrics.items():
+        overflow = name.endswith("grad_norm") and scaler.is_enabled() and scaler.get_scale() >= 1
+        if value is not None and not math.isfinite(value) and not overflow:
+            raise NonFiniteError(
+                f"{where}: {name} is {value}; lower optimizer.learning_rate or use a wider model.dtype. "
+                "The last checkpoint is intact."
+            )
