@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-faults soak test-hosts quickstart real-text bench bench-linear bench-peers lint clean
+.PHONY: test rooms test-faults soak test-hosts quickstart real-text bench bench-linear bench-peers lint clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -13,9 +13,9 @@ $(STAMP): setup.cfg constraints.txt
 	$(BIN)/python -m pip install -q --no-deps trl==1.12.0  # a host, for tests/patches; what it needs is here
 	touch $@
 
-test: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+# On all cores, a torch thread each (tests/conftest.py); a worker that is done takes over what the others have left.
+test: lint
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # Everything that can go wrong, done on purpose: killed, full disk, damage, NaN, no memory, bad input. A line per fault.
 test-faults: $(STAMP)
@@ -31,6 +31,11 @@ test-hosts: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The picture of the rooms in docs/architecture.md, from the imports.
+rooms: $(STAMP)
+	$(BIN)/python -m tests.house --draw
 
 quickstart: $(STAMP)
 	$(BIN)/hydra-ppo quickstart $(ARGS)

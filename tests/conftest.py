@@ -2,6 +2,7 @@
 
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, and of each of pytest's own
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and a name that is no folder fails at once
 
 import torch

@@ -1,121 +1,92 @@
-"""Imports point one way, and `hydra_ppo` never imports what is installed beside it."""
+"""The house stands: one floor for each room, imports that point down, no circle, and a picture that is not stale."""
 
 from __future__ import annotations
 
 import ast
-from pathlib import Path
+import re
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import house
 
-LAYERS = [
-    {"errors", "runtime.recorder", "compute.products", "runtime.files", "runtime.interruption", "runtime.host_memory"},
-    {"compute.bases"},
-    {
-        "config.settings",
-        "functional",
-        "experience",
-        "compute.logprobs",
-        "runtime.memory",
-        "data.sources",
-        "data.formats",
-        "runtime.announce",
-        "model.roles",
-        "compute.lora",
-    }
-    | {"compute.gated_mlp"}
-    | {
-        "compat",
-        "compute.recompute",
-        "compute.packing",
-        "compute.trunk",
-        "runtime.exhaustion",
-        "runtime.random_sources",
-        "model.fingerprint",
-        "runtime.time_limit",
-    },
-    {
-        "model.architecture",
-        "config.reading",
-        "data.rows",
-        "views.lazy",
-        "compute.padding",
-        "compute.drawing",
-        "compute.kv_cache",
-    },
-    {
-        "model.loading",
-        "training.optim",
-        "rewards.scorer",
-        "model.adapters",
-        "model.manifest",
-        "views.lazy_logits",
-        "views.sampled_logits",
-    },
-    {"model.hydra", "views.passes", "model.saving", "views.views"},
-    {"rollout.lean_decoding"},
-    {"rollout.sampling", "runs.checkpoint"},
-    {"rollout.collect"},
-    {"training.joint_sft", "training.ppo", "training.ppo_metrics", "training.ppo_state"},
-    {"runs.folder", "runs.run", "runs.plots", "runs.inspect", "cli.resume"},
-    {"cli.dry_run", "cli.export", "cli.doctor"},
-    {"cli.flags", "cli.commands"},
-    {"quickstart.corpus", "quickstart.run"},
-    {"cli.main"},
-]
-"""From the bottom up; a module may import from its own layer and from those before."""
-
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+LONGEST = 400
+"""Lines of a file of the library; what is longer is two things."""
 
 
-def modules() -> dict[str, Path]:
-    folder = ROOT / "hydra_ppo"
-    found = {}
-    for path in folder.rglob("*.py"):
-        if path.name != "__init__.py":
-            found[".".join(path.relative_to(folder).with_suffix("").parts)] = path
-    return found
+def test_every_room_has_one_floor():
+    rooms = [room for rooms in house.FLOORS for room in rooms]
+    assert sorted(rooms) == sorted({house.room_of(module) for module in house.modules()})
 
 
-def imports(path: Path) -> set[str]:
-    """Modules that a file imports from this project, imports inside functions included."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hydra_ppo":
-            module = (node.module or "").removeprefix("hydra_ppo").removeprefix(".")
-            for alias in node.names:
-                name = f"{module}.{alias.name}".removeprefix(".")
-                found.add(name if name in LEVEL or not module else module)
-        elif isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("hydra_ppo.") for a in node.names if a.name.startswith("hydra_ppo.")}
-    return found - {"__version__"}
+@pytest.mark.parametrize("room", sorted(house.FLOOR))
+def test_imports_point_down(room):
+    assert [arrow for arrow in house.arrows_up() if house.room_of(arrow[0]) == room] == []
 
 
-def test_every_module_has_a_layer():
-    assert set(modules()) == set(LEVEL)
+def test_every_import_is_of_a_module():
+    """A name that a package's `__init__` would have to hand on has a home of its own."""
+    known = house.modules().keys()
+    strangers = {(module, other) for module in known for other in house.imports(module) if other not in known}
+    assert {(module, other) for module, other in strangers if other not in house.TOP_LEVEL} == set()
 
 
-@pytest.mark.parametrize("name", sorted(LEVEL))
-def test_imports_point_down(name):
-    for other in imports(modules()[name]):
-        assert other in LEVEL, f"{name} imports {other}, which is not a module of the library"
-        assert LEVEL[other] <= LEVEL[name], f"{name} imports {other} from a layer above"
+def test_there_is_no_circle():
+    assert house.circles() == []
 
 
-def test_settings_and_help_need_no_torch():
-    for name in (
-        "errors",
-        "config.settings",
-        "config.reading",
-        "cli.flags",
-        "cli.dry_run",
-        "runs.run",
-        "cli.main",
-        "cli.commands",
-        "data.rows",
-    ):
-        tree = ast.parse(modules()[name].read_text())
-        for node in tree.body:
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
-            assert not {n.split(".")[0] for n in names} & {"torch", "transformers", "peft"}, name
+def test_a_wrong_arrow_and_a_circle_are_seen(monkeypatch, tmp_path):
+    """What reads the house sees imports in functions and those for types alone."""
+    low, high = tmp_path / "low.py", tmp_path / "high.py"
+    low.write_text("def late():\n    from hydra_ppo.training import high\n")
+    high.write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hydra_ppo.compute.low import late\n")
+    monkeypatch.setattr(house, "modules", lambda: {"compute.low": low, "training.high": high})
+    house.imports.cache_clear()
+    try:
+        assert house.arrows_up() == [("compute.low", "training.high")]
+        assert house.circles() == [("compute.low", "training.high")]
+    finally:
+        house.imports.cache_clear()
+
+
+@pytest.mark.parametrize("package", sorted(house.packages()))
+def test_a_package_is_one_docstring(package):
+    """It says what the room is for, what may be imported from outside, and what must never be there."""
+    tree = ast.parse(house.packages()[package].read_text())
+    text = ast.get_docstring(tree)
+    assert text
+    if package != "__init__":  # the door of the house resolves the few public names
+        assert len(tree.body) == 1
+    assert "From outside:" in text
+    assert "Never:" in text
+
+
+@pytest.mark.parametrize("package", sorted(set(house.packages()) & set(house.FLOOR)))
+def test_other_rooms_use_what_a_room_offers(package):
+    """What is imported from outside stands under "From outside:"."""
+    text = ast.get_docstring(ast.parse(house.packages()[package].read_text())) or ""
+    offered = set(re.findall(r"`(\w+)", text[text.index("From outside:") : text.index("Never:")]))
+    used = {other for module in house.modules() if house.room_of(module) != package for other in house.imports(module)}
+    used = {other.removeprefix(f"{package}.").split(".")[0] for other in used if house.room_of(other) == package}
+    assert used <= offered
+
+
+@pytest.mark.parametrize("module", sorted(house.modules()))
+def test_no_file_is_too_long(module):
+    assert len(house.modules()[module].read_text().splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize(
+    "module", ["config.settings", "config.reading", "cli.main", "cli.flags", "cli.dry_run", "cli.commands"]
+)
+def test_settings_and_help_need_no_torch(module):
+    """`hydra-ppo --help` answers at once: nothing on its way imports torch before a command runs."""
+    seen, todo = set(), [module]
+    while todo:
+        if (here := todo.pop()) not in seen:
+            seen.add(here)
+            assert not house.foreign(here) & {"torch", "transformers", "peft"}, here
+            todo += sorted(house.at_once(here))
+
+
+def test_the_picture_is_of_these_imports():
+    assert house.PICTURE.read_text() == house.draw(), "run: python -m tests.house --draw"
