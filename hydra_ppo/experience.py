@@ -86,6 +86,11 @@ class Experience:
         """Tokens of each row, prompt and response."""
         return [p + r for p, r in zip(self.prompt_lengths, self.response_lengths, strict=True)]
 
+    def prompts(self) -> list[list[int]]:
+        """Return the prompt tokens of each row on the host, padding left out."""
+        ids = self.prompt_ids.tolist()
+        return [row[len(row) - length :] for row, length in zip(ids, self.prompt_lengths, strict=True)]
+
     def responses(self) -> list[list[int]]:
         """Return the response tokens of each row on the host, padding left out."""
         ids = self.response_ids.tolist()

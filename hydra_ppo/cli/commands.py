@@ -10,6 +10,8 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +42,8 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
         StopRequested: on SIGTERM or SIGINT, after a checkpoint was written.
     """
     folder = check_output(config.run, config, command="sft", resume=resume)
-    from hydra_ppo.data.rows import load_preferences
+    from hydra_ppo.data.rows import ensure_pad_token, load_preferences
+    from hydra_ppo.model.answers import end_tokens, settle_ends
     from hydra_ppo.training.joint_sft import JointSFTTrainer
 
     with _stoppable(folder, "sft"):
@@ -51,8 +54,10 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
                 return folder
             # The trainer checks the settings against model and data, so it comes before the folder.
             trainer = JointSFTTrainer(
-                loaded.model, config, loaded.rows, loaded.eval_rows, pad_token_id=loaded.tokenizer.pad_token_id
+                loaded.model, config, loaded.rows, loaded.eval_rows, pad_token_id=ensure_pad_token(loaded.tokenizer)
             )
+            ends = end_tokens(loaded.model, loaded.tokenizer, config.data.end_of_turn)
+            settle_ends(loaded.model, loaded.tokenizer, ends, reads_head=False)
             loaded.bring(trainer)
         with _open(config, "sft", trainer, loaded) as run:
             # Called whenever the held-out loss is the best so far; a save at the end would undo that.
@@ -111,20 +116,20 @@ class _Loaded:
 def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage: StageName, resume: bool) -> _Loaded | None:
     """Load what a run is made of; None where the run is finished, which is said."""
     from hydra_ppo.cli.resume import check_unchanged, describe_run, find_checkpoint
-    from hydra_ppo.data.rows import ensure_pad_token
 
     folder = Path(config.run.output).expanduser()
     notes: list[str] = []
     checkpoint = find_checkpoint(folder, notes.append) if resume else None
+    # What chat templates say of today is what they said when the run began.
+    begun = datetime.now() if checkpoint is None else datetime.fromisoformat(checkpoint.run["begun"])
     _seed(config.run.seed)
     tokenizer = load_tokenizer(config.model)
-    ensure_pad_token(tokenizer)
     check_vocabulary(tokenizer, config.model)
-    rows, eval_rows, found = load_rows(load, tokenizer, config.data, config.run.seed)
+    rows, eval_rows, found = load_rows(partial(load, now=begun), tokenizer, config.data, config.run.seed)
     notes += found
     if checkpoint is not None:
         now = describe_run(config, tokenizer, rows, eval_rows)
-        check_unchanged(checkpoint, config, now)
+        notes += check_unchanged(checkpoint, config, now)
         steps = config.steps if isinstance(config, PPOConfig) else now["optimizer_steps"]
         if checkpoint.position == (steps, 0) and (read_state(folder) or {}).get("state") == "finished":
             longer = "steps" if isinstance(config, PPOConfig) else "epochs or max_steps"
@@ -134,7 +139,7 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
     elif resume:
         notes.append(f"{folder} holds no checkpoint yet; the run starts at the first step")
     model = load_model(config.model, train=stage)
-    identity = describe_run(config, tokenizer, rows, eval_rows)
+    identity = describe_run(config, tokenizer, rows, eval_rows) | {"begun": begun.isoformat()}
     return _Loaded(tokenizer, rows, eval_rows, model, checkpoint, identity, notes, resume)
 
 

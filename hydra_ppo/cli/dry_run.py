@@ -206,7 +206,8 @@ def check_data(data: DataSettings, kind: Literal["preferences", "prompts"]) -> t
         if source is None or _is_hub_name(source):
             counts.append(None)
         else:
-            counts.append(check_source(source, kind, limit=None, split=split, skip_bad_rows=data.skip_bad_rows))
+            options = {"skip_bad_rows": data.skip_bad_rows, "strict": data.degenerate_pairs == "error"}
+            counts.append(check_source(source, kind, limit=None, split=split, **options))
     return counts[0], counts[1]
 
 

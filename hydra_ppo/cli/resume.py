@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_ppo.config.reading import as_values, settings_of
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
+from hydra_ppo.data.ends import find_ends
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.fingerprint import model_digests, model_folder, rows_digest, tokenizer_digest
 from hydra_ppo.model.manifest import MANIFEST, base_folder
@@ -52,16 +55,31 @@ def describe_run(
     if folder is not None and (folder / MANIFEST).is_file():
         base = model_folder(base_folder(folder))
         digests |= {} if base is None else {f"base {name}": digest for name, digest in model_digests(base).items()}
+    digests["tokenizer"] = tokenizer_digest(tokenizer)
+    digests["the end of an answer"] = str(find_ends(tokenizer, end_of_turn=config.data.end_of_turn).turn)
+    digests["data"] = rows_digest(rows, eval_rows)
     steps = optimizer_steps(config) if isinstance(config, PPOConfig) else total_steps(config, len(rows))
     return {
         "config": as_values(config),
         "optimizer_steps": steps,
-        "digests": digests | {"tokenizer": tokenizer_digest(tokenizer), "data": rows_digest(rows, eval_rows)},
+        "digests": digests,
+        "reward_functions": _reward_functions(config) if isinstance(config, PPOConfig) else {},
     }
 
 
-def check_unchanged(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now: Mapping[str, Any]) -> None:
-    """Refuse to go on where the result would not be that of one run.
+def _reward_functions(config: PPOConfig) -> dict[str, str]:
+    """Return digests of the modules that reward functions stand in, by target; of those that have a source."""
+    targets = [source.target for source in config.reward.sources if source.kind == "function" and source.target]
+    found = {}
+    for target in targets:
+        source = getattr(sys.modules.get(target.split(":")[0]), "__file__", None)
+        if source is not None:
+            found[target] = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:32]
+    return found
+
+
+def check_unchanged(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now: Mapping[str, Any]) -> list[str]:
+    """Refuse to go on where the result would not be that of one run; return lines on what may have changed.
 
     Raises:
         ConfigError: with the list of all differences.
@@ -84,6 +102,12 @@ def check_unchanged(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now: 
             f"run.output={config.run.output!r} cannot go on from {checkpoint.folder.name}: {'; '.join(found)}. "
             "Put that back, or start a new run in another folder."
         )
+    return [
+        f"the module of the reward function {target} has changed since {checkpoint.folder.name}: scores before and after may "
+        "differ"
+        for target, digest in before.get("reward_functions", {}).items()
+        if now["reward_functions"].get(target, digest) != digest
+    ]
 
 
 def _length_problems(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now: Mapping[str, Any]) -> list[str]:

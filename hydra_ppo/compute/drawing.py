@@ -24,7 +24,7 @@ class Drawn(NamedTuple):
     logprobs: Tensor
 
 
-def draw(logits: Tensor, uniform: Tensor, keep: Callable[[Tensor], Tensor] | None = None) -> Drawn:
+def draw(logits: Tensor, uniform: Tensor, keep: Callable[[Tensor], Tensor] | None = None, never: Tensor | None = None) -> Drawn:
     """Draw a token of each row from softmax(logits). Waits for no device.
 
     Args:
@@ -32,6 +32,7 @@ def draw(logits: Tensor, uniform: Tensor, keep: Callable[[Tensor], Tensor] | Non
         uniform: (B,) float64 in [0, 1); the same number draws the same token.
         keep: takes logits and returns those to draw from, (B, V), -inf where a token must not be drawn. Log-probs stay those
             of the whole distribution.
+        never: (N,) tokens that are not drawn either.
 
     Returns:
         Tokens, never one of probability 0, and their log-probs.
@@ -41,6 +42,8 @@ def draw(logits: Tensor, uniform: Tensor, keep: Callable[[Tensor], Tensor] | Non
     total = weights.sum(dim=-1)
     if kept is not None:
         weights.masked_fill_(kept == -torch.inf, 0.0)
+    if never is not None:
+        weights.index_fill_(1, never, 0.0)
     tokens = invert(weights, uniform)
     chosen = weights.gather(1, tokens[:, None])[:, 0]
     return Drawn(tokens, chosen.log() - total.log())

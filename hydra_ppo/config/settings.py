@@ -109,8 +109,19 @@ class DataSettings:
         "truncate", "A prompt over the limit: stop, drop the row, or keep its last max_prompt_tokens tokens."
     )
     skip_bad_rows: bool = setting(False, "Drop and count malformed rows instead of stopping at them.")
+    degenerate_pairs: Literal["drop", "error"] = setting(
+        "drop", "Pairs whose answers are equal, or one of which is empty: drop and count them, or stop."
+    )
+    end_of_turn: str | None = setting(
+        None, "The token that ends an answer, such as <|im_end|>; null takes what the chat template puts there, else eos."
+    )
+    special_tokens: Literal["hide", "show"] = setting(
+        "hide", "Whether reward functions and classifiers see special tokens inside answers, such as <think>."
+    )
+    chat_template_kwargs: dict[str, Any] = setting(dict, "Handed to the chat template, such as {enable_thinking: false}.")
 
     def __post_init__(self) -> None:
+        _check(self, "end_of_turn", self.end_of_turn != "", "is empty", "name a token, or leave it null")
         _check(self, "train", bool(self.train), "is empty", "name a file or a dataset")
         _positive(self, "max_prompt_tokens", "max_response_tokens")
         _check(self, "eval_fraction", 0 <= self.eval_fraction < 1, "must lie in [0, 1)", "choose for example 0.05")

@@ -1,6 +1,7 @@
-"""Rows of training data, and what they say as token ids.
+"""Rows of training data, and what they say as token ids: where an answer ends, how prompt and answer join.
 
-From outside: `sources` (files and hub datasets), `rows` (`load_preferences`, `load_prompts`, the rows themselves).
+From outside: `sources` (files and hub datasets), `rows` (`load_preferences`, `load_prompts`, the rows themselves), `ends` (the
+tokens at which answers end), `text` (what sampled tokens say), `formats` (what a conversation is).
 
 Never: models; tensors.
 """

@@ -10,37 +10,72 @@ from hydra_ppo.data.sources import Rejected
 Messages = list[dict[str, Any]]
 Conversation = str | Messages
 
-_HH_TURN = "\n\nAssistant:"
+_HH_TURN, _HH_USER = "\n\nAssistant:", "\n\nHuman:"
+
+TEXT_COLUMNS = ("prompt", "chosen", "rejected", "messages")
+"""Columns that hold a conversation; what else a row has is handed to reward functions."""
 
 
 class TextPair(NamedTuple):
-    """A prompt and two continuations of its text."""
+    """A prompt and two continuations of its text; `rejected_prompt` where rejected answers another one."""
 
     prompt: str
     chosen: str
     rejected: str
+    rejected_prompt: str | None = None
 
 
 class ChatPair(NamedTuple):
-    """The messages of a prompt, and those of two answers."""
+    """The messages of a prompt, and those of two answers; `rejected_prompt` where rejected answers another one."""
 
     prompt: Messages
     chosen: Messages
     rejected: Messages
+    rejected_prompt: Messages | None = None
 
 
 Pair = TextPair | ChatPair
 
 
-def checked_pair(row: Any) -> Pair:
-    """Return prompt, chosen and rejected of a preference row; raises Rejected with the reason why it cannot be used."""
+def checked_pair(row: Any, strict: bool = False) -> Pair:
+    """Return prompt, chosen and rejected of a preference row, each answer the last turn of the assistant alone.
+
+    Where the conversations part before their last turn, what lies between is context: of each answer its own.
+
+    Args:
+        strict: count equal and empty answers, which public sets have, as malformed.
+
+    Raises:
+        Rejected: with the reason why the row cannot be used.
+    """
     pair = _split_pair(row)
     _check_prompt(pair.prompt)
-    _check_response("chosen", pair.chosen)
-    _check_response("rejected", pair.rejected)
+    _check_response("chosen", pair.chosen, strict)
+    _check_response("rejected", pair.rejected, strict)
     if pair.chosen == pair.rejected:
-        raise Rejected("chosen equals rejected")
-    return pair
+        raise Rejected("chosen equals rejected", malformed=strict)
+    return _last_turns(pair)
+
+
+def _last_turns(pair: Pair) -> Pair:
+    if isinstance(pair, TextPair):
+        (before, chosen), (other, rejected) = (_last_text(text) for text in (pair.chosen, pair.rejected))
+        if not before and not other:
+            return pair
+        return TextPair(pair.prompt + before, chosen, rejected, pair.prompt + other)
+    (earlier, last), (others, final) = ((answer[:-1], answer[-1:]) for answer in (pair.chosen, pair.rejected))
+    if not earlier and not others:
+        return pair
+    return ChatPair([*pair.prompt, *earlier], last, final, [*pair.prompt, *others])
+
+
+def _last_text(answer: str) -> tuple[str, str]:
+    """Cut an answer of HH's kind that holds turns of the user after the last "Assistant:"."""
+    turn = answer.rfind(_HH_TURN)
+    if turn < 0 or _HH_USER not in answer[:turn]:
+        return "", answer
+    turn += len(_HH_TURN)
+    return answer[:turn], answer[turn:]
 
 
 def checked_prompt(row: Any) -> Conversation:
@@ -156,8 +191,8 @@ def _check_prompt(prompt: Conversation) -> None:
         raise Rejected("prompt ends with an assistant message")
 
 
-def _check_response(name: str, response: Conversation) -> None:
+def _check_response(name: str, response: Conversation, strict: bool) -> None:
     if not response or not (response if isinstance(response, str) else response[-1]["content"]).strip():
-        raise Rejected(f"{name} is empty")
+        raise Rejected(f"{name} is empty", malformed=strict)
     if isinstance(response, list) and not response[0]["role"] == response[-1]["role"] == "assistant":
         raise Rejected(f"{name} does not start and end with an assistant message")

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from hydra_ppo.config.settings import DataSettings
-from hydra_ppo.data.formats import Conversation, Messages, Pair, TextPair, checked_pair, checked_prompt, checked_unicode
-from hydra_ppo.data.sources import DataSource, Rejected, Source, one_line, open_source
+from hydra_ppo.data.ends import find_ends
+from hydra_ppo.data.formats import TEXT_COLUMNS, Messages, checked_pair, checked_prompt
+from hydra_ppo.data.sources import DataSource, Rejected, Source, open_source
+from hydra_ppo.data.text import Codec
 from hydra_ppo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -28,7 +32,12 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """One pair: texts as tokenised (chat rendered) and whole; ids may be cut, and a response not cut ends in EOS."""
+    """One pair: texts as tokenised (chat rendered), ids perhaps cut; an answer that is not cut ends in the end of a turn.
+
+    Attributes:
+        prompt_text, prompt_ids: what chosen answers; rejected too, but where conversations part before their last turn.
+        rejected_prompt_text, rejected_prompt_ids: what rejected answers then; None where that is the same.
+    """
 
     prompt_text: str
     chosen_text: str
@@ -36,14 +45,28 @@ class PreferenceRow:
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
+    rejected_prompt_text: str | None = None
+    rejected_prompt_ids: tuple[int, ...] | None = None
+
+    @property
+    def before_rejected(self) -> tuple[int, ...]:
+        """Tokens of the prompt that rejected answers."""
+        return self.prompt_ids if self.rejected_prompt_ids is None else self.rejected_prompt_ids
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt: text as tokenised (chat rendered) and whole; ids may be cut."""
+    """One prompt: text as the policy reads it (chat rendered, perhaps cut) and its ids.
+
+    Attributes:
+        messages: the same as messages, where it came as such.
+        columns: what else the row held, for reward functions.
+    """
 
     text: str
     ids: tuple[int, ...]
+    messages: Messages | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,52 +79,71 @@ class Loaded(Generic[Row]):
 
 
 def load_preferences(
-    source: DataSource, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, split: str | None = None
+    source: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    *,
+    split: str | None = None,
+    now: datetime | None = None,
 ) -> Loaded[PreferenceRow]:
     """Read and tokenise preference pairs.
 
-    A response has at most ``max_response_tokens`` ids, its EOS included; a longer one is cut and carries no EOS.
-    Pairs whose two responses come out with the same ids are dropped and counted. ``split`` (of a hub dataset)
-    defaults to ``settings.split``. The tokenizer is not changed.
+    An answer ends where a rollout would (`Ends.turn`), and has at most ``max_response_tokens`` ids with that; a longer one is
+    cut and carries no end. Pairs whose two answers come out with the same ids are dropped and counted.
+
+    Args:
+        source: see `open_source`.
+        tokenizer: it is not changed.
+        settings: lengths, formats, and what is done with rows that cannot be used.
+        split: of a hub dataset; None is ``settings.split``.
+        now: the time that chat templates see.
 
     Raises:
         DataError: the source cannot be read, has malformed rows (unless ``skip_bad_rows``) or no usable row,
             or has chat messages and the tokenizer no chat template.
-        ConfigError: the tokenizer has no EOS token.
+        ConfigError: nothing ends an answer.
     """
-    _require_eos(tokenizer)
+    codec = Codec(tokenizer, settings, now)
+    longest = settings.max_response_tokens
 
     def convert(raw: Any, place: str) -> tuple[PreferenceRow, list[str]]:
-        pair = checked_pair(raw)
-        prompt_text, prompt_ids, notes = _encode_prompt(pair.prompt, tokenizer, settings, place)
-        texts: list[str] = []
-        ids: list[tuple[int, ...]] = []
-        for name, text in _responses(pair, prompt_text, tokenizer):
-            response_ids = _encode_response(name, text, tokenizer)
-            if len(response_ids) > settings.max_response_tokens:
-                notes.append(f"{name} cut to data.max_response_tokens={settings.max_response_tokens}")
-            texts.append(text)
-            ids.append(tuple(response_ids[: settings.max_response_tokens]))
-        if ids[0] == ids[1]:
+        pair = checked_pair(raw, strict=settings.degenerate_pairs == "error")
+        prompt = codec.prompt(pair.prompt, place)
+        other = prompt if pair.rejected_prompt is None else codec.prompt(pair.rejected_prompt, place)
+        answers = [codec.answer("chosen", prompt, pair.chosen), codec.answer("rejected", other, pair.rejected)]
+        notes = [*prompt.notes]
+        if other is not prompt:
+            notes += [*other.notes, "the conversations part before their last turn; each last answer is read after its own"]
+        for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+            if len(answer.ids) > longest:
+                notes.append(f"{name} cut to data.max_response_tokens={longest}")
+            if answer.crossing:
+                notes.append(f"a token crosses from prompt to {name}; the answer is encoded as a rollout would draw it")
+        chosen, rejected = (answer.ids[:longest] for answer in answers)
+        if chosen == rejected and prompt.ids == other.ids:
             raise Rejected("chosen and rejected have the same tokens", malformed=False)
-        return PreferenceRow(prompt_text, texts[0], texts[1], prompt_ids, ids[0], ids[1]), notes
+        texts = (prompt.text, answers[0].text, answers[1].text)
+        own = (None, None) if other is prompt else (other.text, other.ids)
+        return PreferenceRow(*texts, prompt.ids, chosen, rejected, *own), notes
 
     return _collect(open_source(source, split or settings.split), convert, settings.skip_bad_rows)
 
 
 def load_prompts(
-    source: DataSource, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, split: str | None = None
+    source: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    *,
+    split: str | None = None,
+    now: datetime | None = None,
 ) -> Loaded[PromptRow]:
-    """Read and tokenise prompts; preference rows count too, for their prompt.
-
-    ``split`` (of a hub dataset) defaults to ``settings.split``. The tokenizer is not changed. Raises what
-    `load_preferences` raises.
-    """
-    _require_eos(tokenizer)
+    """Read and tokenise prompts; preference rows count too, for their prompt. Arguments and errors as `load_preferences`."""
+    codec = Codec(tokenizer, settings, now)
 
     def convert(raw: Any, place: str) -> tuple[PromptRow, list[str]]:
-        text, ids, notes = _encode_prompt(checked_prompt(raw), tokenizer, settings, place)
-        return PromptRow(text, ids), notes
+        prompt = codec.prompt(checked_prompt(raw), place)
+        columns = {name: value for name, value in raw.items() if name not in TEXT_COLUMNS}
+        return PromptRow(prompt.text, prompt.ids, prompt.messages, columns), list(prompt.notes)
 
     return _collect(open_source(source, split or settings.split), convert, settings.skip_bad_rows)
 
@@ -113,12 +155,14 @@ def check_source(
     *,
     split: str = "train",
     skip_bad_rows: bool = False,
+    strict: bool = False,
 ) -> int:
     """Check the format of the first ``limit`` rows (None: all) without a tokenizer; return how many rows were seen.
 
-    An iterator is consumed by as many rows. Raises DataError as `load_preferences` does.
+    An iterator is consumed by as many rows; ``strict`` counts equal and empty answers as malformed. Raises DataError as
+    `load_preferences` does.
     """
-    check = {"preferences": checked_pair, "prompts": checked_prompt}[kind]
+    check: Callable[[Any], object] = partial(checked_pair, strict=strict) if kind == "preferences" else checked_prompt
     opened = open_source(source, split)
     first = replace(opened, rows=islice(opened.rows, limit))
     loaded = _collect(first, lambda raw, place: (check(raw), []), skip_bad_rows)
@@ -139,21 +183,14 @@ def split_held_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[lis
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that pads, making EOS the pad token where none is set; attention masks tell the two apart.
+    """Return an id that pads: the tokenizer's, else one that ends answers. Masks tell the two apart; nothing else may.
 
-    Raises ConfigError where there is no EOS token.
+    The tokenizer stays as it came: one that is saved with its end as its pad makes other programs mask every end.
+
+    Raises ConfigError where there is neither.
     """
-    _require_eos(tokenizer)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer.pad_token_id
-
-
-def _require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            "tokenizer.eos_token=None leaves a response without an end; set eos_token in the model's tokenizer_config.json."
-        )
+    pad: int | None = tokenizer.pad_token_id
+    return find_ends(tokenizer).turn if pad is None else pad
 
 
 # Counting
@@ -191,74 +228,3 @@ def _collect(source: Source, convert: Callable[[Any, str], tuple[Row, list[str]]
         why = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
         raise DataError(f"{source.name}: none of {skipped} rows is usable ({why}); fix the rows or change the data settings.")
     return Loaded(rows, skipped, dict(reasons))
-
-
-# Tokens
-
-
-def _encode_prompt(
-    prompt: Conversation, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, place: str
-) -> tuple[str, tuple[int, ...], list[str]]:
-    """Return text, ids and notes of a prompt; chat is rendered up to where the assistant's answer begins."""
-    if isinstance(prompt, str):
-        text, ids = prompt, _encode("prompt", prompt, tokenizer, add_special_tokens=True)
-        while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers append it
-            ids.pop()
-    elif tokenizer.chat_template:
-        text = _render(tokenizer, prompt, add_generation_prompt=True)
-        ids = _encode("prompt", text, tokenizer, add_special_tokens=False)
-    else:
-        raise DataError(
-            f"{place} holds chat messages, but the tokenizer has no chat template; "
-            "use a chat model's tokenizer, set tokenizer.chat_template, or give plain text."
-        )
-    start = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
-    if ids == start:
-        raise Rejected("prompt has no tokens")
-    limit = settings.max_prompt_tokens
-    if len(ids) <= limit:
-        return text, tuple(ids), []
-    if settings.long_prompts != "truncate":
-        raise Rejected(
-            f"prompt is over data.max_prompt_tokens={limit} (data.long_prompts={settings.long_prompts})",
-            malformed=settings.long_prompts == "error",
-        )
-    if limit <= len(start):
-        start = []
-    return text, tuple(start + ids[len(ids) - limit + len(start) :]), [f"prompt cut to data.max_prompt_tokens={limit}"]
-
-
-def _responses(pair: Pair, prompt_text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
-    """Yield name and text of chosen, then of rejected; the second is rendered only when it is asked for."""
-    if isinstance(pair, TextPair):
-        yield from (("chosen", pair.chosen), ("rejected", pair.rejected))
-        return
-    for name, messages in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        whole = _render(tokenizer, [*pair.prompt, *messages], add_generation_prompt=False)
-        if not whole.startswith(prompt_text):
-            raise Rejected(f"the chat template does not render {name} as a continuation of its prompt")
-        yield name, whole[len(prompt_text) :]
-
-
-def _encode_response(name: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    body = text.rstrip()
-    # Chat templates may put a newline after the EOS that ends a turn; a sampled response never has it.
-    ids = _encode(name, body if body.endswith(tokenizer.eos_token) else text, tokenizer, add_special_tokens=False)
-    while ids and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    if not ids:
-        raise Rejected(f"{name} has no tokens")
-    return [*ids, tokenizer.eos_token_id]
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool) -> str:
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # a template is a program of its own and may raise anything
-        raise Rejected(f"the chat template refuses the messages ({one_line(error)})") from error
-    return cast(str, text)  # its type says what there can be with tokenize=True, too
-
-
-def _encode(name: str, text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> list[int]:
-    checked_unicode(name, text)
-    return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])

@@ -1,7 +1,8 @@
 """The shared base and its roles: building, loading and saving a HydraModel.
 
-From outside: `hydra` (`HydraModel`), `roles` (`Role`, `Stage`), `saving` (reading a saved model back), `manifest` (what
-a saved model says of itself), `fingerprint` (digests), `adapters`, `architecture`, `loading` (a base alone).
+From outside: `hydra` (`HydraModel`), `roles` (`Role`, `Stage`), `answers` (where its answers end), `saving` (reading a saved
+model back), `manifest` (what a saved model says of itself), `fingerprint` (digests), `adapters`, `architecture`, `loading` (a
+base alone).
 
 Never: training loops, sampling, run folders.
 """

@@ -19,9 +19,11 @@ PLACES, BLOCK = 256, 64 * 2**10
 
 
 def model_digests(folder: Path) -> dict[str, str]:
-    """Return a digest of every file of a model that decides what it computes: config and safetensors, by path."""
+    """Return a digest of every file of a model that decides what it computes: configs and safetensors, by path."""
     paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*/adapter_model.safetensors")])
-    paths += [path for path in (folder / "config.json", folder / "hydra.json") if path.is_file()]
+    paths += [
+        path for path in (folder / "config.json", folder / "generation_config.json", folder / "hydra.json") if path.is_file()
+    ]
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
 
 

@@ -90,6 +90,9 @@ class HydraModel(RoleModel):
             read_heads(heads, saved, manifest)
         super().__init__(architecture, base, stage, heads, trunk_layers=trunk_layers, packing=packing, autocast=autocast)
         self.reward_head_trained = bool(manifest and manifest["reward_head_trained"])
+        if manifest and manifest.get("end_ids"):
+            self.trained_end = manifest["end_ids"][0]
+            causal_lm.generation_config.eos_token_id = manifest["end_ids"]
 
     # -- construction ------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,12 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
         and all(isinstance(role, dict) and role.keys() == {"adapter", "head"} for role in roles.values())
         and all(isinstance(manifest[name], list) for name in ("adapters", "heads"))
         and isinstance(manifest["trunk_layers"], int)
+        and _is_list_of_ids(manifest.get("end_ids"))
     )
+
+
+def _is_list_of_ids(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(i, int) for i in value))
 
 
 def base_folder(folder: Path) -> str:

@@ -53,8 +53,18 @@ def write_model(model: RoleModel, folder: Path) -> None:
         "heads": used,
         "reward_head_trained": model.reward_head_trained,
         "trunk_layers": model.trunk_layers,
+        "end_ids": _end_ids(model),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _end_ids(model: RoleModel) -> list[int] | None:
+    """Return the tokens that end an answer, the trained one first; None where nobody said."""
+    if model.trained_end is None:
+        return None
+    found = getattr(model.causal_lm.generation_config, "eos_token_id", None)
+    others = found if isinstance(found, list) else [found]
+    return [model.trained_end, *(i for i in others if i is not None and i != model.trained_end)]
 
 
 def read_heads(heads: Mapping[str, nn.Linear], folder: Path, manifest: Mapping[str, Any]) -> None:

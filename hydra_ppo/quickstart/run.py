@@ -218,8 +218,8 @@ def sample_texts(
     """Sample a response to each prompt from `actor` or `reference`."""
     import torch
 
+    from hydra_ppo.model.answers import end_tokens
     from hydra_ppo.rollout.sampling import sample
-    from hydra_ppo.training.ppo import end_tokens
 
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     generator = torch.Generator(model.device).manual_seed(seed)

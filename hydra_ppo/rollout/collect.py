@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hydra_ppo.config.settings import RolloutSettings
-from hydra_ppo.experience import Experience, ScoredExperience
+from hydra_ppo.experience import Experience, ScoredExperience, Sequences
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rollout.sampling import Samples, sample
 from hydra_ppo.runtime.announce import allocating
@@ -29,19 +29,22 @@ def collect_experience(
     sampler: Callable[..., Samples] = sample,
     limits: Limits | None = None,
     where: str = "",
+    never: Sequence[int] = (),
 ) -> ScoredExperience:
     """Sample a response to each prompt and score it in the three other roles.
 
     Args:
         prompts: token ids of each prompt.
         settings: how to sample, and how many rows to score at once.
-        eos_ids: tokens that end a response.
+        eos_ids: tokens that end a response. Scores are read at the first of them, which is what answers were trained to end
+            in: where a response ended in another, the reward head sees the first in its place.
         pad_id: fills up the rows; never seen by a row that counts.
         generator: source of randomness, on the model's device.
         on_phase: told "rollout" and "score" as they begin.
         sampler: called as `sample` is.
         limits: what has fitted into memory so far; where it runs out, fewer rows are decoded or scored at once.
         where: step, for the log.
+        never: ids that are not sampled.
 
     Returns:
         The rows, with the scores (B,) of the reward head.
@@ -56,11 +59,12 @@ def collect_experience(
 
     def decode(size: int) -> Samples:
         on_phase("rollout")
-        return sampler(model, prompts, replace(settings, generation_batch_size=size), eos_ids, generator)
+        options = {"never": never} if never else {}
+        return sampler(model, prompts, replace(settings, generation_batch_size=size), eos_ids, generator, **options)
 
     def score_all(size: int) -> ScoredExperience:
         on_phase("score")
-        return score(model, experience, logprobs, replace(settings, score_batch_size=size))
+        return score(model, experience, logprobs, replace(settings, score_batch_size=size), eos_ids)
 
     samples = limits.fit(
         "rollout.generation_batch_size",
@@ -76,13 +80,16 @@ def collect_experience(
 
 
 @torch.no_grad()
-def score(model: HydraModel, experience: Experience, logprobs: Tensor, settings: RolloutSettings) -> ScoredExperience:
+def score(
+    model: HydraModel, experience: Experience, logprobs: Tensor, settings: RolloutSettings, eos_ids: Sequence[int] = ()
+) -> ScoredExperience:
     """Find reference log-probs, scores and values: two passes over the base (three where log-probs are recomputed).
 
     Where the model has a trunk, the first pass finds what leaves it too, and the others begin there.
 
     Args:
         logprobs: (B, R) of the sampled tokens under the actor, as the sampler had them, nats.
+        eos_ids: tokens that end a response; a row that ends in one is scored as if it ended in the first.
     """
     model.eval()
     shape = experience.response_mask.shape
@@ -94,7 +101,7 @@ def score(model: HydraModel, experience: Experience, logprobs: Tensor, settings:
         check_stop()
         with allocating("experience"):
             part = experience.select(rows)
-            sequences = part.sequences()
+            sequences = ending_alike(part.sequences(), eos_ids)
         index = torch.tensor(rows, device=model.device)
         width = part.response_ids.shape[1]
         with model.taking_trunk() as states:
@@ -117,6 +124,22 @@ def score(model: HydraModel, experience: Experience, logprobs: Tensor, settings:
             old_values=old_values.masked_fill(outside, 0.0),
             scores=scores,
         )
+
+
+def ending_alike(sequences: Sequences, eos_ids: Sequence[int]) -> Sequences:
+    """Let rows that end in any of `eos_ids` end in the first of them.
+
+    The last token of a row changes the hidden state at its own place alone, which only the reward head reads: log-probs are
+    taken from the states before it, and so are values. So one pass serves reference and reward as before, and a policy
+    cannot gain by ending its answers in a token that the reward head was not trained at.
+    """
+    if len(eos_ids) < 2:
+        return sequences
+    last = sequences.last_positions()[:, None]  # (B, 1)
+    found = sequences.input_ids.gather(1, last)
+    ended = torch.isin(found, torch.tensor(list(eos_ids), device=found.device))
+    ended &= sequences.response_mask.any(dim=1, keepdim=True)
+    return replace(sequences, input_ids=sequences.input_ids.scatter(1, last, found.masked_fill(ended, eos_ids[0])))
 
 
 def _room_for_trunk(model: HydraModel, experience: Experience, settings: RolloutSettings) -> Tensor | None:

@@ -53,6 +53,7 @@ def sample(
     role: str = "actor",
     lengths: Sequence[int] | None = None,
     decoder: type[Decoder] | None = None,
+    never: Sequence[int] = (),
 ) -> Samples:
     """Sample one response per prompt from a role with the lm head.
 
@@ -64,6 +65,8 @@ def sample(
         role: `actor`, or `reference` for the policy that training started from.
         lengths: tokens of each response, at least 1, where they are given and end tokens do not end anything.
         decoder: what decodes a batch; `Decoder` where None.
+        never: ids that are not sampled, such as rows of a padded vocabulary that stand for no token. Log-probs stay those of
+            the whole distribution.
 
     Raises:
         NonFiniteError: when logits were NaN or infinite.
@@ -82,6 +85,7 @@ def sample(
                 given = None if lengths is None else [lengths[i] for i in rows]
                 steps = settings.max_new_tokens if given is None else max(given)
                 batch = (decoder or Decoder)(model, [prompts[i] for i in rows], steps)
+                batch.never = torch.tensor(list(never), device=model.device) if never else None
                 tokens, token_logprobs, found = batch.run(settings, eos_ids, generator, given)
                 for row, ids, values, length in zip(rows, tokens.tolist(), token_logprobs.tolist(), found, strict=True):
                     responses[row] = ids[:length]
@@ -97,7 +101,12 @@ class Decoder:
     Args:
         prompts: token ids of each row.
         steps: most tokens of a response.
+
+    Attributes:
+        never: (N,) ids that are not drawn; None where all are.
     """
+
+    never: Tensor | None = None
 
     def __init__(self, model: HydraModel, prompts: Sequence[Sequence[int]], steps: int) -> None:
         self.model = model
@@ -163,7 +172,7 @@ class Decoder:
         step = 0
         while True:
             check_stop()
-            drawn = draw(self.head.logits(self.hidden, settings.temperature), uniform[step, self.index], keep)
+            drawn = draw(self.head.logits(self.hidden, settings.temperature), uniform[step, self.index], keep, self.never)
             tokens[step, self.index] = drawn.tokens
             logprobs[step, self.index] = drawn.logprobs
             if step + 1 == steps:

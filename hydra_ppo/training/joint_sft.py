@@ -300,7 +300,7 @@ class JointSFTTrainer:
         zero = torch.zeros((), device=model.device)
         ranked = config.reward_coef > 0
         responses = [row.chosen_ids for row in rows] + ([row.rejected_ids for row in rows] if ranked else [])
-        prompts = [row.prompt_ids for row in rows] * (2 if ranked else 1)
+        prompts = [row.prompt_ids for row in rows] + ([row.before_rejected for row in rows] if ranked else [])
         sequences = Experience.from_lists(prompts, responses, self.pad_token_id, model.device).sequences()
         nll = ranking = correct = zero
         logprobs, scores = None, None
@@ -328,7 +328,7 @@ def total_steps(config: SFTConfig, pairs: int) -> int:
 
 
 def _length(row: PreferenceRow) -> int:
-    return len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids))
+    return max(len(row.prompt_ids) + len(row.chosen_ids), len(row.before_rejected) + len(row.rejected_ids))
 
 
 def _metrics(config: SFTConfig, nll: float, ranking: float, accuracy: float, accuracy_name: str) -> dict[str, Any]:

@@ -23,9 +23,11 @@ import torch
 
 from hydra_ppo.config.settings import PPOConfig
 from hydra_ppo.data.rows import PromptRow
+from hydra_ppo.data.text import answer_texts, unknown_ids
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.experience import FinishedExperience, ScoredExperience
+from hydra_ppo.experience import Experience, FinishedExperience, ScoredExperience
 from hydra_ppo.functional import adaptive_kl_coef, explained_variance
+from hydra_ppo.model.answers import end_tokens, settle_ends
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rewards.scorer import Scorer
 from hydra_ppo.rollout.collect import collect_experience
@@ -101,7 +103,9 @@ class PPOTrainer:
                 "reward.sources names the reward head, but this model's was never trained; run hydra-ppo sft first, or name a "
                 "function or a classifier."
             )
-        self.eos_ids = end_tokens(model, tokenizer)
+        self.eos_ids = end_tokens(model, tokenizer, config.data.end_of_turn)
+        settle_ends(model, tokenizer, self.eos_ids, reads_head=scorer.needs_head)
+        self.never = unknown_ids(tokenizer, model.architecture.output_embeddings.weight.shape[0])
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self.memory = PhaseMemory(model, model.device, config.run.memory)
         self.progress = self._begin(scorer)
@@ -300,7 +304,7 @@ class PPOTrainer:
             "eval/eos_rate": found["rollout/eos_rate"],
             "eval/repeated_4grams": found["rollout/repeated_4grams"],
             "scores": raw,
-            "responses": self._texts(experience),
+            "responses": self._read(experience),
         }
 
     def _collect(
@@ -321,6 +325,7 @@ class PPOTrainer:
             sampler=self.sampler,
             limits=self.progress.limits,
             where=where,
+            never=self.never,
         )
 
     @property
@@ -333,16 +338,20 @@ class PPOTrainer:
     ) -> tuple[list[float], list[float]]:
         """Return raw scores and those that PPO sees."""
         scorer = self.progress.scorer
-        raw = scorer.raw(experience.scores.tolist(), [row.text for row in rows], self._texts(experience), where)
+        raw = scorer.raw(experience.scores.tolist(), [row.text for row in rows], self._read(experience), where)
         return raw, scorer.shape(raw, experience.ended(self.eos_ids)) if shape else raw
 
-    def _texts(self, experience: ScoredExperience) -> list[str]:
-        return self.tokenizer.batch_decode(experience.responses(), skip_special_tokens=True)
+    def _texts(self, experience: Experience, show: bool = False, ends: Sequence[int] = ()) -> list[str]:
+        return answer_texts(self.tokenizer, experience.prompts(), experience.responses(), show_special=show, ends=ends)
+
+    def _read(self, experience: Experience) -> list[str]:
+        """Return what reward sources read."""
+        return self._texts(experience, self.config.data.special_tokens == "show", self.eos_ids)
 
     def _samples(
         self, experience: ScoredExperience, rows: Sequence[PromptRow], scores: Sequence[float]
     ) -> list[dict[str, Any]]:
-        texts = self._texts(experience)
+        texts = self._texts(experience, show=True, ends=self.eos_ids)
         return [
             {"prompt": row.text, "response": text, "score": score} for row, text, score in zip(rows, texts, scores, strict=True)
         ][: self.config.minibatch_size]
@@ -353,13 +362,3 @@ class PPOTrainer:
             "time/responses_per_second": self._rows / seconds,
             "time/tokens_per_second": self._rows * measured(metrics, "rollout/response_length") / seconds,
         }
-
-
-def end_tokens(model: HydraModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a response: the tokenizer's, and those of the model's generation config."""
-    configured = getattr(model.causal_lm.generation_config, "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
-    found = sorted({i for i in ids if i is not None})
-    if not found:
-        raise ConfigError("tokenizer.eos_token=None leaves responses without an end; set eos_token in tokenizer_config.json.")
-    return found

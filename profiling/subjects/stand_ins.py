@@ -16,12 +16,21 @@ class NoTokenizer:
             its full length.
     """
 
-    pad_token_id = 0
+    pad_token_id, bos_token_id, chat_template = 0, None, None
+    all_special_ids: Sequence[int] = ()
 
     def __init__(self, end_token: int) -> None:
         self.eos_token_id = end_token
 
-    def batch_decode(self, responses: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
+    def get_vocab(self) -> dict[str, int]:
+        """Return nothing: no id is known not to be a token."""
+        return {}
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        """Return a name for a token."""
+        return f"<{token}>"
+
+    def batch_decode(self, responses: Sequence[Sequence[int]], **options: bool) -> list[str]:
         """Return an empty text for each response."""
         return [""] * len(responses)
 

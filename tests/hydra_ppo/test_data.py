@@ -107,11 +107,6 @@ def message(excinfo):
             (f"{HH} A\n\nHuman: B\n\nAssistant:", " x", " y"),
             id="hh-two-turns",
         ),
-        pytest.param(
-            {"chosen": f"{HH} A", "rejected": f"{HH} A\n\nHuman: B\n\nAssistant: y"},
-            (HH, " A", " A\n\nHuman: B\n\nAssistant: y"),
-            id="hh-one-is-longer",
-        ),
     ],
 )
 def test_text_pairs(row, expected):
@@ -180,12 +175,8 @@ def test_prompts(row, tokenizer, text):
         (pair(prompt=" \n"), "prompt is empty"),
         (pair(prompt=[]), "prompt is empty"),
         (pair(prompt=[user(" ")]), "prompt is empty"),
-        (pair(chosen="  "), "chosen is empty"),
-        (pair(rejected=""), "rejected is empty"),
         (pair(rejected=[]), "rejected is empty"),
         (pair([user("Q")], [user("Q")], "no"), "one of chosen and rejected is text, the other messages"),
-        (pair([user("Q")], [user("Q")], [assistant("no")]), "chosen is empty"),
-        (pair([user("Q")], [assistant("")], [assistant("no")]), "chosen is empty"),
         (
             pair([user("Q")], [assistant("a")], [assistant("b"), user("c")]),
             "rejected does not start and end with an assistant message",
@@ -194,9 +185,6 @@ def test_prompts(row, tokenizer, text):
         (pair([user("Q")], [{"role": "assistant"}], "no"), "chosen has a message without a text content"),
         (pair([user("Q")], [{"content": "a"}], "no"), "chosen has a message without a text role"),
         (pair([user("Q")], ["yes"], ["no"]), "chosen has a message that is not an object"),
-        (pair(chosen=" no"), "chosen equals rejected"),
-        (pair(None, "same text", "same text"), "chosen equals rejected"),
-        (pair(None, [user("Q"), assistant("a")], [user("Q"), assistant("a")]), "chosen equals rejected"),
         (pair(None, "yes", "no"), "prompt is missing, and chosen and rejected share none"),
         (
             pair(None, [user("Q"), assistant("a")], [user("P"), assistant("a")]),
@@ -215,6 +203,32 @@ def test_bad_pairs(row, reason):
     loaded = load_preferences([row, pair()], PLAIN, data(skip_bad_rows=True))
     assert (len(loaded.rows), loaded.skipped, loaded.reasons) == (1, 1, {reason: 1})
     assert check_source([row, pair()], "preferences", skip_bad_rows=True) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (pair(chosen="  "), "chosen is empty"),
+        (pair(rejected=""), "rejected is empty"),
+        (pair([user("Q")], [user("Q")], [assistant("no")]), "chosen is empty"),
+        (pair([user("Q")], [assistant("")], [assistant("no")]), "chosen is empty"),
+        (pair(chosen=" no"), "chosen equals rejected"),
+        (pair(None, "same text", "same text"), "chosen equals rejected"),
+        (pair(None, [user("Q"), assistant("a")], [user("Q"), assistant("a")]), "chosen equals rejected"),
+    ],
+)
+def test_equal_and_empty_answers_are_dropped_unless_they_shall_stop(row, reason):
+    good = pair() if isinstance(row["chosen"], str) else pair([user("Q")], [assistant("yes")], [assistant("no")])
+    loaded = load_preferences([row, good], CHAT, data())
+    assert (len(loaded.rows), loaded.skipped, loaded.reasons) == (1, 1, {reason: 1})
+    assert check_source([row, good], "preferences") == 2
+    strict = data(degenerate_pairs="error")
+    for load in (
+        lambda: load_preferences([row, good], CHAT, strict),
+        lambda: check_source([row, good], "preferences", strict=True),
+    ):
+        with pytest.raises(DataError, match=f"1 of 2 rows is malformed; first at row 1: {reason}"):
+            load()
 
 
 @pytest.mark.parametrize(
@@ -293,8 +307,10 @@ def test_pairs_that_are_equal_once_cut_are_dropped():
     ],
 )
 def test_truncation_keeps_the_end_and_bos(special, limit, expected):
-    loaded = load_prompts([{"prompt": "abcde"}], make_tokenizer(special), data(max_prompt_tokens=limit))
-    assert (loaded.rows[0].text, loaded.rows[0].ids) == ("abcde", expected)
+    tokenizer = make_tokenizer(special)
+    loaded = load_prompts([{"prompt": "abcde"}], tokenizer, data(max_prompt_tokens=limit))
+    read = tokenizer.decode(expected, skip_special_tokens=True)  # the text is what the policy reads
+    assert (loaded.rows[0].text, loaded.rows[0].ids) == (read, expected)
     assert loaded.reasons == ({f"prompt cut to data.max_prompt_tokens={limit}": 1} if limit < 6 else {})
 
 
@@ -319,11 +335,11 @@ def test_pad_token():
     assert ensure_pad_token(make_tokenizer(pad_token="<pad>")) == PAD
     tokenizer = make_tokenizer()
     assert ensure_pad_token(tokenizer) == EOS
-    assert (tokenizer.pad_token, len(tokenizer)) == ("<eos>", len(PLAIN))
+    assert (tokenizer.pad_token, len(tokenizer)) == (None, len(PLAIN))  # it stays as it came
 
 
 def test_eos_is_needed():
-    tokenizer = make_tokenizer(eos_token=None, pad_token="<pad>")
+    tokenizer = make_tokenizer(eos_token=None)
     for call in (
         lambda: ensure_pad_token(tokenizer),
         lambda: load_prompts(["never read"], tokenizer, data()),
@@ -351,9 +367,7 @@ def test_files(tmp_path, suffix, row):
 def test_jsonl_counts_lines_and_ignores_blank_ones(tmp_path):
     path = tmp_path / "train.jsonl"
     good = json.dumps(pair())
-    path.write_bytes(
-        b"\xef\xbb\xbf" + "\r\n".join([good, "", "  ", "{oops", json.dumps(pair(chosen="")), good, "[1]"]).encode()
-    )
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([good, "", "  ", "{oops", json.dumps(pair(chosen=3)), good, "[1]"]).encode())
     with pytest.raises(DataError) as excinfo:
         load_preferences(str(path), PLAIN, data())
     assert message(excinfo) == (
@@ -362,7 +376,7 @@ def test_jsonl_counts_lines_and_ignores_blank_ones(tmp_path):
     )
     loaded = load_preferences(path, PLAIN, data(skip_bad_rows=True))
     assert (len(loaded.rows), loaded.skipped) == (2, 3)
-    assert loaded.reasons == {"not valid JSON": 1, "chosen is empty": 1, "not an object": 1}
+    assert loaded.reasons == {"not valid JSON": 1, "chosen is neither text nor a list of messages": 1, "not an object": 1}
 
 
 @pytest.mark.parametrize(
@@ -468,8 +482,8 @@ def test_dataset_folder_and_dataset(monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "folder"
     folder.mkdir()
-    write(folder / "test.jsonl", [pair(), pair(chosen="")])
-    with pytest.raises(DataError, match=r"folder: 1 of 2 rows is malformed; first at row 2: chosen is empty"):
+    write(folder / "test.jsonl", [pair(), pair(chosen=None)])
+    with pytest.raises(DataError, match=r"folder: 1 of 2 rows is malformed; first at row 2: chosen is missing"):
         load_preferences(str(folder), PLAIN, data(), split="test")
     with pytest.raises(DataError, match="cannot be loaded as a dataset with split 'train'"):
         load_preferences(str(folder), PLAIN, data())

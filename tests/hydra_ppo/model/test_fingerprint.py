@@ -52,7 +52,7 @@ def test_a_large_file_is_read_at_both_ends_and_in_between(tmp_path, large):
 def test_a_model_is_its_config_and_weights(tmp_path):
     folder = write_model(tmp_path / "base")
     before = model_digests(folder)
-    assert sorted(before) == ["config.json", "model.safetensors"]
+    assert sorted(before) == ["config.json", "generation_config.json", "model.safetensors"]
     (folder / "README.md").write_text("a model")
     assert model_digests(folder) == before
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")

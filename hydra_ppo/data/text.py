@@ -1,0 +1,268 @@
+"""How text becomes tokens and back: how prompt and answer join, and what a reward function reads.
+
+A rollout continues the tokens of a prompt. So an answer is encoded together with its prompt and cut where the prompt's
+tokens end, and decoded together with them and cut where the prompt's text ends: what SFT trains is what can be sampled, and
+what a reward function reads is what the tokens say, for every kind of tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from hydra_ppo.config.settings import DataSettings
+from hydra_ppo.data.ends import Ends, find_ends
+from hydra_ppo.data.formats import Conversation, Messages, checked_unicode
+from hydra_ppo.data.sources import Rejected, one_line
+from hydra_ppo.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HALF_A_CHARACTER = "\ufffd"
+HUMAN = "\n\nHuman:"
+"""What begins a turn of the user in text of HH's kind."""
+
+
+class Answer(NamedTuple):
+    """An answer as it is trained: its text, its tokens, and whether a token of the whole text crossed the boundary."""
+
+    text: str
+    ids: tuple[int, ...]
+    crossing: bool = False
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the policy reads it, perhaps cut to the longest length.
+
+    Attributes:
+        text, ids: what is left of it; chat is rendered up to where the answer begins.
+        messages: the same as messages, where it came as such.
+        whole_text, whole_ids: what answers are joined to: of text all of it, of messages those that are left.
+        notes: what was done to it.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    messages: Messages | None
+    whole_text: str
+    whole_ids: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Codec:
+    """Turns conversations into tokens with one tokenizer, one end of a turn, and one day.
+
+    Args:
+        tokenizer: it is not changed.
+        settings: lengths, data.end_of_turn, data.chat_template_kwargs.
+        now: the time that chat templates see, so that a row says the same on every day of a run.
+
+    Raises:
+        ConfigError: where there is no end of an answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, now: datetime | None = None) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        self.ends: Ends = find_ends(tokenizer, end_of_turn=settings.end_of_turn)
+        moment = now or datetime.now()
+        clock: Callable[[str], str] = moment.strftime
+        self._template_options: dict[str, Any] = {"strftime_now": clock, **settings.chat_template_kwargs}
+
+    # -- prompts -----------------------------------------------------------------------------------------------------
+
+    def prompt(self, conversation: Conversation, place: str = "") -> Prompt:
+        """Return a prompt's tokens, cut to data.max_prompt_tokens as data.long_prompts says.
+
+        Of messages, whole turns go from the front, the system message stays; then the beginning of the last message. Of text
+        of HH's kind whole turns go, of other text the first tokens. No character is cut in two.
+
+        Raises:
+            Rejected: where the prompt has no tokens, is too long, or the template refuses it.
+            DataError: for messages where the tokenizer has no chat template.
+        """
+        text, ids = self._encoded(conversation, place)
+        if not set(ids) - {self.tokenizer.bos_token_id}:
+            raise Rejected("prompt has no tokens")
+        messages = None if isinstance(conversation, str) else conversation
+        limit, policy = self.settings.max_prompt_tokens, self.settings.long_prompts
+        if len(ids) <= limit:
+            return Prompt(text, tuple(ids), messages, text, tuple(ids))
+        if policy != "truncate":
+            raise Rejected(
+                f"prompt is over data.max_prompt_tokens={limit} (data.long_prompts={policy})", malformed=policy == "error"
+            )
+        note = f"prompt cut to data.max_prompt_tokens={limit}"
+        if messages is not None:
+            text, ids, messages = self._shortened(messages, limit)
+            return Prompt(text, tuple(ids), messages, text, tuple(ids), (note,))
+        cut_text, cut_ids = self._cut_text(text, ids, limit)
+        return Prompt(cut_text, tuple(cut_ids), None, text, tuple(ids), (note,))
+
+    def _encoded(self, conversation: Conversation, place: str = "") -> tuple[str, list[int]]:
+        if isinstance(conversation, str):
+            return conversation, self._ids("prompt", conversation, special=True)
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"{place} holds chat messages, but the tokenizer has no chat template; "
+                "use a chat model's tokenizer, set tokenizer.chat_template, or give plain text."
+            )
+        text = self.render(conversation, add_generation_prompt=True)
+        return text, self._ids("prompt", text, special=False)
+
+    def _shortened(self, messages: Messages, limit: int) -> tuple[str, list[int], Messages]:
+        """Drop turns from the front until the rest fits, then the beginning of the last message."""
+        first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+        system, turns = messages[:first], messages[first:]
+        while True:
+            text, ids = self._encoded([*system, *turns])
+            if len(ids) <= limit:
+                return text, ids, [*system, *turns]
+            later = next((i for i in range(1, len(turns)) if turns[i]["role"] == "user"), None)
+            if later is None:
+                break
+            turns = turns[later:]
+        *before, last = turns
+        words = self._ids("prompt", last["content"], special=False)
+        dropped = len(ids) - limit
+        while dropped < len(words):
+            content = self._said(words[dropped:])
+            if not content.startswith(HALF_A_CHARACTER) and content.strip():
+                cut = [*system, *before, {**last, "content": content}]
+                text, ids = self._encoded(cut)
+                if len(ids) <= limit:
+                    return text, ids, cut
+            dropped += 1
+        raise Rejected(
+            f"prompt is over data.max_prompt_tokens={limit} without a word of its last message: the system message and the "
+            "template alone take that much"
+        )
+
+    def _cut_text(self, text: str, ids: list[int], limit: int) -> tuple[str, list[int]]:
+        """Drop whole turns of HH text where there are several, else the first tokens; a begin token stays."""
+        at = text.find(HUMAN, 1)
+        while at > 0:
+            rest = self._ids("prompt", text[at:], special=True)
+            if len(rest) <= limit:
+                return text[at:], rest
+            at = text.find(HUMAN, at + 1)
+        start = ids[:1] if ids[:1] == [self.tokenizer.bos_token_id] and limit > 1 else []
+        for length in range(limit - len(start), 0, -1):
+            kept = ids[len(ids) - length :]
+            found = self._said(kept)
+            if not found.startswith(HALF_A_CHARACTER):
+                return found, start + kept
+        raise Rejected("prompt has no tokens")
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def answer(self, name: str, prompt: Prompt, answer: Conversation) -> Answer:
+        """Return an answer's tokens after its prompt, up to the end of the turn and with it; not cut to a length.
+
+        Raises:
+            Rejected: where it has no tokens, or the template does not render it as a continuation of its prompt.
+        """
+        if isinstance(answer, str):
+            text = answer
+            bare = text.rstrip()
+            if any(bare.endswith(end) for end in self._end_texts()):  # a newline after an end is never sampled
+                text = bare
+        else:
+            whole = self.render([*(prompt.messages or []), *answer], add_generation_prompt=False)
+            if not whole.startswith(prompt.whole_text):
+                raise Rejected(f"the chat template does not render {name} as a continuation of its prompt")
+            text = whole[len(prompt.whole_text) :]
+        ids, crossing = self._continuation(name, prompt, text, special=isinstance(answer, str))
+        if self.ends.turn in ids:
+            ids = ids[: ids.index(self.ends.turn)]
+        while ids and ids[-1] in (self.ends.turn, self.tokenizer.eos_token_id):
+            ids.pop()
+        if not ids:
+            raise Rejected(f"{name} has no tokens")
+        return Answer(text, (*ids, self.ends.turn), crossing)
+
+    def _end_texts(self) -> list[str]:
+        ends = (self.ends.text, self.tokenizer.eos_token)
+        return [end for end in ends if end]
+
+    def _continuation(self, name: str, prompt: Prompt, text: str, special: bool) -> tuple[list[int], bool]:
+        """Return the tokens of `text` that follow the prompt's, and whether the whole text would cut them otherwise."""
+        start = list(prompt.whole_ids)
+        whole = self._ids(name, prompt.whole_text + text, special)
+        if whole[: len(start)] == start:
+            return whole[len(start) :], False
+        # A merge crosses the boundary. A rollout goes on from the prompt's tokens, so these are followed by others that say
+        # the same; which, is found by encoding the text alone, or after a word that nothing merges with.
+        wanted = self._said(whole)
+        tries = [self._ids(name, text, special=False)]
+        for anchor in ("\n", "a\n", self.tokenizer.bos_token or "\n"):
+            before = self._ids(name, anchor, special=False)
+            joint = self._ids(name, anchor + text, special=False)
+            if joint[: len(before)] == before:
+                tries.append(joint[len(before) :])
+        return next((ids for ids in tries if self._said([*start, *ids]) == wanted), tries[0]), True
+
+    def _said(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    # -- both --------------------------------------------------------------------------------------------------------
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
+        """Return messages as the chat template writes them.
+
+        Raises:
+            Rejected: with the template's reason.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._template_options
+            )
+        except Exception as error:  # a template is a program of its own and may raise anything
+            raise Rejected(f"the chat template refuses the messages ({one_line(error)})") from error
+        return cast(str, text)  # its type says what there can be with tokenize=True, too
+
+    def _ids(self, name: str, text: str, special: bool) -> list[int]:
+        """Encode a text; one begin token whatever the text brings, and no end token that the tokenizer adds."""
+        checked_unicode(name, text)
+        ids: list[int] = list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        while bos is not None and ids[:2] == [bos, bos]:
+            del ids[0]
+        while special and ids and ids[-1] == eos:
+            ids.pop()
+        return ids
+
+
+def answer_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    show_special: bool = False,
+    ends: Sequence[int] = (),
+) -> list[str]:
+    """Return what sampled responses say after their prompts.
+
+    Args:
+        prompts, responses: token ids, row by row.
+        show_special: keep special tokens inside a response; its end is left out anyway.
+        ends: tokens that end a response.
+    """
+    options: Mapping[str, Any] = {"skip_special_tokens": not show_special, "clean_up_tokenization_spaces": False}
+    bodies = [list(row[:-1]) if show_special and row and row[-1] in ends else list(row) for row in responses]
+    before = tokenizer.batch_decode([list(prompt) for prompt in prompts], **options)
+    whole = tokenizer.batch_decode([[*prompt, *body] for prompt, body in zip(prompts, bodies, strict=True)], **options)
+    texts = []
+    for start, text, body in zip(before, whole, bodies, strict=True):
+        # A prompt that was cut inside a character has no text of its own to cut away.
+        texts.append(text[len(start) :] if text.startswith(start) else str(tokenizer.decode(body, **options)))
+    return texts
+
+
+def unknown_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
+    """Return the ids below `rows` that stand for no token, as in a vocabulary padded to a round size; none of an empty one."""
+    known = set(tokenizer.get_vocab().values())
+    return sorted(set(range(rows)) - known) if known else []
