@@ -247,7 +247,7 @@ def _switch_checkpointing(model: Any, training_args: Any) -> None:
 
 def _prepare_model(original: Any) -> Any:
     def prepare_model(cls: Any, args: Any, model: Any, **options: Any) -> Any:
-        from hydra_ppo.views.views import View
+        from hydra_ppo.views.view import View
 
         return model if isinstance(model, View) else original(cls, args, model, **options)
 
@@ -256,7 +256,7 @@ def _prepare_model(original: Any) -> Any:
 
 def _prepare_template(original: Any) -> Any:
     def _prepare_template(self: Any) -> None:
-        from hydra_ppo.views.views import View
+        from hydra_ppo.views.view import View
 
         original(self)
         if isinstance(self.model, View):

@@ -10,8 +10,10 @@ replaced in TRL itself is inert for other models:
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
+from copy import deepcopy
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -20,12 +22,15 @@ import torch
 from torch import Tensor
 
 from hydra_ppo.config.settings import RolloutSettings
+from hydra_ppo.data.ends import special_ids, template_end
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.patches.binding import Applied, Bindings, install
+from hydra_ppo.patches.versions import HostError
 from hydra_ppo.rollout.sampling import sample
 from hydra_ppo.views.lazy_logits import LazyLogits
 from hydra_ppo.views.sampled_logits import SampledLogits
-from hydra_ppo.views.views import CausalView, View, role_views
+from hydra_ppo.views.view import View
+from hydra_ppo.views.views import CausalView, role_views
 
 logger = logging.getLogger("hydra_ppo")
 
@@ -68,6 +73,7 @@ def _bind(bindings: Bindings, module: ModuleType) -> None:
     bindings.set(module, "batch_generation", _batch_generation(module.batch_generation))
     if hasattr(module, "selective_log_softmax"):  # 0.15 and on
         bindings.set(module, "selective_log_softmax", _selective_log_softmax(module.selective_log_softmax))
+    bindings.set(module.PPOTrainer, "__init__", _init(module.PPOTrainer.__init__))
     bindings.set(module.PPOTrainer, "save_model", _save_model(module.PPOTrainer.save_model))
     bindings.set(module.PPOTrainer, "train", _train(module.PPOTrainer.train))
 
@@ -170,6 +176,75 @@ def _selective_log_softmax(original: Any) -> Any:
     return selective_log_softmax
 
 
+def _init(original: Any) -> Any:
+    """Give TRL a pad token that is padding and nothing else, and say where its stop token is not the trained end."""
+    names = list(inspect.signature(original).parameters)
+    place = names.index("processing_class") if "processing_class" in names else len(names) + 1
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        views = [value for value in (*args, *kwargs.values()) if isinstance(value, CausalView)]
+        came = None
+        if views and "processing_class" in kwargs:
+            came = kwargs["processing_class"]
+            kwargs["processing_class"] = with_own_pad(came, views[0])
+        elif views and len(args) >= place:
+            came = args[place - 1]  # `self` is not among the arguments
+            args = (*args[: place - 1], with_own_pad(came, views[0]), *args[place:])
+        original(self, *args, **kwargs)
+        if came is not None:
+            self.hydra_tokenizer = came
+            _compare_ends(self, views[0])
+
+    return init
+
+
+def with_own_pad(tokenizer: Any, actor: CausalView) -> Any:
+    """Return the tokenizer, or a copy of it whose pad token is no end of an answer, where its own is.
+
+    TRL takes every token that equals the pad for padding, wherever it stands: with an end as pad the score would be read one
+    token before the end, and every end of a turn in a prompt would be masked. Padding itself is never fed to a model, so
+    any other token that texts do not hold will do.
+
+    Raises:
+        HostError: where the vocabulary has no such token.
+    """
+    ends = {tokenizer.eos_token_id, actor.hydra.trained_end}
+    if getattr(tokenizer, "chat_template", None):
+        ends.add(template_end(tokenizer))
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
+        return tokenizer
+    template = tokenizer.chat_template or ""
+    held = {tokenizer.bos_token_id, *ends}
+    free = [i for i in sorted(special_ids(tokenizer)) if i not in held]
+    names = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in free}
+    rows = actor.hydra.architecture.output_embeddings.weight.shape[0]
+    found = next((i for i in free if names[i] not in template and i < rows), None)
+    if found is None:
+        raise HostError(
+            f"tokenizer.pad_token={tokenizer.pad_token!r} ends answers too, and TRL takes every pad for padding; add a token "
+            "of its own (tokenizer.add_special_tokens({'pad_token': ...}), with an embedding), before the base is loaded."
+        )
+    copy = deepcopy(tokenizer)
+    copy.pad_token = names[found]
+    logger.warning(
+        "tokenizer.pad_token=%r ends answers too, and TRL takes every pad for padding: it pads with %r, in a copy of the "
+        "tokenizer",
+        *(tokenizer.pad_token, names[found]),
+    )
+    return copy
+
+
+def _compare_ends(trainer: Any, actor: CausalView) -> None:
+    stop, trained = getattr(trainer, "stop_token_id", None), actor.hydra.trained_end
+    if trained is not None and stop != trained:
+        logger.warning(
+            "stop_token_id=%s is not the token that the reward head was trained at; set stop_token=None, stop_token_id=%s in "
+            "the PPOConfig, so that answers end and scores are read there",
+            *(stop, trained),
+        )
+
+
 def _save_model(original: Any) -> Any:
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
         policy = getattr(self.accelerator.unwrap_model(self.model), "policy", None)
@@ -177,8 +252,9 @@ def _save_model(original: Any) -> Any:
             original(self, output_dir, _internal_call)
         elif self.args.should_save:
             policy.save_pretrained(output_dir or self.args.output_dir)
-            if hasattr(self.processing_class, "save_pretrained"):
-                self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+            tokenizer = getattr(self, "hydra_tokenizer", self.processing_class)  # as it came
+            if hasattr(tokenizer, "save_pretrained"):
+                tokenizer.save_pretrained(output_dir or self.args.output_dir)
 
     return save_model
 

@@ -18,7 +18,8 @@ from hydra_ppo.patches.known_rows import KnownRows
 from hydra_ppo.patches.versions import HostError
 from hydra_ppo.views.lazy_logits import LazyLogits
 from hydra_ppo.views.passes import Passes
-from hydra_ppo.views.views import CausalView, ClassifierView, View, role_views
+from hydra_ppo.views.view import View
+from hydra_ppo.views.views import CausalView, ClassifierView, role_views
 
 S = TypeVar("S", bound="StepModel")
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn  # noqa: E402
 from hydra_ppo import recompute  # noqa: E402
 from hydra_ppo.model.hydra import HydraModel  # noqa: E402
 from hydra_ppo.patches import swift as patch  # noqa: E402
-from hydra_ppo.views.views import View  # noqa: E402
+from hydra_ppo.views.view import View  # noqa: E402
 from tests.hosts.common import (  # noqa: E402
     Result,
     difference,

@@ -39,7 +39,7 @@ class ValueLosses(TrainerCallback):
             self.losses.append(float(logs["loss/value_avg"]))
 
 
-def trainer(folder: Path, losses: list[float], arguments: dict[str, Any], **changes: Any) -> Any:
+def trainer(folder: Path, losses: list[float], arguments: dict[str, Any], processing_class: Any = None, **changes: Any) -> Any:
     """Build the host's trainer as a script would; what differs between versions is asked of them."""
     config_class = sys.modules[TRAINER.__name__.replace("ppo_trainer", "ppo_config")].PPOConfig
     settings = {
@@ -69,12 +69,13 @@ def trainer(folder: Path, losses: list[float], arguments: dict[str, Any], **chan
     config = "args" if "args" in known else "config"
     # On the last batch of its dataloader TRL takes an optimizer step per micro-batch: one batch more than is used.
     rows = [{"input_ids": ids} for ids in common.prompts(ROWS) * (UPDATES + 1)]
+    # A real tokenizer would bring nothing to most checks: TRL asks for these two tokens, and 0.12 lets it collate.
+    tokens = SimpleNamespace(
+        eos_token_id=EOS, pad_token_id=PAD, save_pretrained=lambda folder: None, pad=lambda rows, **_: collate(rows)
+    )
     return TRAINER.PPOTrainer(
         **{config: config_class(**settings)},
-        # A real tokenizer would bring nothing: TRL asks for these two tokens, and 0.12 lets it collate.
-        processing_class=SimpleNamespace(
-            eos_token_id=EOS, pad_token_id=PAD, save_pretrained=lambda folder: None, pad=lambda rows, **_: collate(rows)
-        ),
+        processing_class=processing_class or tokens,
         train_dataset=rows,
         data_collator=collate,
         callbacks=[ValueLosses(losses)],

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from hydra_ppo.experience import Experience
 from hydra_ppo.patches import trl, trl_train
+from hydra_ppo.patches.versions import HostError
 from hydra_ppo.views.sampled_logits import SampledLogits
 from hydra_ppo.views.views import role_views
 from tests.hosts import check_trl_train, common
@@ -101,3 +105,56 @@ def test_generation_settings_that_a_rollout_leaves_out_are_named_once(caplog, mo
     for _ in range(2):
         trl_train.rollout(actor, torch.tensor(common.prompts(2)), 2, common.PAD, config)
     assert caplog.text.count("generation_config.repetition_penalty=1.05 of the model is left out of the rollout") == 1
+
+
+CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|eot|>{% endfor %}"
+
+
+def chat_tokenizer(**special) -> PreTrainedTokenizerFast:
+    """One whose turns end in its eos, with tokens that no text holds."""
+    words = ["<|unk|>", "<|bos|>", "<|eot|>", "<|reserved|>", "<|user|>", *(f"w{i}" for i in range(common.VOCABULARY - 5))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unk|>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|eot|>", pad_token="<|eot|>", **special
+    )
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def test_an_end_is_never_taken_for_padding(tmp_path, caplog):
+    """With the end of a turn as pad token, TRL would mask every turn's end in a prompt and read the score before the last."""
+    model = common.hydra_model()
+    model.trained_end = 2
+    tokenizer = chat_tokenizer(additional_special_tokens=["<|user|>", "<|reserved|>"])
+    with trl.apply(model) as arguments, caplog.at_level(logging.WARNING, "hydra_ppo"):
+        host = check_trl_train.trainer(tmp_path, [], arguments, processing_class=tokenizer, response_length=4)
+        pad = host.processing_class.pad_token_id
+        assert pad == 3  # <|reserved|>: <|user|> stands in the template
+        assert tokenizer.pad_token == "<|eot|>"  # the tokenizer is as it came
+        assert "it pads with '<|reserved|>', in a copy" in caplog.text
+        ends = [2, 9, 9, 2, 9, 2]  # two turns in the prompt, an answer of one word
+        row = torch.tensor([[pad, pad, 1, *ends, pad]])
+        _, score, _ = check_trl_train.TRAINER.get_reward(arguments["reward_model"], row, pad, 7)
+        with torch.no_grad(), model.role("reward"):
+            exact = model.scores(Experience.from_lists([[1, *ends[:4]]], [ends[4:]], 0, model.device).sequences())
+        torch.testing.assert_close(score, exact, rtol=1e-5, atol=1e-6)
+        host.save_model(str(tmp_path / "saved"))
+        assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved").pad_token == "<|eot|>"
+
+
+def test_a_vocabulary_without_a_token_to_pad_with_is_refused(tmp_path):
+    tokenizer = chat_tokenizer(additional_special_tokens=["<|user|>"])
+    with (
+        trl.apply(common.hydra_model()) as arguments,
+        pytest.raises(HostError, match=r"tokenizer.pad_token='<\|eot\|>' ends answers too"),
+    ):
+        check_trl_train.trainer(tmp_path, [], arguments, processing_class=tokenizer)
+
+
+def test_a_stop_token_that_is_not_the_trained_end_is_named(tmp_path, caplog):
+    model = common.hydra_model()
+    model.trained_end = 7
+    with trl.apply(model) as arguments, caplog.at_level(logging.WARNING, "hydra_ppo"):
+        check_trl_train.trainer(tmp_path, [], arguments)
+    assert "is not the token that the reward head was trained at; set stop_token=None, stop_token_id=7" in caplog.text
