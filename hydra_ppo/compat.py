@@ -7,15 +7,19 @@ itself, the model is asked; a version number is compared only where nothing else
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from copy import deepcopy
+from datetime import datetime, tzinfo
+from typing import Any, Self
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import chat_template_utils
 
 from hydra_ppo.errors import UnsupportedModelError
 
@@ -24,6 +28,9 @@ VERSION = Version(Version(transformers.__version__).base_version)
 MASKS_BY_LAYER_TYPE = Version("4.53") <= VERSION
 """Since then `transformers.masking_utils` makes masks: backbones take boolean 4D ones, and a dictionary by layer type.
 Before, every model had code of its own, which takes 2D masks of ones and zeros or additive 4D ones."""
+
+NAMES_WHAT_IS_MISSING = Version("5") <= VERSION
+"""Before, `from_pretrained` breaks off over weights that are missing wherever the model has a device of its own."""
 
 FLASH_IS_BUILT_IN = Version("4.48") > VERSION
 """Before, a model's layers were of a class for each kernel, so that no setting switches flash-attention off again."""
@@ -43,6 +50,63 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
     # The attribute was `torch_dtype` before 4.56.
     found = getattr(config, "dtype" if Version("4.56") <= VERSION else "torch_dtype", None)
     return getattr(torch, found) if isinstance(found, str) else found
+
+
+def match_names(empty: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """Hold names and shapes of stored weights against a model, as `from_pretrained` does when it reads them.
+
+    Args:
+        empty: the model, on the meta device.
+        shapes: of the tensors in its files, by name.
+
+    Returns:
+        What `from_pretrained` returns with `output_loading_info=True`; None where it cannot be known before weights are read.
+    """
+    if not NAMES_WHAT_IS_MISSING:
+        return _match_names(empty, shapes)
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": "meta"}}
+    config = deepcopy(empty.config)
+    if hasattr(config, "quantization_config"):  # packed weights bear the names of plain ones
+        del config.quantization_config
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # whoever asked says what was found
+    logging.disable_progress_bar()
+    try:
+        found: Any = type(empty).from_pretrained(None, config=config, state_dict=tensors, **options)
+        return found[1]
+    except (TypeError, AttributeError, NotImplementedError):  # a class of its own, which does not take this
+        return None
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _match_names(empty: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """Do by hand what 4.x does while it reads weights: it puts none together from several, and adds a backbone's prefix."""
+    if getattr(empty, "_checkpoint_conversion_mapping", None):
+        return None
+    needed = empty.state_dict(keep_vars=True)  # without buffers that are computed
+    prefix = f"{empty.base_model_prefix}."
+    bare = not any(name.startswith(prefix) for name in shapes)
+    found = {}
+    for name, shape in shapes.items():
+        new = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        found[prefix + new if bare and prefix + new in needed else new] = shape
+    held = {id(tensor) for name, tensor in needed.items() if name in found}  # with what is tied to them
+    ignored = getattr(empty, "_keys_to_ignore_on_load_missing", None) or []
+    missing = {name for name, tensor in needed.items() if id(tensor) not in held}
+    return {
+        "missing_keys": {name for name in missing if not any(re.search(pattern, name) for pattern in ignored)},
+        "unexpected_keys": found.keys() - needed.keys(),
+        "mismatched_keys": {
+            (name, shape, tuple(needed[name].shape))
+            for name, shape in found.items()
+            if name in needed and tuple(needed[name].shape) != shape
+        },
+    }
 
 
 def loads_quantised(device: torch.device) -> bool:
@@ -223,3 +287,23 @@ def start_tracker(tracker: Any) -> None:
     # Those of 1.7 and before have started when they are made.
     if hasattr(tracker, "start"):
         tracker.start()
+
+
+@contextmanager
+def template_clock(moment: datetime) -> Iterator[None]:
+    """Let chat templates see `moment` as the time inside the block.
+
+    All versions make the function that templates ask, `strftime_now`, themselves, and newer ones take none from outside.
+    """
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls.fromtimestamp(moment.timestamp(), tz)
+
+    module: Any = chat_template_utils
+    before, module.datetime = module.datetime, Stopped
+    try:
+        yield
+    finally:
+        module.datetime = before

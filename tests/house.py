@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "experience", "functional"),
     ("config", "runtime", "compat"),
-    ("compute", "rewards", "data"),
+    ("compute", "data"),
     ("model", "runs"),
-    ("rollout", "views"),
+    ("rewards", "rollout", "views"),
     ("training", "patches"),
     ("cli",),
     ("quickstart",),

@@ -24,6 +24,7 @@ from hydra_ppo.runtime.interruption import StopRequested, stopping_at_once, stop
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from hydra_ppo.cli.choices import ExportedRole
     from hydra_ppo.data.rows import Loaded
     from hydra_ppo.model.hydra import HydraModel
     from hydra_ppo.model.roles import StageName
@@ -41,6 +42,7 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
     Raises:
         StopRequested: on SIGTERM or SIGINT, after a checkpoint was written.
     """
+    config.check_policy()
     folder = check_output(config.run, config, command="sft", resume=resume)
     from hydra_ppo.data.rows import ensure_pad_token, load_preferences
     from hydra_ppo.model.answers import end_tokens, settle_ends
@@ -48,8 +50,7 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
 
     with _stoppable(folder, "sft"):
         with stopping_at_once():
-            stage: StageName = "base" if config.method == "full" else "reward" if config.adapter == "reward" else "sft"
-            loaded = _load(config, load_preferences, stage, resume)
+            loaded = _load(config, load_preferences, config.stage, resume)
             if loaded is None:
                 return folder
             # The trainer checks the settings against model and data, so it comes before the folder.
@@ -70,15 +71,13 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
     """Train actor and critic with PPO; return the run folder. Arguments and errors as of `sft`."""
     folder = check_output(config.run, config, command="ppo", resume=resume)
     from hydra_ppo.data.rows import load_prompts
-    from hydra_ppo.rewards.scorer import load_function
+    from hydra_ppo.rewards.scorer import check_source
     from hydra_ppo.training.ppo import PPOTrainer
 
     with _stoppable(folder, "ppo"):
         with stopping_at_once():
             for source in config.reward.sources:
-                if source.kind == "function":
-                    assert source.target is not None
-                    load_function(source.target)  # what is wrong with it is known before a weight is read
+                check_source(source)  # what is wrong with it is known before a weight is read
             loaded = _load(config, load_prompts, "ppo", resume)
             if loaded is None:
                 return folder
@@ -115,6 +114,7 @@ class _Loaded:
 
 def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage: StageName, resume: bool) -> _Loaded | None:
     """Load what a run is made of; None where the run is finished, which is said."""
+    from hydra_ppo.cli.model_check import check_lengths, what_to_know
     from hydra_ppo.cli.resume import check_unchanged, describe_run, find_checkpoint
 
     folder = Path(config.run.output).expanduser()
@@ -138,7 +138,9 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
         notes.append(f"goes on from {checkpoint.folder.name}")
     elif resume:
         notes.append(f"{folder} holds no checkpoint yet; the run starts at the first step")
+    notes += what_to_know(config)
     model = load_model(config.model, train=stage)
+    notes += check_lengths(config, model.causal_lm)
     identity = describe_run(config, tokenizer, rows, eval_rows) | {"begun": begun.isoformat()}
     return _Loaded(tokenizer, rows, eval_rows, model, checkpoint, identity, notes, resume)
 
@@ -184,11 +186,13 @@ def _stoppable(folder: Path, command: str) -> Iterator[None]:
             raise
 
 
-def export(run: Path, output: Path, adapter_only: bool) -> None:
-    """Write the actor of a run as a plain Hugging Face model, or its adapter alone."""
-    from hydra_ppo.cli.export import export_actor
+def export(run: Path, output: Path, role: ExportedRole, adapter_only: bool, dtype: str) -> None:
+    """Write a role of a run as a plain Hugging Face model, or its adapter alone; print what a user should know."""
+    from hydra_ppo.cli.export import export_role
 
-    export_actor(run, output, adapter_only=adapter_only)
+    for note in export_role(run, output, role=role, adapter_only=adapter_only, dtype=dtype):
+        print(note)
+    print(f"Wrote {role} to {output}.")
 
 
 def inspect(folder: Path, as_json: bool) -> None:
@@ -270,21 +274,33 @@ def load_rows(
     load: Callable[..., Loaded[Any]], tokenizer: PreTrainedTokenizerBase, data: DataSettings, seed: int
 ) -> tuple[list[Any], list[Any], list[str]]:
     """Load training and held-out rows; also return a line on every reason why rows were left out or cut."""
-    from hydra_ppo.data.rows import split_held_out
+    from hydra_ppo.data.rows import prompt_key, repeats, shared_prompts, split_held_out
 
     train = load(data.train, tokenizer, data, split=data.split)
     notes = _notes("data.train", train)
+    notes += [f"data.train: {count} of {len(train.rows)} rows: {what}" for what, count in repeats(train.rows).items()]
     if data.eval is None:
-        return *split_held_out(train.rows, data.eval_fraction, seed), notes
+        rows, eval_rows = split_held_out(train.rows, data.eval_fraction, seed)
+        prompts, held_out_prompts = len({prompt_key(row) for row in train.rows}), len({prompt_key(row) for row in eval_rows})
+        if prompts < len(train.rows) and data.eval_fraction > 0:
+            notes.append(
+                f"held out: {len(eval_rows)} of {len(train.rows)} rows, with {held_out_prompts} of {prompts} prompts; "
+                "rows of one prompt stay together"
+            )
+        return rows, eval_rows, notes
     held_out = load(data.eval, tokenizer, data, split=data.eval_split)
-    return train.rows, held_out.rows, notes + _notes("data.eval", held_out)
+    notes += _notes("data.eval", held_out)
+    if shared := shared_prompts(train.rows, held_out.rows):
+        notes.append(f"data.eval: {shared} of {len(held_out.rows)} rows have a prompt that data.train has too")
+    return train.rows, held_out.rows, notes
 
 
 def _notes(setting: str, loaded: Loaded[Any]) -> list[str]:
     seen = len(loaded.rows) + loaded.skipped
-    return [f"{setting}: {len(loaded.rows)} of {seen} rows are used"] + [
-        f"{setting}: {count} of {seen} rows: {reason}" for reason, count in loaded.reasons.items()
-    ]
+    several = f"{setting}: {loaded.read} rows hold {seen} pairs: {len(loaded.rows)} are used"
+    first = f"{setting}: {len(loaded.rows)} of {seen} rows are used" if loaded.read in (0, seen) else several
+    what = "rows" if loaded.read in (0, seen) else "pairs"
+    return [first] + [f"{setting}: {count} of {seen} {what}: {reason}" for reason, count in loaded.reasons.items()]
 
 
 def _seed(seed: int) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -14,16 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hydra_ppo.cli.model_check import check_contents
+from hydra_ppo.cli.model_files import NOT_CHECKED, check_model, check_reachable
 from hydra_ppo.config.settings import DataSettings, PPOConfig, SFTConfig
-from hydra_ppo.data.rows import check_source, split_held_out
-from hydra_ppo.data.sources import exists, local_path
+from hydra_ppo.data.rows import Loaded, check_rows, shared_prompts, split_held_out
+from hydra_ppo.data.sources import is_hub_name
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.runs.folder import check_output
-
-MIB = 2**20
-LONGEST_HEADER = 100_000_000
-"""Bytes; safetensors itself refuses more."""
-NOT_CHECKED = "not a local folder: not checked, would be downloaded"
 
 
 @dataclass(frozen=True)
@@ -97,131 +94,41 @@ def sft_arithmetic(config: SFTConfig, pairs: int | None) -> list[Quantity]:
     ]
 
 
-def check_model(setting: str, name_or_path: str) -> str:
-    """Check the files of a model and say in a few words what was found.
+def check_data(
+    data: DataSettings, kind: Literal["preferences", "prompts"]
+) -> tuple[Loaded[Hashable] | None, Loaded[Hashable] | None]:
+    """Check the data files row by row and return what training and held-out source hold, before any split.
+
+    A hub dataset is not read: None. So is the held-out source where no ``eval`` is given.
 
     Raises:
-        ConfigError: A path that does not exist, a folder without config or weights, or a file that is missing or torn.
+        DataError: See ``hydra_ppo.data.rows.check_rows``.
     """
-    path = Path(name_or_path)
-    name = f"{setting}={name_or_path!r}"
-    try:
-        is_file = path.is_file()
-    except OSError as error:
-        raise ConfigError(f"{name} cannot be read ({error.strerror}); check the path.") from None
-    if is_file:
-        raise ConfigError(f"{name} is a file; name the folder that holds it.")
-    if not path.is_dir():
-        if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-            raise ConfigError(f"{name} does not exist; check the path.")
-        return NOT_CHECKED
-    if (path / "hydra.json").is_file():
-        return _check_saved_model(name, path)
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"{name} holds neither config.json nor hydra.json; name a model folder or a run of sft or ppo.")
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{name} holds a broken {index.name}; copy the model again.") from None
-        if missing := [shard for shard in shards if not (path / shard).is_file()]:
-            raise ConfigError(f"{name} lacks {missing[0]} ({len(missing)} of {len(shards)} shards); copy the model again.")
-    elif (path / "model.safetensors").is_file():
-        shards = ["model.safetensors"]
-    elif list(path.glob("pytorch_model*.bin*")):
-        raise ConfigError(f"{name} holds weights as pytorch_model.bin only; save them again as safetensors.")
-    else:
-        raise ConfigError(f"{name} holds config.json but no weights; add model.safetensors.")
-    for shard in shards:
-        check_weights(name, path / shard)
-    size = sum((path / shard).stat().st_size for shard in shards)
-    return f"local folder, {size / MIB:,.1f} MiB of weights"
-
-
-def _check_saved_model(name: str, path: Path) -> str:
-    try:
-        manifest = json.loads((path / "hydra.json").read_text(encoding="utf-8"))
-        base_name, relative = str(manifest["base"]["name_or_path"]), manifest["base"]["relative"]
-        adapters, heads = [str(adapter) for adapter in manifest.get("adapters", [])], manifest.get("heads", [])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{name} holds a broken hydra.json; save the model again.") from None
-    for adapter in adapters:
-        _check_adapter(name, path, adapter)
-    if heads:
-        if not (path / "heads.safetensors").is_file():
-            raise ConfigError(f"{name} lacks heads.safetensors; save the model again.")
-        check_weights(name, path / "heads.safetensors", "save the model again")
-    if not relative:
-        return f"saved by this program; base {base_name}: {check_model('the base of ' + name, base_name)}"
-    base_path = path / base_name
-    if not base_path.is_dir():
-        raise ConfigError(f"{name} needs its base at {base_name!r} beside it; put it back there.")
-    return f"saved by this program; base: {check_model('the base of ' + name, str(base_path))}"
-
-
-def _check_adapter(name: str, path: Path, adapter: str) -> None:
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (path / adapter / file).is_file():
-            raise ConfigError(f"{name} lacks {adapter}/{file}; save the model again.")
-    try:
-        json.loads((path / adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        raise ConfigError(f"{name} holds a broken {adapter}/adapter_config.json; save the model again.") from None
-    check_weights(name, path / adapter / "adapter_model.safetensors", "save the model again")
-
-
-def check_weights(name: str, path: Path, remedy: str = "copy the model again") -> None:
-    """Refuse a safetensors file that is shorter than its header says, or has none; no tensor is read.
-
-    Raises:
-        ConfigError: with ``name``, the file and ``remedy``.
-    """
-    size = path.stat().st_size
-    needed = None
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size >= 8 and length <= LONGEST_HEADER:
-            try:
-                tensors = json.loads(file.read(length) or "{}")
-                needed = 8 + length + max((v["data_offsets"][1] for k, v in tensors.items() if k != "__metadata__"), default=0)
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-                needed = 8 + length if 8 + length > size else None
-    if needed is None:
-        raise ConfigError(f"{name}: {path.name} is not safetensors; {remedy}.")
-    if size < needed:
-        raise ConfigError(f"{name}: {path.name} has {size:,} bytes of {needed:,} or more; {remedy}.")
-
-
-def check_data(data: DataSettings, kind: Literal["preferences", "prompts"]) -> tuple[int | None, int | None]:
-    """Check the data files row by row and return (training rows, held-out rows), as they are before any split.
-
-    A hub dataset is not read: None. Held-out rows are None too where no ``eval`` source is given.
-
-    Raises:
-        DataError: See ``hydra_ppo.data.rows.check_source``.
-    """
-    counts: list[int | None] = []
-    for source, split in ((data.train, data.split), (data.eval, data.eval_split)):
-        if source is None or _is_hub_name(source):
-            counts.append(None)
-        else:
-            options = {"skip_bad_rows": data.skip_bad_rows, "strict": data.degenerate_pairs == "error"}
-            counts.append(check_source(source, kind, limit=None, split=split, **options))
-    return counts[0], counts[1]
-
-
-def _is_hub_name(source: str) -> bool:
-    is_path = exists(local_path(source)) or Path(source).suffix in (".json", ".jsonl", ".parquet")
-    return not is_path and source.count("/") <= 1 and not source.startswith((".", "/", "~"))
+    found = [
+        None if source is None or is_hub_name(source) else check_rows(source, kind, data, split=split)
+        for source, split in ((data.train, data.split), (data.eval, data.eval_split))
+    ]
+    return found[0], found[1]
 
 
 def _check_reward_sources(config: PPOConfig) -> list[tuple[str, str]]:
+    from hydra_ppo.rewards.scorer import check_source
+
     found = []
     for index, source in enumerate(config.reward.sources):
         name = f"reward.sources[{index}].target"
         if source.kind == "classifier" and source.target:
+            if (Path(source.target) / "hydra.json").is_file():
+                raise ConfigError(
+                    f"{name}={source.target!r} is a run of this program, not a classifier; name what hydra-ppo export --role "
+                    "reward makes of it."
+                )
             found.append((name, check_model(name, source.target)))
+            check_reachable(name, source.target)
+            check_source(source)
+        elif source.kind == "http" and source.target:
+            check_source(source)
+            found.append((name, "address of a server; it is not asked"))
         elif source.kind == "function" and source.target:
             package = source.target.split(":")[0].split(".")[0]
             here = Path(package).is_dir() or Path(f"{package}.py").is_file()
@@ -229,12 +136,15 @@ def _check_reward_sources(config: PPOConfig) -> list[tuple[str, str]]:
                 raise ConfigError(
                     f"{name}={source.target!r} names no installed package {package!r}; correct the module's name."
                 )
-            found.append((name, "package found; the function is not called"))
+            check_source(source)
+            found.append((name, "function found; it is not called"))
     return found
 
 
 def check_files(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
     """Check device, model and reward sources as far as that needs no weights; return what was found, by setting.
+
+    A reward function's module is imported, the function is not called.
 
     Raises:
         ConfigError: The first thing that would stop the run.
@@ -243,6 +153,8 @@ def check_files(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ConfigError(f"model.device={device!r} is not a device; use auto, cpu, cuda or cuda:N.")
     found = [("model.name_or_path", check_model("model.name_or_path", config.model.name_or_path))]
+    check_reachable("model.name_or_path", config.model.name_or_path)
+    found += check_contents(config)
     return found + _check_reward_sources(config) if isinstance(config, PPOConfig) else found
 
 
@@ -256,21 +168,34 @@ def dry_run(config: SFTConfig | PPOConfig, console: Console | None = None, *, re
     command = "ppo" if isinstance(config, PPOConfig) else "sft"
     kind: Literal["preferences", "prompts"] = "prompts" if isinstance(config, PPOConfig) else "preferences"
     found = check_files(config)
-    train, held_out = check_data(config.data, kind)
-    found.append(("data.train", _rows(train, kind)))
+    checked, checked_eval = check_data(config.data, kind)
+    train = None if checked is None else len(checked.rows)
+    found.append(("data.train", _rows(checked, kind)))
     if config.data.eval is not None:
-        found.append(("data.eval", _rows(held_out, kind)))
-    elif train is not None:
-        split = split_held_out(range(train), config.data.eval_fraction, config.run.seed)
+        shared = 0 if checked is None or checked_eval is None else shared_prompts(checked.rows, checked_eval.rows)
+        again = f"; {shared:,} have a prompt that data.train has too" if shared else ""
+        found.append(("data.eval", _rows(checked_eval, kind) + again))
+    elif checked is not None:
+        split = split_held_out(checked.rows, config.data.eval_fraction, config.run.seed)
         train, held_out = len(split[0]), len(split[1])
         found.append(("held out", f"{held_out:,} of them, {train:,} to train on"))
     found.append(("run.output", f"{check_output(config.run, config, command=command, resume=resume)} can be written"))
+    example: Table | None = None  # made before anything is printed: what stops the run is one line
+    if Path(config.model.name_or_path).is_dir():
+        from hydra_ppo.cli.commands import check_vocabulary, load_tokenizer
+        from hydra_ppo.cli.example_row import example_table
+
+        tokenizer = load_tokenizer(config.model)
+        check_vocabulary(tokenizer, config.model)
+        example = example_table(config, tokenizer)
     files = Table(title="Checked (no weights loaded)", title_justify="left")
     files.add_column("setting")
     files.add_column("found", overflow="fold")
     for name, text in found:
         files.add_row(name, Text(text))
     console.print(files)
+    if example is not None:
+        console.print(example)
     arithmetic = ppo_arithmetic(config, train) if isinstance(config, PPOConfig) else sft_arithmetic(config, train)
     console.print(arithmetic_table(arithmetic))
 
@@ -286,8 +211,11 @@ def arithmetic_table(quantities: list[Quantity]) -> Table:
     return table
 
 
-def _rows(count: int | None, kind: str) -> str:
-    return NOT_CHECKED.replace("folder", "file") if count is None else f"{count:,} rows of {kind}, format checked"
+def _rows(checked: Loaded[Hashable] | None, kind: str) -> str:
+    if checked is None:
+        return NOT_CHECKED.replace("folder", "file")
+    left_out = "".join(f"; {count:,} left out: {reason}" for reason, count in checked.reasons.items())
+    return f"{len(checked.rows):,} rows of {kind}, format checked{left_out}"
 
 
 def _count(value: Any) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
@@ -24,6 +26,7 @@ from hydra_ppo.config.reading import (
     choices,
     describe,
     flatten,
+    is_mapping,
     item_class,
     nearest,
     nest,
@@ -101,6 +104,7 @@ def parse(config_class: type[Config], command: str, argv: Sequence[str]) -> Requ
         return Request(None, options=options)
     flat = flatten(read_yaml(path), config_class) if path is not None else {}
     flat = {name: value for name, value in flat.items() if value is not None or not known[name].required}
+    written = deepcopy(flat)  # jsonargparse changes what it is given
     parser = make_parser(config_class, command)
     _parse_object(parser, known, flat)
     # jsonargparse fills a list's items from those at the same place of its default, but a flag replaces the file's list.
@@ -117,7 +121,7 @@ def parse(config_class: type[Config], command: str, argv: Sequence[str]) -> Requ
         names = " and ".join([", ".join(missing[:-1]), missing[-1]] if len(missing) > 1 else missing)
         have, them = ("have", "them") if len(missing) > 1 else ("has", "it")
         raise ConfigError(f"{names} {have} no value; set {them} in the YAML file or by flag, for example --{missing[0]} VALUE.")
-    config = build(config_class, namespace.as_dict())
+    config = build(config_class, _with_mappings(namespace.as_dict(), known, written, flags))
     values = as_values(config)
     for name in missing:
         parents, _, leaf = name.rpartition(".")
@@ -138,6 +142,25 @@ def load_config(config_class: type[Config], path: str | Path) -> Config:
     request = parse(config_class, "", [str(path)])
     assert request.config is not None  # only --help and --print-config leave it out
     return request.config
+
+
+def _with_mappings(
+    values: dict[str, Any], known: Mapping[str, Setting], written: Mapping[str, Any], flags: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """Put settings that are mappings in as they were written: jsonargparse reads the texts in them once more, 'no' as false."""
+    given = dict(written)
+    for name, text in flags:
+        if name in known and is_mapping(known[name].hint):
+            with suppress(yaml.YAMLError):  # then jsonargparse read it in a way of its own
+                given[name] = yaml.safe_load(text)
+    for name, value in given.items():
+        if is_mapping(known[name].hint) and isinstance(value, dict):
+            *parents, leaf = name.split(".")
+            node = values
+            for parent in parents:
+                node = node[parent]
+            node[leaf] = value
+    return values
 
 
 def _split(
@@ -233,6 +256,10 @@ def _explain(error: ArgumentError, known: Mapping[str, Setting], values: Mapping
 
 def _type_error(name: str, hint: Any, value: Any, default: Any) -> ConfigError:
     words = choices(hint)
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, list) and str in kinds and not any(get_origin(kind) is list for kind in (hint, *kinds)):
+        remedy = "put all rows into one file" if name.startswith("data.") else "name one"
+        return ConfigError(f"{name}={value!r} is a list, and takes one; {remedy}.")
     guess = nearest(str(value).strip("[]'\" "), words) if words else None
     if guess is not None and get_origin(hint) is list and not isinstance(value, list) and str(value) in words:
         guess = None  # the right word, but not in a list
@@ -248,6 +275,8 @@ def _write(hint: Any, default: Any) -> str:
         return "write for example [{kind: head}]" if fields(inner)[0].name == "kind" else "write a list"
     if words:
         return f"choose one, for example {words[0]}"
+    if is_mapping(hint):
+        return "write for example {name: value}"
     plain = set(get_args(hint) or (hint,))
     if bool in plain:
         return "write true or false"

@@ -1,4 +1,4 @@
-"""The command line: ``hydra-ppo sft | ppo | export | inspect | doctor``, and what is installed beside it.
+"""The command line: ``hydra-ppo sft | ppo | export | score | generate | inspect | doctor``, and what is installed beside it.
 
 Other packages add commands as entry points of the group ``hydra_ppo.commands``: each a pair of one line of help and a
 function over the arguments.
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from hydra_ppo.config.settings import PPOConfig, SFTConfig
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+SAMPLED_ROLES = ("actor", "reference", "base")
+RUN_SETTINGS = " --data.NAME VALUE and --model.NAME VALUE change the run's own settings, which hydra-ppo sft --help lists."
 
 
 Command = tuple[str, Callable[[list[str]], int | None]]
@@ -159,17 +162,124 @@ def _train(command: str, config_class: type[SFTConfig | PPOConfig], arguments: l
 
 
 def _export(arguments: list[str]) -> None:
-    parser = Parser("export", "Write the actor of a run as a plain Hugging Face model.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="Run folder of ppo or sft.")
+    from hydra_ppo.cli.choices import EXPORTED_ROLES, EXPORTED_TYPES
+
+    parser = Parser("export", "Write a run's actor as a plain Hugging Face model, or its reward or critic as a classifier.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="Run folder of ppo or sft, or a checkpoint.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="Folder to write to.")
+    parser.add_argument(
+        "--role", choices=EXPORTED_ROLES, default="actor", help="actor is a causal LM, reward and critic sequence classifiers."
+    )
     parser.add_argument("--adapter-only", action="store_true", help="Write the PEFT adapter alone, without the base.")
+    parser.add_argument(
+        "--dtype",
+        choices=EXPORTED_TYPES,
+        default="auto",
+        help="Type of the weights; auto is the base's own for the actor and fp32 for classifiers, whose scores stay the same.",
+    )
     options = parser.parse_args(arguments)
-    if not options.run.is_dir():
-        raise ConfigError(f"{options.run} is not a folder; name a run folder of ppo or sft.")
+    _check_run(options.run)
     check_folder("output", options.output)
     from hydra_ppo.cli import commands
 
-    commands.export(options.run, options.output, options.adapter_only)
+    commands.export(options.run, options.output, options.role, options.adapter_only, options.dtype)
+
+
+def _score(arguments: list[str]) -> None:
+    flags, rest = _split_settings(arguments)
+    parser = Parser("score", "Score preference pairs, or prompts with responses, with the reward head of a run." + RUN_SETTINGS)
+    parser.add_argument("run", metavar="RUN", type=Path, help="Run folder of ppo or sft, or a checkpoint.")
+    parser.add_argument("data", metavar="DATA", help="File or hub dataset: pairs, or rows of prompt and response(s).")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="Write scores as JSONL, a line for each row.")
+    parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="Most texts of one pass.")
+    _add_quantization(parser)
+    options = parser.parse_args(rest)
+    _check_run(options.run)
+    from hydra_ppo.cli.score import score
+
+    flags = [*_quantization(options.quantization), *flags]
+    score(options.run, options.data, options.output, flags=flags, rows=options.batch_size)
+
+
+def _generate(arguments: list[str]) -> None:
+    flags, rest = _split_settings(arguments)
+    parser = Parser("generate", "Sample answers to prompts from the roles of a run." + RUN_SETTINGS)
+    parser.add_argument("run", metavar="RUN", type=Path, help="Run folder of ppo or sft, or a checkpoint.")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompts", metavar="FILE", help="File or hub dataset of prompts, or of preference pairs.")
+    prompts.add_argument("--prompt", metavar="TEXT", help="One prompt; a user's message where there is a chat template.")
+    parser.add_argument("--plain", action="store_true", help="Let --prompt be plain text, also where there is a chat template.")
+    parser.add_argument("--role", choices=SAMPLED_ROLES, default="actor", help="Whose answers; base is without any adapter.")
+    parser.add_argument("--both", action="store_true", help="Answers of base and actor, side by side.")
+    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="Longest answer; default as the run's.")
+    parser.add_argument("--temperature", type=_temperature, metavar="T", help="0 takes the likeliest; default as the run's.")
+    parser.add_argument("--samples", type=_positive, default=1, metavar="N", help="Answers to each prompt.")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="Seed of the samples.")
+    parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="Answers that are decoded together.")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="Write JSONL, a line for each prompt and sample.")
+    _add_quantization(parser)
+    options = parser.parse_args(rest)
+    _check_run(options.run)
+    if options.both and options.role != "actor":
+        raise ConfigError(f"--both samples base and actor, --role {options.role} asks for another; leave one out.")
+    from hydra_ppo.cli.generate import Sampling, generate
+
+    generate(
+        options.run,
+        prompts=options.prompts,
+        question=options.prompt,
+        plain=options.plain,
+        roles=["base", "actor"] if options.both else [options.role],
+        sampling=Sampling(options.max_new_tokens, options.temperature, options.samples, options.seed, options.batch_size),
+        output=options.output,
+        flags=[*_quantization(options.quantization), *flags],
+    )
+
+
+def _split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split off the settings of the run that a command changes: `--data.NAME VALUE`, `--model.NAME=VALUE`."""
+    flags: list[str] = []
+    rest = list(arguments)
+    others: list[str] = []
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith(("--data.", "--model.")):
+            others.append(argument)
+            continue
+        flags.append(argument)
+        if "=" not in argument and rest and not rest[0].startswith("--"):
+            flags.append(rest.pop(0))
+    return flags, others
+
+
+def _add_quantization(parser: argparse.ArgumentParser) -> None:
+    held = ("none", "int8", "nf4", "fp4")
+    parser.add_argument("--quantization", choices=held, help="How the base is held; default as the run held it.")
+
+
+def _quantization(wanted: str | None) -> list[str]:
+    return [] if wanted is None else ["--model.quantization", "null" if wanted == "none" else wanted]
+
+
+def _check_run(run: Path) -> None:
+    if not run.is_dir():
+        raise ConfigError(f"{run} is not a folder; name a run folder of ppo or sft.")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return value
 
 
 def _inspect(arguments: list[str]) -> None:
@@ -232,7 +342,9 @@ class Parser(argparse.ArgumentParser):
 COMMANDS: dict[str, Command] = {
     "sft": ("train the SFT model and the reward model jointly, on preference pairs", _sft),
     "ppo": ("train actor and critic with PPO", _ppo),
-    "export": ("write the actor of a run as a plain Hugging Face model", _export),
+    "export": ("write a role of a run as a plain Hugging Face model", _export),
+    "score": ("score pairs or responses with the reward head of a run", _score),
+    "generate": ("sample answers from the roles of a run, side by side", _generate),
     "doctor": ("say what this machine offers and what stands in the way", _doctor),
     "inspect": ("show state, settings, last metrics and checkpoints of a run", _inspect),
 }

@@ -30,21 +30,22 @@ def draw(logits: Tensor, uniform: Tensor, keep: Callable[[Tensor], Tensor] | Non
     Args:
         logits: (B, V) fp32, overwritten.
         uniform: (B,) float64 in [0, 1); the same number draws the same token.
-        keep: takes logits and returns those to draw from, (B, V), -inf where a token must not be drawn. Log-probs stay those
-            of the whole distribution.
+        keep: takes logits and returns those to draw from in a tensor of their own, (B, V), -inf where a token must not be
+            drawn. Log-probs stay those of the whole distribution.
         never: (N,) tokens that are not drawn either.
 
     Returns:
         Tokens, never one of probability 0, and their log-probs.
     """
-    kept = None if keep is None else keep(logits)
+    # Before `keep`: the most likely token may be one that is never drawn, and top-k would keep that one alone.
+    kept = None if keep is None else keep(logits if never is None else logits.index_fill(1, never, -torch.inf))
     weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()  # in (0, 1], the largest is 1
     total = weights.sum(dim=-1)
-    if kept is not None:
-        weights.masked_fill_(kept == -torch.inf, 0.0)
+    drawn_from = weights if kept is None else kept.sub_(kept.amax(dim=-1, keepdim=True)).exp_()
     if never is not None:
-        weights.index_fill_(1, never, 0.0)
-    tokens = invert(weights, uniform)
+        # What is chosen has a weight above 0, so the same tensor still says its log-prob.
+        drawn_from.index_fill_(1, never, 0.0)
+    tokens = invert(drawn_from, uniform)
     chosen = weights.gather(1, tokens[:, None])[:, 0]
     return Drawn(tokens, chosen.log() - total.log())
 

@@ -1,6 +1,6 @@
 """Settings: what they are, what they may be, and how they are read from YAML and written to it.
 
-From outside: `settings` (every setting), `reading` (values, YAML, checks).
+From outside: `settings` (every setting), `rewards` (those of reward sources), `reading` (values, YAML, checks).
 
 Never: torch; `hydra-ppo --help` answers at once.
 """

@@ -11,12 +11,14 @@ import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from datetime import date
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from hydra_ppo.config.elsewhere import called_here
 from hydra_ppo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,6 +87,11 @@ def item_class(hint: Any) -> type[DataclassInstance] | None:
     return arguments[0] if get_origin(hint) is list and is_group(arguments[0]) else None
 
 
+def is_mapping(hint: Any) -> bool:
+    """Say whether a setting holds a mapping, whose keys are the user's own."""
+    return get_origin(hint) is dict
+
+
 def describe(hint: Any) -> str:
     """Say in words what a value must be: ``a float``, ``one of k1 or k3``, ``an integer or null``."""
     names = {float: "a float", int: "an integer", bool: "true or false", str: "a string", NoneType: "null"}
@@ -104,6 +111,8 @@ def describe(hint: Any) -> str:
         if get_origin(inner) is Literal:
             return "a list of " + " and ".join(str(a) for a in get_args(inner))
         return f"a list of {describe(inner).split(' ', 1)[1]}s"
+    if is_mapping(hint):
+        return "a mapping of names to " + ("values" if arguments[1] is Any else f"{describe(arguments[1]).split(' ', 1)[1]}s")
     return str(hint)
 
 
@@ -138,6 +147,11 @@ def unknown_setting(name: str, config_class: type) -> ConfigError:
     if name in groups:
         member = next(n for n in known if n.startswith(f"{name}."))
         return ConfigError(f"{name} is a group of settings, not a setting; set its members, for example {member}.")
+    whole = next((n for n in known if name.startswith(f"{n}.") and is_mapping(known[n].hint)), None)
+    if whole is not None:
+        return ConfigError(f"{name} is not a setting, {whole} is; write {whole} as {{{name[len(whole) + 1 :]}: ...}}.")
+    if (here := called_here(name, known)) is not None:
+        return ConfigError(f"{name} is not a setting; {here}")
     guess = nearest(name, known)
     return ConfigError(f"{name} is not a setting; " + (f"did you mean {guess}?" if guess else "--help lists all settings."))
 
@@ -283,10 +297,23 @@ def _checked(name: str, hint: Any, value: Any) -> Any:
     allowed = get_args(hint) or (hint,)
     if value is None and NoneType not in allowed:
         raise ConfigError(f"{name}=null is not {describe(hint)}; leave it out to get the default.")
+    if is_mapping(hint):
+        return _json_like(name, value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name}={value} is not a finite number; write a finite one.")
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     return float(value) if is_whole and float in allowed and int not in allowed else value
+
+
+def _json_like(name: str, value: Any) -> Any:
+    """Return what a checkpoint's JSON gives back unchanged: names are text, and YAML's dates the text that was written."""
+    if isinstance(value, Mapping):
+        if others := [key for key in value if not isinstance(key, str)]:
+            raise ConfigError(f"{name}={value!r} has the key {others[0]!r}, which is no name; put it in quotes.")
+        return {key: _json_like(name, inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_like(name, inner) for inner in value]
+    return value.isoformat() if isinstance(value, date) else value
 
 
 def as_values(config: Any) -> dict[str, Any]:

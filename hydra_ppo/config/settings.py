@@ -7,47 +7,35 @@ imports neither torch nor transformers, so that ``hydra-ppo --help`` answers at 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from hydra_ppo.config.fields import Quantization, required, setting
+from hydra_ppo.config.fields import check as _check
+from hydra_ppo.config.fields import fraction as _fraction
+from hydra_ppo.config.fields import not_negative as _not_negative
+from hydra_ppo.config.fields import positive as _positive
+from hydra_ppo.config.rewards import RewardSettings
+from hydra_ppo.config.rewards import RewardSource as RewardSource  # so that all settings are found here
 from hydra_ppo.errors import ConfigError
 
-Quantization = Literal["int8", "nf4", "fp4"]
-
-
-def setting(default: Any, help: str) -> Any:
-    """Declare a field with a default (a callable builds mutable ones) and its help text."""
-    if callable(default):
-        return field(default_factory=default, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-def required(help: str) -> Any:
-    """Declare a field without a default."""
-    return field(metadata={"help": help})
-
-
-def _check(config: Any, name: str, ok: bool, rule: str, remedy: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name}={getattr(config, name)!r} {rule}; {remedy}.")
-
-
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _check(config, name, value is None or value > 0, "must be greater than 0", f"set {name} to a positive number")
-
-
-def _not_negative(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _check(config, name, value is None or value >= 0, "must not be negative", f"set {name} to 0 or more")
-
-
-def _fraction(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _check(config, name, value is None or 0 <= value <= 1, "must lie in [0, 1]", f"choose {name} between 0 and 1")
+ROW_COLUMNS = ("prompt", "chosen", "rejected", "messages", "responses", "ratings", "tools", "chat_template_kwargs")
+"""Columns of a row that are read; all others are handed to reward functions."""
+TEMPLATE_OPTIONS = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+)
+"""What `apply_chat_template` decides itself, and no setting or row may."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +86,20 @@ class ModelSettings:
 class DataSettings:
     """Where examples come from and how long they may be."""
 
-    train: str = required("Training data: a .jsonl, .json or .parquet file, or a hub dataset (name or name:config).")
+    train: str = required("Training data: a .jsonl, .json, .csv or .parquet file, or a hub dataset (name or name:config).")
     eval: str | None = setting(None, "Held-out data of the same kind; null splits eval_fraction off the training data.")
     split: str = setting("train", "Split to read when the training data is a hub dataset.")
     eval_split: str = setting("test", "Split to read when the held-out data is a hub dataset.")
     eval_fraction: float = setting(0.05, "Share of the training data held out when no eval data is given.")
+    columns: dict[str, str] = setting(
+        dict, "Your names of columns, by ours: {prompt: question, chosen: response_j}; completions.text goes into lists."
+    )
+    format: Literal["pairs", "ranked", "rated"] = setting(
+        "pairs", "sft: chosen and rejected in each row, a list of responses with the best first, or responses and ratings."
+    )
+    pairs_per_prompt: int | None = setting(
+        None, "Most pairs of a ranked or rated row, those furthest apart first; null takes every two responses."
+    )
     max_prompt_tokens: int = setting(512, "Longest prompt, in tokens.")
     max_response_tokens: int = setting(512, "Longest chosen or rejected response of a preference pair, in tokens.")
     long_prompts: Literal["error", "drop", "truncate"] = setting(
@@ -123,7 +120,15 @@ class DataSettings:
     def __post_init__(self) -> None:
         _check(self, "end_of_turn", self.end_of_turn != "", "is empty", "name a token, or leave it null")
         _check(self, "train", bool(self.train), "is empty", "name a file or a dataset")
-        _positive(self, "max_prompt_tokens", "max_response_tokens")
+        _positive(self, "max_prompt_tokens", "max_response_tokens", "pairs_per_prompt")
+        unknown = next((name for name in self.columns if name not in ROW_COLUMNS), None)
+        rule = f"has the key {unknown!r}, which is no column that is read"
+        _check(self, "columns", unknown is None, rule, f"use {', '.join(ROW_COLUMNS)}")
+        names = list(self.columns.values())
+        _check(self, "columns", len(set(names)) == len(names), "takes one column twice", "give each name one column")
+        reserved = next((name for name in self.chat_template_kwargs if name in TEMPLATE_OPTIONS), None)
+        remedy = "hand on only what the template itself reads"
+        _check(self, "chat_template_kwargs", reserved is None, f"sets {reserved!r}, which is not the template's", remedy)
         _check(self, "eval_fraction", 0 <= self.eval_fraction < 1, "must lie in [0, 1)", "choose for example 0.05")
 
 
@@ -181,7 +186,9 @@ class SFTConfig:
     run: RunSettings
     optimizer: OptimizerSettings = setting(OptimizerSettings, "AdamW and its schedule.")
     method: Literal["lora", "full"] = setting("lora", "Train a LoRA adapter over the frozen base, or the base itself.")
-    sft_coef: float = setting(1.0, "Weight of the cross-entropy on the chosen response; 0 trains the reward model alone.")
+    sft_coef: float = setting(
+        1.0, "Weight of the cross-entropy on the chosen response; 0 trains the reward model alone, in an adapter of its own."
+    )
     reward_coef: float = setting(
         0.1, "Weight of the ranking loss -log sigmoid(r_chosen - r_rejected); 0 trains the SFT model alone."
     )
@@ -212,6 +219,25 @@ class SFTConfig:
                 "adapter='reward' with method='full' would change the base under the sft adapter; use method='lora'."
             )
 
+    @property
+    def stage(self) -> Literal["base", "reward", "sft"]:
+        """What is trained: the base, or the adapter of that name. A reward model alone never is in the reference's adapter."""
+        if self.method == "full":
+            return "base"
+        return "reward" if self.sft_coef == 0 else "sft"
+
+    def check_policy(self) -> None:
+        """Refuse to train a reward model into the weights that the policy of PPO starts from.
+
+        Raises:
+            ConfigError: for method='full' with sft_coef=0, which is right for a reward model of its own in Python alone.
+        """
+        if self.method == "full" and self.sft_coef == 0:
+            raise ConfigError(
+                "sft_coef=0 with method='full' would change the policy that PPO starts from; use method='lora', which gives "
+                "the reward model an adapter of its own, or sft_coef above 0."
+            )
+
 
 @dataclass(frozen=True)
 class RolloutSettings:
@@ -224,6 +250,11 @@ class RolloutSettings:
     temperature: float = setting(1.0, "Sampling temperature; log-probs are those of the temperature-scaled policy.")
     top_k: int | None = setting(None, "Sample among this many most likely tokens; null is all.")
     top_p: float | None = setting(None, "Sample among the smallest set of tokens with this probability; null is all.")
+    min_new_tokens: int = setting(0, "Draw no end before this many tokens; log-probs stay those of the policy itself.")
+    repetition_penalty: float = setting(
+        1.0, "Draw tokens that were there before less likely, as transformers does; log-probs stay those of the policy itself."
+    )
+    stop: list[str] = setting(list, "Strings that end a response where they are complete, beside the end of a turn.")
     score_batch_size: int = setting(16, "Most responses per scoring pass (reference, reward, critic), which keeps no graph.")
     trunk_cache: Literal["device", "cpu"] = setting(
         "device", "Where the hidden states that leave the trunk are kept, one per token, with model.trunk_layers above 0."
@@ -234,7 +265,16 @@ class RolloutSettings:
 
     def __post_init__(self) -> None:
         _positive(self, "batch_size", "samples_per_prompt", "generation_batch_size", "score_batch_size", "max_new_tokens")
-        _positive(self, "temperature", "top_k")
+        _positive(self, "temperature", "top_k", "repetition_penalty")
+        _not_negative(self, "min_new_tokens")
+        _check(self, "stop", all(self.stop), "holds an empty string", "name strings that a response can hold")
+        _check(
+            self,
+            "min_new_tokens",
+            self.min_new_tokens < self.max_new_tokens,
+            f"leaves no room to end within max_new_tokens={self.max_new_tokens}",
+            "choose a smaller one",
+        )
         _check(
             self,
             "batch_size",
@@ -243,47 +283,6 @@ class RolloutSettings:
             f"choose a samples_per_prompt that divides {self.batch_size}",
         )
         _check(self, "top_p", self.top_p is None or 0 < self.top_p <= 1, "must lie in (0, 1]", "choose for example 0.95")
-
-
-@dataclass(frozen=True)
-class RewardSource:
-    """One term of the score."""
-
-    kind: Literal["head", "function", "classifier"] = setting(
-        "head", "The model's own reward head, a Python function or a sequence classifier."
-    )
-    target: str | None = setting(
-        None, "function: package.module:function over (prompts, responses); classifier: model name or folder."
-    )
-    weight: float = setting(1.0, "Factor of this term in the sum.")
-
-    def __post_init__(self) -> None:
-        if self.kind == "head" and self.target is not None:
-            raise ConfigError(f"target={self.target!r} does not go with kind='head'; leave target out.")
-        if self.kind != "head" and not self.target:
-            raise ConfigError(f"kind={self.kind!r} needs a target; give package.module:function or a model folder.")
-        if self.kind == "function" and (self.target or "").count(":") != 1:
-            raise ConfigError(f"target={self.target!r} is not of the form package.module:function; write it so.")
-
-
-@dataclass(frozen=True)
-class RewardSettings:
-    """What the score of a response is made of."""
-
-    sources: list[RewardSource] = setting(lambda: [RewardSource()], "Terms of the score; their weighted values are added.")
-    score_clip: float | None = setting(None, "Clip scores to [-score_clip, score_clip] (after normalisation).")
-    score_normalization: bool = setting(
-        False, "Divide scores by their running standard deviation after subtracting their running mean."
-    )
-    missing_eos_penalty: float = setting(
-        0.0, "Subtracted from the score of a response that does not end with the end-of-sequence token."
-    )
-    time_limit: float | None = setting(600.0, "Seconds that a reward function may take over one batch; null waits for ever.")
-
-    def __post_init__(self) -> None:
-        _check(self, "sources", len(self.sources) > 0, "names no source", "give at least one")
-        _positive(self, "score_clip", "time_limit")
-        _not_negative(self, "missing_eos_penalty")
 
 
 @dataclass(frozen=True)

@@ -54,13 +54,13 @@ def find_ends(
         ConfigError: where there is no end at all, or the setting is not one token.
     """
     special = special_ids(tokenizer)
+    in_template = template_end(tokenizer, special)
     if end_of_turn is not None:
         turn = _named(tokenizer, end_of_turn)
     else:
-        found = template_end(tokenizer, special)
-        turn = tokenizer.eos_token_id if found is None else found
+        turn = tokenizer.eos_token_id if in_template is None else in_template
     notes = []
-    others = []
+    others = [] if in_template is None else [in_template]
     for i in sorted({i for i in generation_ids if i is not None}):
         if i in special or i == tokenizer.eos_token_id:
             others.append(i)
@@ -101,6 +101,31 @@ def template_end(tokenizer: PreTrainedTokenizerBase, special: set[int] | None = 
             ids: Sequence[int] = tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"]
             return next((i for i in ids if i in special), None)
     return None
+
+
+def answer_header(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the chat template writes between a question and its answer; empty where it writes nothing, or is none."""
+    for messages in _conversations() if tokenizer.chat_template else []:
+        question = [{**messages[-1], "role": "user"}]
+        text = _rendered(tokenizer, question, add_generation_prompt=True)
+        if _CONTENT in text:
+            return text.rpartition(_CONTENT)[2]
+    return ""
+
+
+def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether the chat template shows content only where it comes as a list of parts."""
+    if not tokenizer.chat_template:
+        return False
+    plain, parts = (_CONTENT in _rendered(tokenizer, messages) for messages in _conversations())
+    return parts and not plain
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except Exception:  # a template is a program of its own and may refuse anything
+        return ""
 
 
 def _conversations() -> list[list[dict[str, Any]]]:

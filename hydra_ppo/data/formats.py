@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from hydra_ppo.config.settings import TEMPLATE_OPTIONS
+from hydra_ppo.data.boundaries import find_boundary, last_turns
 from hydra_ppo.data.sources import Rejected
 
 Messages = list[dict[str, Any]]
 Conversation = str | Messages
 
-_HH_TURN, _HH_USER = "\n\nAssistant:", "\n\nHuman:"
+
+class ChatText(str):
+    """Messages as a chat template wrote them; the text remembers them, for readers that have a template of their own.
+
+    Attributes:
+        messages: what was rendered.
+    """
+
+    messages: Messages
+
+    def __new__(cls, text: str, messages: Messages) -> ChatText:
+        made = super().__new__(cls, text)
+        made.messages = messages
+        return made
+
+    def __getnewargs__(self) -> tuple[str, Messages]:  # type: ignore[override]  # str takes one, and is copied by it
+        return str(self), self.messages
+
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "messages")
 """Columns that hold a conversation; what else a row has is handed to reward functions."""
@@ -23,6 +43,7 @@ class TextPair(NamedTuple):
     chosen: str
     rejected: str
     rejected_prompt: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 class ChatPair(NamedTuple):
@@ -32,65 +53,123 @@ class ChatPair(NamedTuple):
     chosen: Messages
     rejected: Messages
     rejected_prompt: Messages | None = None
+    notes: tuple[str, ...] = ()
 
 
 Pair = TextPair | ChatPair
 
 
-def checked_pair(row: Any, strict: bool = False) -> Pair:
+def checked_pair(row: Any, strict: bool = False, header: str = "") -> Pair:
     """Return prompt, chosen and rejected of a preference row, each answer the last turn of the assistant alone.
 
     Where the conversations part before their last turn, what lies between is context: of each answer its own.
 
     Args:
         strict: count equal and empty answers, which public sets have, as malformed.
+        header: what the tokenizer's chat template writes between a question and its answer.
 
     Raises:
         Rejected: with the reason why the row cannot be used.
     """
-    pair = _split_pair(row)
+    pair = _split_pair(row, header)
     _check_prompt(pair.prompt)
     _check_response("chosen", pair.chosen, strict)
     _check_response("rejected", pair.rejected, strict)
     if pair.chosen == pair.rejected:
         raise Rejected("chosen equals rejected", malformed=strict)
-    return _last_turns(pair)
+    if _changed(str.strip, pair.chosen) == _changed(str.strip, pair.rejected):
+        raise Rejected("chosen and rejected are the same but for spaces around them", malformed=strict)
+    pair = _last_turns(pair, header)
+    _check_response("chosen", pair.chosen, strict)
+    _check_response("rejected", pair.rejected, strict)
+    if _changed(_squeezed, pair.chosen) == _changed(_squeezed, pair.rejected):
+        pair = pair._replace(notes=(*pair.notes, "chosen and rejected differ in spaces and line breaks alone"))
+    return pair
 
 
-def _last_turns(pair: Pair) -> Pair:
+def _last_turns(pair: Pair, header: str) -> Pair:
     if isinstance(pair, TextPair):
-        (before, chosen), (other, rejected) = (_last_text(text) for text in (pair.chosen, pair.rejected))
-        if not before and not other:
+        first, second = last_turns(pair.prompt, (pair.chosen, pair.rejected), header)
+        if not first and not second:
             return pair
-        return TextPair(pair.prompt + before, chosen, rejected, pair.prompt + other)
+        (before, chosen), (other, rejected) = (
+            (answer[:at], answer[at:]) for answer, at in ((pair.chosen, first), (pair.rejected, second))
+        )
+        return TextPair(pair.prompt + before, chosen, rejected, pair.prompt + other, pair.notes)
     (earlier, last), (others, final) = ((answer[:-1], answer[-1:]) for answer in (pair.chosen, pair.rejected))
     if not earlier and not others:
         return pair
-    return ChatPair([*pair.prompt, *earlier], last, final, [*pair.prompt, *others])
+    return ChatPair([*pair.prompt, *earlier], last, final, [*pair.prompt, *others], pair.notes)
 
 
-def _last_text(answer: str) -> tuple[str, str]:
-    """Cut an answer of HH's kind that holds turns of the user after the last "Assistant:"."""
-    turn = answer.rfind(_HH_TURN)
-    if turn < 0 or _HH_USER not in answer[:turn]:
-        return "", answer
-    turn += len(_HH_TURN)
-    return answer[:turn], answer[turn:]
+def checked_prompt(row: Any, header: str = "") -> tuple[Conversation, tuple[str, ...]]:
+    """Return the prompt of a prompt row or preference row, and notes on how it was found.
 
+    A row with `messages` in place of `prompt` asks with those up to the last answer.
 
-def checked_prompt(row: Any) -> Conversation:
-    """Return the prompt of a prompt row or preference row; raises Rejected with the reason why it cannot be used."""
-    is_pair = isinstance(row, Mapping) and row.get("chosen") is not None and row.get("rejected") is not None
-    prompt = _split_pair(row).prompt if is_pair else _field(row, "prompt")
+    Args:
+        header: as of `checked_pair`.
+
+    Raises:
+        Rejected: with the reason why the row cannot be used.
+    """
+    has = {name for name in TEXT_COLUMNS if isinstance(row, Mapping) and row.get(name) is not None}
+    notes: tuple[str, ...] = ()
+    if {"chosen", "rejected"} <= has:
+        pair = _split_pair(row, header)
+        prompt, notes = pair.prompt, pair.notes
+    elif "messages" in has and "prompt" not in has:
+        prompt = _field(row, "messages")
+        if isinstance(prompt, str):
+            raise Rejected("messages is text, not a list of messages")
+        while prompt and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+        if not prompt:
+            raise Rejected("messages holds answers alone")
+    else:
+        prompt = _field(row, "prompt")
     _check_prompt(prompt)
-    return prompt
+    return prompt, notes
 
 
-def _split_pair(row: Any) -> Pair:
+def template_options(row: Any) -> dict[str, Any]:
+    """Return what a row hands to the chat template: its `tools` and what its `chat_template_kwargs` hold.
+
+    Raises:
+        Rejected: where they are not of that form.
+    """
+    options: dict[str, Any] = {}
+    for name, kind, what in (("chat_template_kwargs", dict, "an object"), ("tools", list, "a list")):
+        value = row.get(name) if isinstance(row, Mapping) else None
+        if isinstance(value, str):  # hub datasets hold what differs from row to row as JSON
+            try:
+                value = json.loads(value or "null")
+            except (ValueError, RecursionError):
+                raise Rejected(f"{name} is not valid JSON") from None
+        if value is None:
+            continue
+        if not isinstance(value, kind):
+            raise Rejected(f"{name} is not {what}")
+        value = _without_nulls(value)
+        if value:
+            options |= value if name == "chat_template_kwargs" else {name: value}
+    if reserved := next((name for name in options if name in TEMPLATE_OPTIONS), None):
+        raise Rejected(f"chat_template_kwargs sets {reserved}, which is not the template's")
+    return options
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop the nulls that Parquet and hub datasets put where another row has a key."""
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _split_pair(row: Any, header: str) -> Pair:
     """Take prompt and responses apart; all three come out of one kind, text or messages."""
     chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        return _split_text(_given_prompt(row), chosen, rejected)
+        return _split_text(_given_prompt(row), chosen, rejected, header)
     if isinstance(chosen, list) and isinstance(rejected, list):
         return _split_messages(_given_prompt(row), chosen, rejected)
     raise Rejected("one of chosen and rejected is text, the other messages")
@@ -101,11 +180,12 @@ def _given_prompt(row: Mapping[str, Any]) -> Conversation | None:
     return None if row.get("prompt") is None else _field(row, "prompt")
 
 
-def _split_text(prompt: Conversation | None, chosen: str, rejected: str) -> Pair:
+def _split_text(prompt: Conversation | None, chosen: str, rejected: str, header: str) -> Pair:
     if prompt is None:
-        cut = _text_boundary(chosen[: _common_length(chosen, rejected)])
-        _require_shared(chosen[:cut])
-        return TextPair(chosen[:cut], chosen[cut:], rejected[cut:])
+        shared = chosen[: _common_length(chosen, rejected)]
+        cut, note = find_boundary(shared, header)
+        _require_shared(shared[:cut].strip())
+        return TextPair(chosen[:cut], chosen[cut:], rejected[cut:], notes=(note,))
     if isinstance(prompt, list):
         return ChatPair(prompt, [{"role": "assistant", "content": chosen}], [{"role": "assistant", "content": rejected}])
     # A response may begin like its prompt by accident ("Hi" - "Hi there"); both do only where the prompt is repeated.
@@ -135,17 +215,20 @@ def _without_prefix(messages: Messages, prefix: Messages) -> Messages:
 
 
 def _common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # halving compares slices, which is a thousand times faster on long texts than item by item
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
 
 
-def _text_boundary(common: str) -> int:
-    """Return where the prompt ends: after HH's last "Assistant:", else at the last whitespace."""
-    turn = common.rfind(_HH_TURN)
-    if turn >= 0:
-        return turn + len(_HH_TURN)
-    end = next((i for i in range(len(common), 0, -1) if common[i - 1].isspace()), 0)
-    # Tokenizers count a space to the word after it.
-    return end - 1 if end and common[end - 1] == " " else end
+def _changed(change: Callable[[str], str], answer: Conversation) -> Conversation:
+    """Return an answer with its text, or that of each message, changed."""
+    return change(answer) if isinstance(answer, str) else [m | {"content": change(m["content"])} for m in answer]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _field(row: Any, name: str) -> Conversation:
@@ -153,9 +236,11 @@ def _field(row: Any, name: str) -> Conversation:
         raise Rejected("not an object")
     value = row.get(name)
     if value is None:
-        raise Rejected(f"{name} is missing")
+        raise Rejected(f"{name} is missing", missing=name)
     if isinstance(value, str):
         return checked_unicode(name, value)
+    if isinstance(value, Mapping) and "role" in value:  # one message alone
+        value = [value]
     if not isinstance(value, (list, tuple)):
         raise Rejected(f"{name} is neither text nor a list of messages")
     if not value:
@@ -166,12 +251,31 @@ def _field(row: Any, name: str) -> Conversation:
 def _message(name: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise Rejected(f"{name} has a message that is not an object")
+    # Parquet and hub datasets hold null for keys that only some messages have.
+    message = {key: value for key, value in message.items() if value is not None}
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        message["content"] = "".join(_part(name, part) for part in content)
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = _without_nulls(calls)
+        message.setdefault("content", "")  # templates add it to text, which takes no null
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
             raise Rejected(f"{name} has a message without a text {key}")
         checked_unicode(name, message[key])
-    # Parquet and hub datasets hold null for keys that only some messages have.
-    return {key: value for key, value in message.items() if value is not None}
+    return message
+
+
+def _part(name: str, part: Any) -> str:
+    """Return the text of a part of a message's content."""
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    if kind is None:
+        raise Rejected(f"{name} has a part of a message that is not an object")
+    if kind != "text":
+        raise Rejected(f"{name} has a part of type {str(kind)[:20]!r}; only text can be read")
+    if not isinstance(part.get("text"), str):
+        raise Rejected(f"{name} has a part of a message without a text")
+    return str(part["text"])
 
 
 def checked_unicode(name: str, text: str) -> str:
@@ -192,7 +296,8 @@ def _check_prompt(prompt: Conversation) -> None:
 
 
 def _check_response(name: str, response: Conversation, strict: bool) -> None:
-    if not response or not (response if isinstance(response, str) else response[-1]["content"]).strip():
+    last = {"content": response} if isinstance(response, str) else response[-1] if response else {}
+    if not last.get("content", "").strip() and not last.get("tool_calls"):
         raise Rejected(f"{name} is empty", malformed=strict)
     if isinstance(response, list) and not response[0]["role"] == response[-1]["role"] == "assistant":
         raise Rejected(f"{name} does not start and end with an assistant message")

@@ -1,7 +1,7 @@
-"""Prompts and preference pairs from JSONL, JSON, Parquet, a hub dataset or any iterable of dicts.
+"""Prompts and preference pairs from JSONL, JSON, CSV, Parquet, a hub dataset or any iterable of dicts.
 
 Rows have the formats of TRL and of Anthropic's HH: ``prompt``, ``chosen`` and ``rejected``, each plain text or
-chat messages, the prompt given or shared by the two responses. Reading and checking need no tokenizer
+chat messages, the prompt given or shared by the two responses; or lists of responses. Reading and checking need no tokenizer
 (`check_source`); `load_preferences` and `load_prompts` add one. A row that cannot be used is rejected with a
 reason, the reasons are counted over the whole source, and only then is there an error or a dropped row.
 """
@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 from hydra_ppo.config.settings import DataSettings
+from hydra_ppo.data.columns import Columns, Kind, pair_rows
 from hydra_ppo.data.ends import find_ends
-from hydra_ppo.data.formats import TEXT_COLUMNS, Messages, checked_pair, checked_prompt
+from hydra_ppo.data.formats import TEXT_COLUMNS, ChatText, Messages, checked_pair, checked_prompt, template_options
 from hydra_ppo.data.sources import DataSource, Rejected, Source, open_source
 from hydra_ppo.data.text import Codec
 from hydra_ppo.errors import ConfigError, DataError
@@ -71,11 +71,16 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class Loaded(Generic[Row]):
-    """What a source held: usable rows, how many were left out, and counts of why rows were left out or cut."""
+    """What a source held: usable rows, how many were left out, and counts of why rows were left out or cut.
+
+    Attributes:
+        read: rows of the source; fewer than `rows` and `skipped` together where each holds several pairs.
+    """
 
     rows: list[Row]
     skipped: int
     reasons: dict[str, int]
+    read: int = 0
 
 
 def load_preferences(
@@ -107,11 +112,12 @@ def load_preferences(
     longest = settings.max_response_tokens
 
     def convert(raw: Any, place: str) -> tuple[PreferenceRow, list[str]]:
-        pair = checked_pair(raw, strict=settings.degenerate_pairs == "error")
-        prompt = codec.prompt(pair.prompt, place)
-        other = prompt if pair.rejected_prompt is None else codec.prompt(pair.rejected_prompt, place)
+        pair = checked_pair(raw, settings.degenerate_pairs == "error", codec.header)
+        options = template_options(raw)
+        prompt = codec.prompt(pair.prompt, place, options)
+        other = prompt if pair.rejected_prompt is None else codec.prompt(pair.rejected_prompt, place, options)
         answers = [codec.answer("chosen", prompt, pair.chosen), codec.answer("rejected", other, pair.rejected)]
-        notes = [*prompt.notes]
+        notes = [*pair.notes, *prompt.notes]
         if other is not prompt:
             notes += [*other.notes, "the conversations part before their last turn; each last answer is read after its own"]
         for name, answer in zip(("chosen", "rejected"), answers, strict=True):
@@ -126,7 +132,7 @@ def load_preferences(
         own = (None, None) if other is prompt else (other.text, other.ids)
         return PreferenceRow(*texts, prompt.ids, chosen, rejected, *own), notes
 
-    return _collect(open_source(source, split or settings.split), convert, settings.skip_bad_rows)
+    return collect_rows(open_source(source, split or settings.split), convert, settings, "preferences")
 
 
 def load_prompts(
@@ -141,16 +147,18 @@ def load_prompts(
     codec = Codec(tokenizer, settings, now)
 
     def convert(raw: Any, place: str) -> tuple[PromptRow, list[str]]:
-        prompt = codec.prompt(checked_prompt(raw), place)
+        conversation, notes = checked_prompt(raw, codec.header)
+        prompt = codec.prompt(conversation, place, template_options(raw))
         columns = {name: value for name, value in raw.items() if name not in TEXT_COLUMNS}
-        return PromptRow(prompt.text, prompt.ids, prompt.messages, columns), list(prompt.notes)
+        text = prompt.text if prompt.messages is None else ChatText(prompt.text, prompt.messages)
+        return PromptRow(text, prompt.ids, prompt.messages, columns), [*notes, *prompt.notes]
 
-    return _collect(open_source(source, split or settings.split), convert, settings.skip_bad_rows)
+    return collect_rows(open_source(source, split or settings.split), convert, settings, "prompts")
 
 
 def check_source(
     source: DataSource,
-    kind: Literal["preferences", "prompts"],
+    kind: Kind,
     limit: int | None = 1000,
     *,
     split: str = "train",
@@ -162,24 +170,113 @@ def check_source(
     An iterator is consumed by as many rows; ``strict`` counts equal and empty answers as malformed. Raises DataError as
     `load_preferences` does.
     """
-    check: Callable[[Any], object] = partial(checked_pair, strict=strict) if kind == "preferences" else checked_prompt
-    opened = open_source(source, split)
-    first = replace(opened, rows=islice(opened.rows, limit))
-    loaded = _collect(first, lambda raw, place: (check(raw), []), skip_bad_rows)
-    return len(loaded.rows) + loaded.skipped
+    degenerate: Literal["drop", "error"] = "error" if strict else "drop"
+    settings = DataSettings(train="unused", skip_bad_rows=skip_bad_rows, degenerate_pairs=degenerate)
+    checked = check_rows(source, kind, settings, split=split, limit=limit)
+    return len(checked.rows) + checked.skipped
+
+
+def check_rows(
+    source: DataSource, kind: Kind, settings: DataSettings, *, split: str | None = None, limit: int | None = None
+) -> Loaded[Hashable]:
+    """Check the format of rows without a tokenizer; return for each usable one what `split_held_out` keeps together.
+
+    Args:
+        settings: columns, formats, and what is done with rows that cannot be used.
+        split: of a hub dataset; None is ``settings.split``.
+        limit: most rows to read; None reads all.
+
+    Raises:
+        DataError: as `load_preferences` does.
+    """
+    strict = settings.degenerate_pairs == "error"
+
+    def check(raw: Any, place: str) -> tuple[Hashable, list[str]]:
+        if kind == "preferences":
+            checked_pair(raw, strict)
+        template_options(raw)
+        prompt, _ = checked_prompt(raw)
+        return prompt_key(prompt if isinstance(prompt, str) else repr(prompt)), []
+
+    opened = open_source(source, split or settings.split)
+    return collect_rows(replace(opened, rows=islice(opened.rows, limit)), check, settings, kind)
 
 
 def split_held_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Split rows into training and held-out ones, the same way for the same seed; both keep the order of ``rows``.
 
-    A fraction above 0 holds out at least one row, and one row at least stays to train on. Raises ConfigError
-    for a fraction outside [0, 1).
+    All rows of one prompt (`prompt_key`) come to the same side, so the fraction is met as nearly as that allows. One above 0
+    holds out at least one prompt, and one at least stays to train on; a single prompt stays.
+
+    Raises:
+        ConfigError: for a fraction outside [0, 1).
     """
     if not 0 <= fraction < 1:
         raise ConfigError(f"eval_fraction={fraction!r} must lie in [0, 1); choose for example 0.05.")
-    count = min(max(round(len(rows) * fraction), int(fraction > 0)), max(len(rows) - 1, 0))
-    held_out = set(random.Random(seed).sample(range(len(rows)), count))
+    groups: dict[Hashable, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(prompt_key(row), []).append(i)
+    held_out = _drawn(list(groups.values()), min(len(rows) * fraction, len(rows) - 1), random.Random(seed))
     return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]
+
+
+def _drawn(groups: Sequence[list[int]], wanted: float, random_source: random.Random) -> set[int]:
+    """Draw whole groups that hold about as many rows as wanted, but not all groups; some where wanted is above 0."""
+    if wanted <= 0 or len(groups) < 2:
+        return set()
+    count = max(round(wanted), 1)
+    best: list[int] = []
+    for _ in range(20):  # large groups may leave no near sum in one order, and leave one in another
+        first = random_source.sample(range(len(groups)), min(count, len(groups)))
+        rest = sorted(set(range(len(groups))) - set(first))
+        random_source.shuffle(rest)
+        drawn: list[int] = []
+        chosen = 0
+        for i in [*first, *rest]:
+            nearer = abs(len(drawn) + len(groups[i]) - count) < abs(len(drawn) - count)
+            if nearer and chosen < len(groups) - 1:
+                drawn += groups[i]
+                chosen += 1
+            if len(drawn) == count:
+                return set(drawn)
+        drawn = drawn or min(groups, key=len)  # the smallest is more than twice what is wanted
+        if not best or abs(len(drawn) - count) < abs(len(best) - count):
+            best = drawn
+    return set(best)
+
+
+def repeats(rows: Sequence[PreferenceRow | PromptRow]) -> dict[str, int]:
+    """Count the rows that say what an earlier one says, and the pairs that say the opposite, by what is to be said of them."""
+    seen: set[Hashable] = set()
+    found: Counter[str] = Counter()
+    this: Hashable
+    swapped: Hashable
+    for row in rows:
+        if isinstance(row, PromptRow):
+            this = swapped = row.ids
+        else:
+            chosen, rejected = (row.prompt_ids, row.chosen_ids), (row.before_rejected, row.rejected_ids)
+            this, swapped = (chosen, rejected), (rejected, chosen)
+        if this in seen:
+            found["the prompt of an earlier row" if isinstance(row, PromptRow) else "the same as an earlier row"] += 1
+        elif swapped in seen:
+            found["an earlier row has the same answers the other way round"] += 1
+        seen.add(this)
+    return dict(found)
+
+
+def shared_prompts(rows: Iterable[Any], held_out: Iterable[Any]) -> int:
+    """Count the held-out rows whose prompt is one of `rows` too; see `prompt_key`."""
+    known = {prompt_key(row) for row in rows}
+    return sum(prompt_key(row) in known for row in held_out)
+
+
+def prompt_key(row: Any) -> Hashable:
+    """Return what rows of one prompt have in common: its text but for spaces, its ids where it has none."""
+    text = row if isinstance(row, str) else getattr(row, "prompt_text", getattr(row, "text", None))
+    if text is None:
+        return cast(Hashable, row)
+    return " ".join(text.split()) or getattr(row, "prompt_ids", getattr(row, "ids", text))
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -196,12 +293,18 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 # Counting
 
 
-def _collect(source: Source, convert: Callable[[Any, str], tuple[Row, list[str]]], skip_bad_rows: bool) -> Loaded[Row]:
+def collect_rows(
+    source: Source, convert: Callable[[Any, str], tuple[Row, list[str]]], settings: DataSettings, kind: Kind
+) -> Loaded[Row]:
+    """Turn the rows of a source into ours, and count why some are left out or cut; DataError as `load_preferences` says."""
     rows: list[Row] = []
     reasons: Counter[str] = Counter()
     skipped = bad = 0
-    first = ""
-    for number, raw in source.rows:
+    first = missing = ""
+    columns = Columns(settings.columns, kind)
+    numbers: set[int] = set()
+    for number, raw in _renamed(source, columns, settings, kind):
+        numbers.add(number)
         place = f"{source.unit} {number}"
         try:
             if isinstance(raw, Rejected):
@@ -210,21 +313,39 @@ def _collect(source: Source, convert: Callable[[Any, str], tuple[Row, list[str]]
         except Rejected as rejected:
             skipped += 1
             reasons[rejected.reason] += 1
+            missing = missing or rejected.missing or ""
             if rejected.malformed:
                 bad += 1
                 first = first or f"{place}: {rejected.reason}"
             continue
         rows.append(row)
         reasons.update(notes)
-    if bad and not skip_bad_rows:
+    unnamed = columns.unused() or (None if rows else columns.nothing())
+    if unnamed is not None:
+        raise DataError(f"{source.name}: {unnamed}")
+    hint = columns.hint(missing) if missing else ""
+    if bad and not settings.skip_bad_rows:
         are, them = ("is", "it") if bad == 1 else ("are", "them")
         raise DataError(
-            f"{source.name}: {bad} of {len(rows) + skipped} rows {are} malformed; first at {first}; "
+            f"{source.name}: {bad} of {len(rows) + skipped} rows {are} malformed; first at {first}{hint}; "
             f"fix {them} or set data.skip_bad_rows=true to drop {them}."
         )
     if not skipped and not rows:
         raise DataError(f"{source.name}: holds no rows; give at least one.")
     if not rows:
         why = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
-        raise DataError(f"{source.name}: none of {skipped} rows is usable ({why}); fix the rows or change the data settings.")
-    return Loaded(rows, skipped, dict(reasons))
+        raise DataError(
+            f"{source.name}: none of {skipped} rows is usable ({why}){hint}; fix the rows or change the data settings."
+        )
+    return Loaded(rows, skipped, dict(reasons), len(numbers))
+
+
+def _renamed(source: Source, columns: Columns, settings: DataSettings, kind: Kind) -> Iterator[tuple[int, Any]]:
+    """Yield rows under our names, and the pairs of those that hold several; each with the number of its row."""
+    for number, raw in source.rows:
+        row = columns.rename(raw)
+        if kind == "prompts":
+            yield number, row
+            continue
+        for pair in pair_rows(row, settings.format, settings.pairs_per_prompt):
+            yield number, pair

@@ -1,7 +1,8 @@
-"""Opens a source of rows: JSONL, JSON, Parquet, a hub dataset or any iterable of dicts."""
+"""Opens a source of rows: JSONL, JSON, CSV, Parquet, a hub dataset or any iterable of dicts."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -15,16 +16,23 @@ from hydra_ppo.errors import DataError
 DataSource = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 _HUB_NAME = re.compile(r"([\w-]+|[\w-][\w.-]*/[\w.-]+)(:[\w.-]+)?")
-_COLUMNS = ("prompt", "chosen", "rejected")
+FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+_LONGEST_CELL = 2**31 - 1
+"""Characters; Python's csv takes 131,072 where nothing else is said."""
 
 
 class Rejected(Exception):
-    """A row that cannot be used; one that is not malformed is dropped without an error."""
+    """A row that cannot be used; one that is not malformed is dropped without an error.
 
-    def __init__(self, reason: str, *, malformed: bool = True) -> None:
+    Args:
+        missing: the column that it lacks, where that is the reason.
+    """
+
+    def __init__(self, reason: str, *, malformed: bool = True, missing: str | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.malformed = malformed
+        self.missing = missing
 
 
 @dataclass(frozen=True)
@@ -44,19 +52,29 @@ def open_source(source: DataSource, split: str) -> Source:
         return Source("examples", "row", enumerate(source, 1))
     name = os.fspath(source)
     path = local_path(name)
-    readers = {".json": _read_json, ".parquet": _read_parquet}
     if not name or not exists(path):
-        if path.suffix in (".jsonl", *readers) or not _HUB_NAME.fullmatch(name):
-            raise DataError(f"{name or repr(name)}: no such file; check the path.")
+        if not is_hub_name(name):
+            several = ", or put the rows of several files into one" if "," in name else ""
+            raise DataError(f"{name or repr(name)}: no such file; check the path{several}.")
         hub_path, _, config = name.partition(":")
         return Source(name, "row", enumerate(_read_dataset(name, hub_path, config or None, split), 1))
     if path.is_dir():
         return Source(name, "row", enumerate(_read_dataset(name, str(path), None, split), 1))
     if path.suffix == ".jsonl":
         return Source(name, "line", _read_jsonl(name, path))
-    if path.suffix in readers:
-        return Source(name, "row", enumerate(readers[path.suffix](name, path), 1))
-    raise DataError(f"{name}: files of type {path.suffix!r} are not supported; use .jsonl, {' or '.join(readers)}.")
+    if path.suffix == ".csv":
+        return Source(name, "line", _read_csv(name, path))
+    if path.suffix in FILE_TYPES:
+        read = _read_json if path.suffix == ".json" else _read_parquet
+        return Source(name, "row", enumerate(read(name, path), 1))
+    types = f"{', '.join(FILE_TYPES[:-1])} or {FILE_TYPES[-1]}"
+    raise DataError(f"{name}: files of type {path.suffix!r} are not supported; use {types}.")
+
+
+def is_hub_name(source: str) -> bool:
+    """Say whether a source can only be a dataset of the hub: no file or folder, and not named like a file."""
+    path = local_path(source)
+    return not exists(path) and path.suffix not in FILE_TYPES and _HUB_NAME.fullmatch(source) is not None
 
 
 def local_path(name: str) -> Path:
@@ -91,11 +109,7 @@ def _not_utf8(name: str, line: int) -> DataError:
 def _read_jsonl(name: str, path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError:
-                    raise _not_utf8(name, number) from None
+            for number, text in enumerate(_lines(name, file), 1):
                 if text.strip():
                     yield number, _parse_json(text)
     except OSError as error:
@@ -126,18 +140,49 @@ def _read_json(name: str, path: Path) -> Iterator[Any]:
     yield from rows
 
 
+def _read_csv(name: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """Read comma-separated rows under a header; yield them with the line that each begins at."""
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
+    try:
+        with path.open("rb") as file:
+            # Without `strict`, a quote that nothing closes takes the rest of the file into one cell.
+            rows = csv.reader(_lines(name, file), strict=True)
+            header = next(rows, [])
+            if twice := next((column for i, column in enumerate(header) if column in header[:i]), None):
+                raise DataError(f"{name}: has two columns {twice!r}; give each its own name.")
+            line = rows.line_num + 1
+            for cells in rows:
+                if cells and len(cells) != len(header):
+                    yield line, Rejected(f"{len(cells)} cells under a header of {len(header)}")
+                elif cells:
+                    yield line, dict(zip(header, cells, strict=True))
+                line = rows.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{name}: line {rows.line_num} is not CSV ({error}); put cells with commas or quotes in quotes."
+        ) from None
+    except OSError as error:
+        raise _unreadable(name, error) from error
+
+
+def _lines(name: str, file: Iterable[bytes]) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise _not_utf8(name, number) from None
+
+
 def _read_parquet(name: str, path: Path) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [column for column in file.schema_arrow.names if column in _COLUMNS]
-            if not columns:
-                raise DataError(f"{name}: has none of the columns {', '.join(_COLUMNS)}; rename its columns.")
-            for batch in file.iter_batches(batch_size=1000, columns=columns):
+            # All columns: those that are not read are handed to reward functions.
+            for batch in file.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: a time that Python cannot hold
         raise _unreadable(name, error) from error
 
 

@@ -7,13 +7,13 @@ what a reward function reads is what the tokens say, for every kind of tokenizer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from hydra_ppo.config.settings import DataSettings
-from hydra_ppo.data.ends import Ends, find_ends
+from hydra_ppo.data.ends import Ends, answer_header, find_ends, takes_parts
 from hydra_ppo.data.formats import Conversation, Messages, checked_unicode
 from hydra_ppo.data.sources import Rejected, one_line
 from hydra_ppo.errors import DataError
@@ -43,6 +43,7 @@ class Prompt:
         messages: the same as messages, where it came as such.
         whole_text, whole_ids: what answers are joined to: of text all of it, of messages those that are left.
         notes: what was done to it.
+        options: what its row hands to the chat template.
     """
 
     text: str
@@ -51,6 +52,7 @@ class Prompt:
     whole_text: str
     whole_ids: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Codec:
@@ -68,23 +70,35 @@ class Codec:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, now: datetime | None = None) -> None:
         self.tokenizer, self.settings = tokenizer, settings
         self.ends: Ends = find_ends(tokenizer, end_of_turn=settings.end_of_turn)
-        moment = now or datetime.now()
-        clock: Callable[[str], str] = moment.strftime
-        self._template_options: dict[str, Any] = {"strftime_now": clock, **settings.chat_template_kwargs}
+        self.now = now or datetime.now()
+        self.header = answer_header(tokenizer)
+        self._takes_parts = takes_parts(tokenizer)
 
     # -- prompts -----------------------------------------------------------------------------------------------------
 
-    def prompt(self, conversation: Conversation, place: str = "") -> Prompt:
+    def prompt(self, conversation: Conversation, place: str = "", options: Mapping[str, Any] | None = None) -> Prompt:
         """Return a prompt's tokens, cut to data.max_prompt_tokens as data.long_prompts says.
 
         Of messages, whole turns go from the front, the system message stays; then the beginning of the last message. Of text
         of HH's kind whole turns go, of other text the first tokens. No character is cut in two.
 
+        Args:
+            place: where it stands, for errors.
+            options: what its row hands to the chat template, such as tools, over data.chat_template_kwargs.
+
         Raises:
             Rejected: where the prompt has no tokens, is too long, or the template refuses it.
             DataError: for messages where the tokenizer has no chat template.
         """
-        text, ids = self._encoded(conversation, place)
+        options = options or {}
+        found = replace(self._prompt(conversation, place, options), options=options)
+        if options and isinstance(conversation, str):
+            note = f"{' and '.join(options)} of a prompt that is text, which no chat template writes, are not used"
+            found = replace(found, notes=(*found.notes, note))
+        return found
+
+    def _prompt(self, conversation: Conversation, place: str, options: Mapping[str, Any]) -> Prompt:
+        text, ids = self._encoded(conversation, options, place)
         if not set(ids) - {self.tokenizer.bos_token_id}:
             raise Rejected("prompt has no tokens")
         messages = None if isinstance(conversation, str) else conversation
@@ -97,12 +111,12 @@ class Codec:
             )
         note = f"prompt cut to data.max_prompt_tokens={limit}"
         if messages is not None:
-            text, ids, messages = self._shortened(messages, limit)
+            text, ids, messages = self._shortened(messages, limit, options)
             return Prompt(text, tuple(ids), messages, text, tuple(ids), (note,))
         cut_text, cut_ids = self._cut_text(text, ids, limit)
         return Prompt(cut_text, tuple(cut_ids), None, text, tuple(ids), (note,))
 
-    def _encoded(self, conversation: Conversation, place: str = "") -> tuple[str, list[int]]:
+    def _encoded(self, conversation: Conversation, options: Mapping[str, Any], place: str = "") -> tuple[str, list[int]]:
         if isinstance(conversation, str):
             return conversation, self._ids("prompt", conversation, special=True)
         if not self.tokenizer.chat_template:
@@ -110,29 +124,29 @@ class Codec:
                 f"{place} holds chat messages, but the tokenizer has no chat template; "
                 "use a chat model's tokenizer, set tokenizer.chat_template, or give plain text."
             )
-        text = self.render(conversation, add_generation_prompt=True)
+        text = self.render(conversation, add_generation_prompt=True, options=options)
         return text, self._ids("prompt", text, special=False)
 
-    def _shortened(self, messages: Messages, limit: int) -> tuple[str, list[int], Messages]:
+    def _shortened(self, messages: Messages, limit: int, options: Mapping[str, Any]) -> tuple[str, list[int], Messages]:
         """Drop turns from the front until the rest fits, then the beginning of the last message."""
         first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
         system, turns = messages[:first], messages[first:]
         while True:
-            text, ids = self._encoded([*system, *turns])
+            text, ids = self._encoded([*system, *turns], options)
             if len(ids) <= limit:
                 return text, ids, [*system, *turns]
             later = next((i for i in range(1, len(turns)) if turns[i]["role"] == "user"), None)
             if later is None:
                 break
             turns = turns[later:]
-        *before, last = turns
+        *before, last = turns or [{"role": "system", "content": ""}]  # a system message alone is not cut
         words = self._ids("prompt", last["content"], special=False)
         dropped = len(ids) - limit
         while dropped < len(words):
             content = self._said(words[dropped:])
             if not content.startswith(HALF_A_CHARACTER) and content.strip():
                 cut = [*system, *before, {**last, "content": content}]
-                text, ids = self._encoded(cut)
+                text, ids = self._encoded(cut, options)
                 if len(ids) <= limit:
                     return text, ids, cut
             dropped += 1
@@ -171,10 +185,7 @@ class Codec:
             if any(bare.endswith(end) for end in self._end_texts()):  # a newline after an end is never sampled
                 text = bare
         else:
-            whole = self.render([*(prompt.messages or []), *answer], add_generation_prompt=False)
-            if not whole.startswith(prompt.whole_text):
-                raise Rejected(f"the chat template does not render {name} as a continuation of its prompt")
-            text = whole[len(prompt.whole_text) :]
+            text = self._written(name, prompt, answer)
         ids, crossing = self._continuation(name, prompt, text, special=isinstance(answer, str))
         if self.ends.turn in ids:
             ids = ids[: ids.index(self.ends.turn)]
@@ -183,6 +194,21 @@ class Codec:
         if not ids:
             raise Rejected(f"{name} has no tokens")
         return Answer(text, (*ids, self.ends.turn), crossing)
+
+    def _written(self, name: str, prompt: Prompt, answer: Messages) -> str:
+        """Return what the chat template adds to a prompt for its answer."""
+        messages = prompt.messages or []
+        whole = self.render([*messages, *answer], add_generation_prompt=False, options=prompt.options)
+        if whole.startswith(prompt.whole_text):
+            return whole[len(prompt.whole_text) :]
+        # Mistral's write the system message into the last message, and nowhere once that is an answer; the turns alone do.
+        turns = [message for message in messages if message["role"] != "system"]
+        if 0 < len(turns) < len(messages):
+            before = self.render(turns, add_generation_prompt=True, options=prompt.options)
+            whole = self.render([*turns, *answer], add_generation_prompt=False, options=prompt.options)
+            if whole.startswith(before):
+                return whole[len(before) :]
+        raise Rejected(f"the chat template does not render {name} as a continuation of its prompt")
 
     def _end_texts(self) -> list[str]:
         ends = (self.ends.text, self.tokenizer.eos_token)
@@ -210,16 +236,21 @@ class Codec:
 
     # -- both --------------------------------------------------------------------------------------------------------
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
-        """Return messages as the chat template writes them.
+    def render(self, messages: Messages, *, add_generation_prompt: bool, options: Mapping[str, Any] | None = None) -> str:
+        """Return messages as the chat template writes them; `options` of a row win over data.chat_template_kwargs.
 
         Raises:
             Rejected: with the template's reason.
         """
+        from hydra_ppo.compat import template_clock  # torch, which reading settings and rows does without
+
+        handed: dict[str, Any] = {**self.settings.chat_template_kwargs, **(options or {})}
+        handed |= {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        if self._takes_parts:
+            messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._template_options
-            )
+            with template_clock(self.now):
+                text = self.tokenizer.apply_chat_template(messages, **handed)
         except Exception as error:  # a template is a program of its own and may raise anything
             raise Rejected(f"the chat template refuses the messages ({one_line(error)})") from error
         return cast(str, text)  # its type says what there can be with tokenize=True, too
@@ -260,6 +291,26 @@ def answer_texts(
         # A prompt that was cut inside a character has no text of its own to cut away.
         texts.append(text[len(start) :] if text.startswith(start) else str(tokenizer.decode(body, **options)))
     return texts
+
+
+class StopStrings:
+    """Says which responses hold one of some strings; the strings are looked for in the text of the last tokens.
+
+    Args:
+        tokenizer: turns tokens into text.
+        strings: none of them empty.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> None:
+        self.tokenizer, self.strings = tokenizer, tuple(strings)
+        # A token is at least a byte of text, but for those that say nothing.
+        self.tokens = max(len(string.encode()) for string in strings) + 8
+
+    def __call__(self, responses: Sequence[Sequence[int]]) -> list[bool]:
+        """Return for each response whether it holds a string that ends it."""
+        tails = [list(response[-self.tokens :]) for response in responses]
+        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [any(string in text for string in self.strings) for text in texts]
 
 
 def unknown_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:

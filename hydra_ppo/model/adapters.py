@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -151,22 +151,53 @@ def put_adapter(base: PreTrainedModel | PeftModel, name: str, shape: LoraConfig,
 
 
 def read_adapter(base: PeftModel, name: str, folder: Path) -> None:
-    """Copy the saved weights of adapter `name` into it.
+    """Copy the saved weights of adapter `name` into it: all of them, and no others.
 
     Raises:
-        ConfigError: when the folder has no safetensors, or does not fit the base.
+        ConfigError: when the folder has no safetensors, lacks tensors, or does not fit the base.
     """
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise ConfigError(
             f"model.name_or_path={str(folder.parent)!r} lacks {name}/adapter_model.safetensors; save the adapter again."
         )
-    try:
-        outcome: Any = set_peft_model_state_dict(base, load_file(weights), adapter_name=name)
-        strangers = outcome.unexpected_keys
-    except RuntimeError as error:  # a shape that differs
-        strangers = [str(error).strip().splitlines()[-1].strip()]
-    if strangers:
+    state = load_file(weights)
+    check_fit(base, name, folder, {key: tuple(tensor.shape) for key, tensor in state.items()})
+    set_peft_model_state_dict(base, state, adapter_name=name)
+
+
+def check_fit(base: PeftModel, name: str, folder: Path, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse tensors that are not those of adapter `name`: what is missing would stay fresh, what is foreign unread.
+
+    Args:
+        base: with the adapter on it, as its config says; on the meta device it does too.
+        name: of the adapter.
+        folder: that holds it.
+        found: shapes of the tensors in its file, by name.
+
+    Raises:
+        ConfigError: naming the first, and how many.
+    """
+    state = get_peft_model_state_dict(base, adapter_name=name, save_embedding_layers=False)
+    needed = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    what = f"adapter {str(folder)!r}"
+    if strangers := sorted(found.keys() - needed.keys()):
         raise ConfigError(
-            f"adapter {str(folder)!r} does not fit this base ({strangers[0]}); load it on the base that it was trained on."
+            f"{what} does not fit this base ({_first_of(strangers)} of no layer that it adapts); load it on the base that it "
+            "was trained on."
         )
+    if missing := sorted(needed.keys() - found.keys()):
+        raise ConfigError(
+            f"{what} lacks {_first_of(missing)} that its adapter_config.json promises on this base, and none is made up; save "
+            "the adapter again."
+        )
+    if wrong := sorted(key for key in needed if needed[key] != found[key]):
+        key = wrong[0]
+        raise ConfigError(
+            f"{what} does not fit this base ({key} is {list(found[key])}, not {list(needed[key])}); load it on the base that "
+            "it was trained on, with its own adapter_config.json."
+        )
+
+
+def _first_of(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}, {names[0]} the first,"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch._guards import detect_fake_mode
 
 from hydra_ppo.data.ends import find_ends
 from hydra_ppo.errors import ConfigError
@@ -43,7 +44,8 @@ def end_tokens(model: RoleModel, tokenizer: PreTrainedTokenizerBase, end_of_turn
 def untrained_like(model: RoleModel, token: int) -> int | None:
     """Return another token with the very same embedding, as rows have that were added and never trained; None where none is."""
     weight = model.architecture.input_embeddings.weight
-    if model.stage.tunes_base or not 0 <= token < weight.shape[0]:
+    # A simulated model's tensors have shapes and no numbers.
+    if model.stage.tunes_base or not 0 <= token < weight.shape[0] or detect_fake_mode([weight]) is not None:
         return None
     few = weight[:, :8]  # (V, 8), so that no second embedding is made
     alike = (few == few[token]).all(dim=1).nonzero()[:, 0].tolist()

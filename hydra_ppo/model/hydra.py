@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +21,13 @@ from hydra_ppo.config.settings import LoraSettings
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.adapters import copy_adapter, lora_config, put_adapter
 from hydra_ppo.model.architecture import check_head, disable_dropout, inspect_architecture, keep_quantised_layers_trainable
-from hydra_ppo.model.loading import DTYPES, base_from_config, load_base
-from hydra_ppo.model.manifest import MANIFEST, base_folder, check_base, read_manifest
+from hydra_ppo.model.loading import DTYPES, base_from_config, load_base, quantization_of
+from hydra_ppo.model.manifest import MANIFEST, base_folder, check_base, other_quantization, read_manifest
 from hydra_ppo.model.role_model import RoleModel
 from hydra_ppo.model.roles import Stage, StageName, build_stage
 from hydra_ppo.model.saving import read_heads, write_model
+
+logger = logging.getLogger("hydra_ppo")
 
 
 class HydraModel(RoleModel):
@@ -88,6 +91,8 @@ class HydraModel(RoleModel):
         heads = scalar_heads(architecture.hidden_size, architecture.output_embeddings.weight.device)
         if saved is not None and manifest is not None:
             read_heads(heads, saved, manifest)
+            if (note := other_quantization(manifest, quantization_of(causal_lm))) is not None:
+                logger.warning("%s: %s", saved, note)
         super().__init__(architecture, base, stage, heads, trunk_layers=trunk_layers, packing=packing, autocast=autocast)
         self.reward_head_trained = bool(manifest and manifest["reward_head_trained"])
         if manifest and manifest.get("end_ids"):

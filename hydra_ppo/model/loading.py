@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from hydra_ppo.compat import FLASH_IS_BUILT_IN, dtype_option, loads_quantised, mend_int8_layers, stored_dtype
+from hydra_ppo.compat import (
+    FLASH_IS_BUILT_IN,
+    NAMES_WHAT_IS_MISSING,
+    dtype_option,
+    loads_quantised,
+    mend_int8_layers,
+    stored_dtype,
+)
 from hydra_ppo.errors import ConfigError, UnsupportedModelError
 from hydra_ppo.model.architecture import inspect_architecture
+from hydra_ppo.model.whole import first_line, load_whole, read_config, saying_why, skeleton
 
 logger = logging.getLogger("hydra_ppo")
 
@@ -86,11 +94,9 @@ def load_base(
     Memory: the base once, in the type that it is held in (on a CPU with transformers below 4.57 first unquantised).
 
     Raises:
-        ConfigError: when it cannot be found or read; the message names it.
+        ConfigError: when it cannot be found or read, or its files lack weights; the message names it.
         UnsupportedModelError: when its class cannot use the attention kernel.
     """
-    from transformers import AutoConfig
-
     place = resolve_device(device)
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -99,40 +105,31 @@ def load_base(
             "weights, or a model on the hub."
         )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, **options)
-        compute = resolve_dtype(dtype, place, stored_dtype(config))
-        prequantized = getattr(config, "quantization_config", None) is not None
-        if prequantized and quantization is not None:
-            logger.info("%s is quantised already; model.quantization=%s is left to it", name_or_path, quantization)
-            quantization = None
-        wanted = _quantization_config(quantization, compute) if quantization is not None else None
-        if wanted is not None and loads_quantised(place):
-            options["quantization_config"] = wanted
-        model = AutoModelForCausalLM.from_pretrained(
+    what = f"model.name_or_path={name_or_path!r}"
+    config = read_config(name_or_path, trust_remote_code)
+    compute = resolve_dtype(dtype, place, stored_dtype(config))
+    prequantized = getattr(config, "quantization_config", None) is not None
+    if prequantized or not NAMES_WHAT_IS_MISSING:  # 5.x too breaks off over what packed files lack
+        skeleton(name_or_path, trust_remote_code=trust_remote_code)
+    if prequantized and quantization is not None:
+        logger.info("%s is quantised already; model.quantization=%s is left to it", name_or_path, quantization)
+        quantization = None
+    wanted = quantization_config(quantization, compute) if quantization is not None else None
+    if wanted is not None and loads_quantised(place):
+        options["quantization_config"] = wanted
+    with saying_why(name_or_path):
+        model = load_whole(
+            AutoModelForCausalLM,
             name_or_path,
+            what,
             **dtype_option(compute),
             attn_implementation=resolve_attention(attention, place, compute),
             device_map={"": str(place) if place.index is not None or place.type == "cpu" else torch.cuda.current_device()},
-            use_safetensors=True,
             **options,
         )
         if quantization is not None and "quantization_config" not in options:
             quantize_linears(model, quantization, compute)
-        return model
-    except (OSError, SafetensorError) as error:
-        where = "the folder" if Path(name_or_path).exists() else "no folder of that name, and the hub"
-        raise ConfigError(
-            f"model.name_or_path={name_or_path!r} cannot be loaded ({where}): {_first_line(error)}; "
-            "name a folder with config.json and safetensors weights, or a model on the hub."
-        ) from error
-    except (ValueError, KeyError) as error:
-        if isinstance(error, ConfigError | UnsupportedModelError):
-            raise
-        raise UnsupportedModelError(
-            f"model.name_or_path={name_or_path!r} cannot be loaded as a causal LM: {_first_line(error)}; "
-            "use one of the supported families."
-        ) from error
+    return model
 
 
 def base_from_config(
@@ -146,7 +143,7 @@ def base_from_config(
         model = AutoModelForCausalLM.from_config(config, **dtype_option(compute), attn_implementation=kernel).to(place)
     except ValueError as error:
         raise UnsupportedModelError(
-            f"config={type(config).__name__} is not of a causal LM that can be built: {_first_line(error)[:160]}; "
+            f"config={type(config).__name__} is not of a causal LM that can be built: {first_line(error)[:160]}; "
             "use one of the supported families."
         ) from error
     if quantization is not None:
@@ -175,6 +172,18 @@ def quantize_linears(model: PreTrainedModel, quantization: str, compute: torch.d
     setattr(model, "is_loaded_in_8bit" if quantization == "int8" else "is_loaded_in_4bit", True)
 
 
+def quantization_of(model: nn.Module) -> str | None:
+    """Return how the linear layers of a base are held: int8, nf4, fp4, another library's name, or None for plain weights."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            return "int8"
+        if (kind := getattr(getattr(module, "weight", None), "quant_type", None)) is not None:  # a 4-bit parameter
+            return str(kind)
+    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
 def _int8(weight: Tensor, has_bias: bool) -> nn.Module:
     from bitsandbytes import nn as bnb
 
@@ -193,17 +202,25 @@ def _four_bit(weight: Tensor, has_bias: bool, quant_type: str, compute: torch.dt
     return layer
 
 
-def _quantization_config(quantization: str, compute: torch.dtype) -> Any:
+def quantization_config(quantization: str, compute: torch.dtype, keep: Sequence[str] = ()) -> Any:
+    """Return what tells `from_pretrained` to quantise linear layers while it loads them.
+
+    Args:
+        quantization: int8, nf4 or fp4.
+        compute: the type that 4-bit layers compute in.
+        keep: names of modules to leave as they are; without any it is transformers' choice, the output head.
+    """
     from transformers import BitsAndBytesConfig
 
+    skipped = list(keep) or None
     if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     if quantization in ("nf4", "fp4"):
         return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=True
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_use_double_quant=True,
+            llm_int8_skip_modules=skipped,  # not of int8 alone, for all its name
         )
     raise ConfigError(f"model.quantization={quantization!r} is unknown; choose int8, nf4, fp4 or null.")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

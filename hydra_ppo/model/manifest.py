@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.fingerprint import weights_digest
 
 MANIFEST = "hydra.json"
+
+UNTRAINED_HEAD = (
+    "reward.sources names the reward head, but this model's was never trained; run hydra-ppo sft first, or name a function or "
+    "a classifier."
+)
+"""What PPO and its dry run say of a base without a trained reward head."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -39,6 +46,7 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
         and all(isinstance(manifest[name], list) for name in ("adapters", "heads"))
         and isinstance(manifest["trunk_layers"], int)
         and _is_list_of_ids(manifest.get("end_ids"))
+        and isinstance(manifest.get("quantization"), str | None)
     )
 
 
@@ -64,6 +72,34 @@ def describe_base(name_or_path: str, folder: Path) -> dict[str, Any]:
     if Path(name_or_path).is_dir():
         return {"name_or_path": os.path.relpath(Path(name_or_path).resolve(), folder.resolve()), "relative": True}
     return {"name_or_path": name_or_path, "relative": False}
+
+
+def other_quantization(manifest: Mapping[str, Any], held: str | None) -> str | None:
+    """Say that adapters and heads are read on another quantisation than they were trained on; None where they are not.
+
+    Args:
+        manifest: of the saved model; what was saved before it was written down is not compared.
+        held: quantisation of the base that they are read on.
+    """
+    trained = manifest.get("quantization", held)
+    heads = [name for name in manifest["heads"] if name != "reward" or manifest["reward_head_trained"]]
+    used = [f"adapter {name}" for name in manifest["adapters"]] + [f"{name} head" for name in heads]
+    if trained == held or not used:
+        return None
+    return (
+        f"trained on {_held(trained)}, read on {_held(held)}: {', '.join(used)}; log-probs and scores differ by the rounding, "
+        f"model.quantization={trained or 'null'} gives those of the training."
+    )
+
+
+def _held(quantization: str | None) -> str:
+    return "an unquantised base" if quantization is None else f"a base in {quantization}"
+
+
+def findable(name_or_path: str | None) -> str:
+    """Return the name of a base as it is found from any working directory: a hub name, or the absolute path of a folder."""
+    name = str(name_or_path)
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def check_base(folder: Path, base: str) -> None:

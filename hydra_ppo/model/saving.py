@@ -16,14 +16,19 @@ from torch import Tensor, nn
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.adapters import read_adapter
 from hydra_ppo.model.fingerprint import weights_digest
-from hydra_ppo.model.manifest import MANIFEST, describe_base, read_manifest
+from hydra_ppo.model.loading import quantization_of
+from hydra_ppo.model.manifest import MANIFEST, describe_base, findable, read_manifest
 from hydra_ppo.model.role_model import RoleModel
 
 HEADS = "heads.safetensors"
 
 
 def write_model(model: RoleModel, folder: Path) -> None:
-    """Write adapters, heads, `hydra.json`, and the base to `base/` where it was itself trained."""
+    """Write adapters, heads, `hydra.json`, and the base to `base/` where it was itself trained.
+
+    `hydra.json` names a local base relative to the folder, so that both can be moved together; the adapters' own configs name
+    it absolutely, for PEFT looks from wherever its caller stands.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     adapters = sorted(model.stage.adapters)
     for name in adapters:
@@ -31,7 +36,7 @@ def write_model(model: RoleModel, folder: Path) -> None:
         state = get_peft_model_state_dict(model.base, adapter_name=name, save_embedding_layers=False)
         save_file({k: v.contiguous() for k, v in state.items()}, folder / name / "adapter_model.safetensors", {"format": "pt"})
         config = model.base.peft_config[name]
-        config.base_model_name_or_path = str(model.causal_lm.name_or_path)
+        config.base_model_name_or_path = findable(model.causal_lm.name_or_path)
         config.inference_mode = True
         config.save_pretrained(str(folder / name))
         config.inference_mode = False
@@ -54,6 +59,7 @@ def write_model(model: RoleModel, folder: Path) -> None:
         "reward_head_trained": model.reward_head_trained,
         "trunk_layers": model.trunk_layers,
         "end_ids": _end_ids(model),
+        "quantization": quantization_of(model.causal_lm),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -71,19 +77,43 @@ def read_heads(heads: Mapping[str, nn.Linear], folder: Path, manifest: Mapping[s
     """Copy the saved scalar heads into `heads`, in place.
 
     Raises:
-        ConfigError: when they are for another hidden size.
+        ConfigError: when one is missing, or they are for another hidden size.
     """
     state = load_file(folder / HEADS)
+    check_heads(folder, manifest, heads, {name: tuple(tensor.shape) for name, tensor in state.items()})
     for name, head in heads.items():
-        # The critic starts as the reward model, its head included.
-        weight = state[f"{name}.weight" if name in manifest["heads"] else "reward.weight"]
-        if weight.shape != head.weight.shape:
+        with torch.no_grad():
+            head.weight.copy_(state[_stored(name, manifest)])
+
+
+def check_heads(
+    folder: Path, manifest: Mapping[str, Any], heads: Mapping[str, nn.Linear], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse saved heads that are not those of the model.
+
+    Args:
+        folder: that holds them.
+        manifest: of the saved model.
+        heads: those of the model, also on the meta device.
+        found: shapes of the tensors in the file, by name.
+
+    Raises:
+        ConfigError: when one is missing, or they are for another hidden size.
+    """
+    for name, head in heads.items():
+        stored = _stored(name, manifest)
+        if stored not in found:
+            raise ConfigError(f"{HEADS} in {str(folder)!r} lacks {stored}; save the model again.")
+        if found[stored] != tuple(head.weight.shape):
             raise ConfigError(
-                f"{HEADS} in {str(folder)!r} is for hidden size {weight.shape[1]}, the base has {head.weight.shape[1]}; "
+                f"{HEADS} in {str(folder)!r} is for hidden size {found[stored][-1]}, the base has {head.weight.shape[1]}; "
                 "use its own base."
             )
-        with torch.no_grad():
-            head.weight.copy_(weight)
+
+
+def _stored(head: str, manifest: Mapping[str, Any]) -> str:
+    # The critic starts as the reward model, its head included.
+    return f"{head}.weight" if head in manifest["heads"] else "reward.weight"
 
 
 def read_trained(model: RoleModel, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """What a score is made of: reward sources, their sum, normalising and penalties.
 
-From outside: `scorer` (`Scorer`, `RunningMoments`, `load_function`).
+From outside: `scorer` (`Scorer`, `Scores`, `RunningMoments`, `check_source`), `responses` (what sources are given).
 
 Never: the shared base; what the reward head says comes in as numbers.
 """

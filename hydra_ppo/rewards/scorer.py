@@ -1,24 +1,57 @@
-"""What the score of a response is made of: the reward head, Python functions, sequence classifiers."""
+"""What the score of a response is made of: sources by name, their weighted sum, normalising and penalties."""
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from hydra_ppo.config.settings import RewardSettings, RewardSource
-from hydra_ppo.errors import ConfigError, NonFiniteError, RewardError
+from hydra_ppo.config.rewards import RewardSettings, RewardSource
+from hydra_ppo.errors import HydraError, RewardError
+from hydra_ppo.rewards.classifier import Classifier as _Classifier
+from hydra_ppo.rewards.classifier import check_classifier
+from hydra_ppo.rewards.functions import FunctionSource
+from hydra_ppo.rewards.numbers import checked_numbers
+from hydra_ppo.rewards.responses import Responses, columns_of
+from hydra_ppo.rewards.server import Server
 from hydra_ppo.runtime.interruption import stopping_at_once
 from hydra_ppo.runtime.time_limit import TimeLimitExceeded, time_limit
 
-RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+class Source(Protocol):
+    """What scores responses, beside the reward head.
+
+    Attributes:
+        remedy: what to do where it raises.
+    """
+
+    remedy: str
+
+    def check(self, columns: Collection[str]) -> None:
+        """Refuse rows that lack what it needs; raises ConfigError."""
+
+    def __call__(self, responses: Responses, /) -> Any:
+        """Return one number per response, or such numbers by the names of parts."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a batch of responses.
+
+    Attributes:
+        total: the weighted sum of the sources, one number per response.
+        parts: what each source says by itself, its weight left out, by name; parts of a source are `name/part`.
+    """
+
+    total: list[float]
+    parts: dict[str, list[float]] = field(default_factory=dict)
+
+    def rows(self) -> list[dict[str, float]]:
+        """Return the parts of each response."""
+        return [{name: values[row] for name, values in self.parts.items()} for row in range(len(self.total))]
 
 
 @dataclass
@@ -52,6 +85,9 @@ class Scorer:
         settings: sources and treatment.
         device: where classifiers live. Memory: each classifier once.
 
+    Attributes:
+        names: what metrics and samples call each source.
+
     Raises:
         ConfigError: when a function or a classifier cannot be found.
     """
@@ -59,41 +95,72 @@ class Scorer:
     def __init__(self, settings: RewardSettings, device: torch.device) -> None:
         self.settings = settings
         self.moments = RunningMoments()
-        self._sources: list[tuple[RewardSource, RewardFunction | None]] = [
-            (source, _load(source, device)) for source in settings.sources
-        ]
+        self.names = settings.names
+        self._sources = [_load(source, device) for source in settings.sources]
 
     @property
     def needs_head(self) -> bool:
         """Whether the model's own reward head is one of the sources."""
         return any(source.kind == "head" for source in self.settings.sources)
 
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse rows that lack a column which a source needs, before anything is sampled.
+
+        Args:
+            rows: the columns of each beside prompt and answers; none at all is nothing to check.
+
+        Raises:
+            ConfigError: naming source and column.
+        """
+        if rows:
+            columns = columns_of(rows)
+            for source in self._sources:
+                if source is not None:
+                    source.check(columns)
+
     def raw(self, head_scores: Sequence[float], prompts: Sequence[str], responses: Sequence[str], where: str) -> list[float]:
-        """Return the weighted sum of the sources, one number per response.
+        """Return the weighted sum for texts that nothing else is known of; see `score`."""
+        return self.score(head_scores, Responses.of_text(prompts, responses), where).total
+
+    def score(self, head_scores: Sequence[float], responses: Responses, where: str) -> Scores:
+        """Return the weighted sum of the sources, one number per response, and what each source says.
 
         Args:
             head_scores: the reward head's, used where it is a source.
-            prompts, responses: texts.
+            responses: what the other sources are given.
             where: step and phase, for error messages.
 
         Raises:
             RewardError: when a source raises, or returns anything but one number per response.
             NonFiniteError: when a number is NaN or infinite.
+            ConfigError: when a function takes what there is not.
         """
         total = [0.0] * len(responses)
-        for source, function in self._sources:
-            name = source.kind if source.target is None else f"{source.kind} {source.target}"
-            values = head_scores
-            if function is not None:
-                values = _call(function, name, prompts, responses, where, self.settings.time_limit)
-            for row, value in enumerate(values):
-                if not math.isfinite(value):
-                    raise NonFiniteError(
-                        f"{where}: reward of {name} is {value} for response {row}; look at that response in samples.jsonl or "
-                        "lower the learning rate."
-                    )
-                total[row] += source.weight * value
-        return total
+        parts: dict[str, list[float]] = {}
+        for settings, short, source in zip(self.settings.sources, self.names, self._sources, strict=True):
+            name = _described(settings)
+            found = head_scores if source is None else self._asked(source, name, responses, where)
+            values, pieces = _summed(found, len(responses), name, where)
+            parts[short] = values
+            parts |= {f"{short}/{piece}": numbers for piece, numbers in pieces.items()}
+            total = [sum_ + settings.weight * value for sum_, value in zip(total, values, strict=True)]
+        return Scores(total, parts)
+
+    def _asked(self, source: Source, name: str, responses: Responses, where: str) -> Any:
+        limit = self.settings.time_limit
+        try:
+            with stopping_at_once(), time_limit(limit):
+                return source(responses)
+        except TimeLimitExceeded:
+            raise RewardError(
+                f"{where}: {name} took over reward.time_limit={limit:g} s; {source.remedy} or raise the limit, then go on with "
+                "--resume."
+            ) from None
+        except HydraError as error:
+            raise type(error)(f"{where}: {error}") from error
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise RewardError(f"{where}: {name} raised {type(error).__name__}: {said}; {source.remedy}.") from error
 
     def shape(self, raw: Sequence[float], ended: Sequence[bool]) -> list[float]:
         """Return the scores that PPO sees: normalised, clipped, then penalised where the end token is missing."""
@@ -107,100 +174,41 @@ class Scorer:
         return [s if done else s - penalty for s, done in zip(scores, ended, strict=True)]
 
 
-def _load(source: RewardSource, device: torch.device) -> RewardFunction | None:
+def check_source(source: RewardSource) -> None:
+    """Refuse a source that cannot be used, before a weight is read and anything is asked.
+
+    Raises:
+        ConfigError: as `Scorer` would.
+    """
+    if source.kind == "classifier":
+        check_classifier(source)
+    else:
+        _load(source, torch.device("cpu"))
+
+
+def _described(source: RewardSource) -> str:
+    kind = {"http": "server"}.get(source.kind, source.kind)
+    return kind if source.target is None else f"{kind} {source.target}"
+
+
+def _summed(found: Any, count: int, name: str, where: str) -> tuple[list[float], dict[str, list[float]]]:
+    """Return a source's numbers, and those of its parts where it names some."""
+    if not isinstance(found, Mapping):
+        return checked_numbers(found, count, name, where), {}
+    if not found or not all(isinstance(piece, str) for piece in found):
+        raise RewardError(
+            f"{where}: {name} returned a {type(found).__name__} with the keys {sorted(map(repr, found))}; it must name parts, "
+            "each a list of one number per response."
+        )
+    pieces = {piece: checked_numbers(values, count, f"{name}, part {piece!r},", where) for piece, values in found.items()}
+    return [math.fsum(numbers) for numbers in zip(*pieces.values(), strict=True)], pieces
+
+
+def _load(source: RewardSource, device: torch.device) -> Source | None:
+    """Return a source, None for the reward head."""
     if source.kind == "head":
         return None
     assert source.target is not None
     if source.kind == "classifier":
-        return _Classifier(source.target, device)
-    return load_function(source.target)
-
-
-def load_function(target: str) -> RewardFunction:
-    """Import a reward function.
-
-    Raises:
-        ConfigError: when there is none of that name, or its module does not run.
-    """
-    module_name, function_name = target.split(":")
-    # A console script does not have the working directory on its path; `python -m` does. Users expect it.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # a module may raise anything
-        raise ConfigError(
-            f"reward target={target!r} cannot be imported ({type(error).__name__}: {error}); check module and function name, "
-            "and run from the folder that holds the module."
-        ) from error
-    if not callable(function):
-        raise ConfigError(f"reward target={target!r} is not callable; name a function over (prompts, responses).")
-    return function
-
-
-def _call(
-    function: RewardFunction, name: str, prompts: Sequence[str], responses: Sequence[str], where: str, limit: float | None
-) -> list[float]:
-    try:
-        with stopping_at_once(), time_limit(limit):
-            values = function(list(prompts), list(responses))
-    except TimeLimitExceeded:
-        raise RewardError(
-            f"{where}: {name} took over reward.time_limit={limit:g} s; mend the function or raise the limit, then go on with "
-            "--resume."
-        ) from None
-    except Exception as error:
-        raise RewardError(f"{where}: {name} raised {type(error).__name__}: {error}; mend the function.") from error
-    if isinstance(values, Tensor):
-        values = values.detach().flatten().tolist()
-    try:
-        numbers = [float(v) for v in values]
-    except (TypeError, ValueError) as error:
-        raise RewardError(
-            f"{where}: {name} returned {type(values).__name__}; it must return one number per response."
-        ) from error
-    if len(numbers) != len(responses):
-        raise RewardError(
-            f"{where}: {name} returned {len(numbers)} numbers for {len(responses)} responses; it must return one for each."
-        )
-    return numbers
-
-
-class _Classifier:
-    """A sequence classifier as a reward: its logit, or the log-odds of label 1 of two."""
-
-    ROWS = 16
-
-    def __init__(self, target: str, device: torch.device) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        from hydra_ppo.compat import dtype_option
-
-        options = {"use_safetensors": True, **dtype_option("auto")}
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(target)
-            self.model: Any = AutoModelForSequenceClassification.from_pretrained(target, **options).to(device).eval()
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                f"reward target={target!r} cannot be loaded as a classifier: {reason}; name a model folder."
-            ) from error
-        if self.model.config.num_labels not in (1, 2):
-            raise ConfigError(
-                f"reward target={target!r} has {self.model.config.num_labels} labels; use a classifier with one label or two."
-            )
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        from hydra_ppo.compat import accepted_inputs
-
-        scores: list[float] = []
-        texts = [p + r for p, r in zip(prompts, responses, strict=True)]
-        for start in range(0, len(texts), self.ROWS):
-            inputs = self.tokenizer(texts[start : start + self.ROWS], return_tensors="pt", padding=True, truncation=True)
-            logits = self.model(**accepted_inputs(self.model, inputs.to(self.model.device))).logits.float()
-            scores += (logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]).tolist()
-        return scores
+        return _Classifier(source.target, device, source)
+    return Server(source) if source.kind == "http" else FunctionSource(source.target)

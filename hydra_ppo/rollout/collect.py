@@ -30,6 +30,7 @@ def collect_experience(
     limits: Limits | None = None,
     where: str = "",
     never: Sequence[int] = (),
+    stopped: Callable[[Sequence[Sequence[int]]], list[bool]] | None = None,
 ) -> ScoredExperience:
     """Sample a response to each prompt and score it in the three other roles.
 
@@ -44,7 +45,7 @@ def collect_experience(
         sampler: called as `sample` is.
         limits: what has fitted into memory so far; where it runs out, fewer rows are decoded or scored at once.
         where: step, for the log.
-        never: ids that are not sampled.
+        never, stopped: as of `sample`.
 
     Returns:
         The rows, with the scores (B,) of the reward head.
@@ -59,7 +60,8 @@ def collect_experience(
 
     def decode(size: int) -> Samples:
         on_phase("rollout")
-        options = {"never": never} if never else {}
+        # A sampler of somebody's own need not know what is not asked of it.
+        options = {name: value for name, value in (("never", never), ("stopped", stopped)) if value}
         return sampler(model, prompts, replace(settings, generation_batch_size=size), eos_ids, generator, **options)
 
     def score_all(size: int) -> ScoredExperience:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from hydra_ppo.compat import MASKS_BY_LAYER_TYPE, attention_is_built_in, check_positions, decoding_mask
 from hydra_ppo.compute.drawing import draw
@@ -54,6 +54,7 @@ def sample(
     lengths: Sequence[int] | None = None,
     decoder: type[Decoder] | None = None,
     never: Sequence[int] = (),
+    stopped: Callable[[Sequence[Sequence[int]]], list[bool]] | None = None,
 ) -> Samples:
     """Sample one response per prompt from a role with the lm head.
 
@@ -67,6 +68,7 @@ def sample(
         decoder: what decodes a batch; `Decoder` where None.
         never: ids that are not sampled, such as rows of a padded vocabulary that stand for no token. Log-probs stay those of
             the whole distribution.
+        stopped: says of responses so far, token ids, which are complete for another reason than an end token.
 
     Raises:
         NonFiniteError: when logits were NaN or infinite.
@@ -85,7 +87,7 @@ def sample(
                 given = None if lengths is None else [lengths[i] for i in rows]
                 steps = settings.max_new_tokens if given is None else max(given)
                 batch = (decoder or Decoder)(model, [prompts[i] for i in rows], steps)
-                batch.never = torch.tensor(list(never), device=model.device) if never else None
+                batch.never, batch.stopped = list(never), stopped
                 tokens, token_logprobs, found = batch.run(settings, eos_ids, generator, given)
                 for row, ids, values, length in zip(rows, tokens.tolist(), token_logprobs.tolist(), found, strict=True):
                     responses[row] = ids[:length]
@@ -103,14 +105,15 @@ class Decoder:
         steps: most tokens of a response.
 
     Attributes:
-        never: (N,) ids that are not drawn; None where all are.
+        never, stopped: as of `sample`.
     """
 
-    never: Tensor | None = None
+    never: Sequence[int] = ()
+    stopped: Callable[[Sequence[Sequence[int]]], list[bool]] | None = None
 
     def __init__(self, model: HydraModel, prompts: Sequence[Sequence[int]], steps: int) -> None:
         self.model = model
-        self.steps = steps
+        self.prompts, self.steps = prompts, steps
         self.head = model.architecture.lm_head()
         check_positions(model.architecture.backbone)
         self.types = model.architecture.layer_types
@@ -169,16 +172,27 @@ class Decoder:
         lengths = [steps] * count
         ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
         keep = _processors(settings)
+        history = _History(self.prompts, steps, device) if settings.repetition_penalty != 1.0 else None
+        never = torch.tensor(list(self.never), device=device) if self.never else None
+        not_yet = torch.tensor([*self.never, *eos_ids], device=device) if settings.min_new_tokens else None
         step = 0
         while True:
             check_stop()
-            drawn = draw(self.head.logits(self.hidden, settings.temperature), uniform[step, self.index], keep, self.never)
+            logits = self.head.logits(self.hidden, settings.temperature)
+            bent = keep if history is None else partial(_penalised, history.ids(self.index), settings.repetition_penalty, keep)
+            left_out = not_yet if step < settings.min_new_tokens else never
+            drawn = draw(logits, uniform[step, self.index], bent, left_out)
             tokens[step, self.index] = drawn.tokens
+            if history is not None:
+                history.add(step, self.index, drawn.tokens)
             logprobs[step, self.index] = drawn.logprobs
             if step + 1 == steps:
                 break
             # The one wait for the device in a step: whether to go on, and with whom.
             ended = torch.isin(drawn.tokens, ends).tolist() if given is None else self._given_ends(given, step + 1)
+            if self.stopped is not None and given is None and step + 1 >= settings.min_new_tokens:
+                so_far = tokens[: step + 1, self.index].T.tolist()
+                ended = [a or b for a, b in zip(ended, self.stopped(so_far), strict=True)]
             token = drawn.tokens
             if True in ended:
                 for row, done in zip(self.rows, ended, strict=True):
@@ -269,6 +283,29 @@ def _processors(settings: RolloutSettings) -> Callable[[Tensor], Tensor] | None:
         processors.append(TopPLogitsWarper(settings.top_p))
     tokens_so_far: Any = None  # which these two do not look at
     return partial(processors, tokens_so_far) if processors else None
+
+
+class _History:
+    """The tokens of prompts and responses so far, (B, P + steps); room that is not used yet repeats a token of its row."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], steps: int, device: torch.device) -> None:
+        self.start = max(len(prompt) for prompt in prompts)
+        width = self.start + steps
+        self._ids = torch.tensor([[*prompt, *[prompt[0]] * (width - len(prompt))] for prompt in prompts], device=device)
+
+    def ids(self, rows: Tensor) -> Tensor:
+        """Return the tokens of some rows."""
+        return self._ids[rows]
+
+    def add(self, step: int, rows: Tensor, tokens: Tensor) -> None:
+        """Note a token (B,) of each of the rows."""
+        self._ids[rows, self.start + step] = tokens
+
+
+def _penalised(history: Tensor, penalty: float, keep: Callable[[Tensor], Tensor] | None, logits: Tensor) -> Tensor:
+    """Return logits with those of tokens that were there made less likely, then what top-k and top-p leave of them."""
+    bent: Tensor = RepetitionPenaltyLogitsProcessor(penalty)(history, logits)
+    return bent if keep is None else keep(bent)
 
 
 @contextmanager

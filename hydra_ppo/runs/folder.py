@@ -18,16 +18,26 @@ from hydra_ppo.errors import ConfigError
 
 CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
 STATE, LOG, SUMMARY = "state.json", "log.txt", "summary.json"
+CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "normalizer.json", "emoji.json", "bpe.codes", "dict.txt", "byte_maps.json"),
+    *("tokenizer.model", "spiece.model", "spm.model", "spm_char.model", "sentencepiece.model", "sentencepiece.bpe.model"),
+    *("vocab.model", "tiktoken.model", "tekken.json", "prophetnet.tokenizer", "entity_vocab.json", "word_shape.json"),
+    *("vocab-src.json", "vocab-tgt.json", "target_vocab.json", "source.spm", "target.spm", "word_pronunciation.json"),
+)
+TOKENIZER_FOLDER = "additional_chat_templates"
+"""What `save_pretrained` of a tokenizer writes, in transformers 4 and 5: files, and a folder where it has several templates."""
 
 WRITTEN_FILES = (
     *(CONFIG, METRICS, SAMPLES, STATE, LOG, SUMMARY),
     *("hydra.json", "heads.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+    *TOKENIZER_FILES,
 )
-WRITTEN_FOLDERS = ("sft", "reward", "actor", "critic", "base", "checkpoints", "plots", "tensorboard", "wandb")
+WRITTEN_FOLDERS = ("sft", "reward", "actor", "critic", "base", CHECKPOINTS, "plots", "tensorboard", "wandb", TOKENIZER_FOLDER)
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
@@ -89,16 +99,29 @@ def check_output(
         other = (state or {}).get("command")
         if other is not None and other != command:
             raise ConfigError(f"{name} holds a run of {other}, not of {command}; choose its own command or another folder.")
-        return folder
-    if not settings.overwrite:
+        if any((folder / CHECKPOINTS).glob("step-*")):
+            return folder  # nothing is cleared
+    elif not settings.overwrite:
         holds = "a finished run" if verdict == "finished" else f"an unfinished run ({verdict or 'unreadable state'})"
         remedy = "choose another folder, go on with --resume, or pass --run.overwrite true."
         raise ConfigError(f"{name} holds {holds}; {remedy}")
     for setting, source in _sources(config):
-        path = Path(source).expanduser()
-        if path.exists() and (path.resolve() == folder.resolve() or folder.resolve() in path.resolve().parents):
-            raise ConfigError(f"{name} with run.overwrite=true would delete {setting}={source!r}; choose another folder.")
+        if _lies_in(Path(source).expanduser(), folder):
+            how = "run.overwrite=true" if settings.overwrite else "--resume, without a checkpoint to go on from,"
+            raise ConfigError(f"{name} with {how} would delete {setting}={source!r}; choose another folder.")
     return folder
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Say whether a path is a folder, or below it: by its name, as the link that would go, or as what it leads to."""
+    try:
+        if not path.exists():
+            return False
+        names = {Path(os.path.abspath(path)), path.resolve()}
+        folders = {Path(os.path.abspath(folder)), folder.resolve()}
+    except (OSError, ValueError, RuntimeError):  # what no file can be called
+        return False
+    return any(one == other or other in one.parents for one in names for other in folders)
 
 
 def has_died(folder: Path, state: Mapping[str, Any]) -> bool:
@@ -148,6 +171,13 @@ def _sources(config: SFTConfig | PPOConfig | Mapping[str, Any] | None) -> Iterat
         yield "data.train", config.data.train
         if config.data.eval:
             yield "data.eval", config.data.eval
+    if isinstance(config, PPOConfig):
+        for index, source in enumerate(config.reward.sources):
+            name = f"reward.sources[{index}].target"
+            if source.kind == "classifier" and source.target:
+                yield name, source.target
+                if base := _base_beside(Path(source.target)):
+                    yield f"the base of {name}", base
 
 
 def _base_beside(folder: Path) -> str | None:

@@ -56,7 +56,7 @@ class JointSFTTrainer:
     """Trains the reference and reward roles of a HydraModel at stage `sft`, `reward` or `base`.
 
     Args:
-        model: at the stage that fits `config.method` and `config.adapter`.
+        model: at the stage `config.stage`.
         config: coefficients, batch sizes, optimizer.
         train_rows, eval_rows: tokenised preference pairs; without eval_rows nothing is evaluated and the last model is saved.
         pad_token_id: fills up rows.
@@ -85,11 +85,11 @@ class JointSFTTrainer:
         save: Callable[[float | None], None] = lambda score: None,
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
-        stage = "base" if config.method == "full" else config.adapter
+        stage = config.stage
         if model.train_stage != stage:
             raise ConfigError(
-                f"method={config.method!r} with adapter={config.adapter!r} needs a model at stage {stage!r}, not "
-                f"{model.train_stage!r}; build it with train={stage!r}."
+                f"method={config.method!r} with adapter={config.adapter!r} and sft_coef={config.sft_coef:g} needs a model at "
+                f"stage {stage!r}, not {model.train_stage!r}; build it with train={stage!r}."
             )
         if not train_rows:
             raise ConfigError("data.train holds no preference pair after the held-out ones are taken; give more rows.")

@@ -23,13 +23,15 @@ import torch
 
 from hydra_ppo.config.settings import PPOConfig
 from hydra_ppo.data.rows import PromptRow
-from hydra_ppo.data.text import answer_texts, unknown_ids
+from hydra_ppo.data.text import StopStrings, answer_texts, unknown_ids
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.experience import Experience, FinishedExperience, ScoredExperience
 from hydra_ppo.functional import adaptive_kl_coef, explained_variance
 from hydra_ppo.model.answers import end_tokens, settle_ends
 from hydra_ppo.model.hydra import HydraModel
-from hydra_ppo.rewards.scorer import Scorer
+from hydra_ppo.model.manifest import UNTRAINED_HEAD
+from hydra_ppo.rewards.responses import Responses
+from hydra_ppo.rewards.scorer import Scorer, Scores
 from hydra_ppo.rollout.collect import collect_experience
 from hydra_ppo.rollout.sampling import Samples, sample
 from hydra_ppo.runs.checkpoint import Position, TrainerState
@@ -42,7 +44,7 @@ from hydra_ppo.runtime.memory import PhaseMemory
 from hydra_ppo.runtime.recorder import Recorder, Silent
 from hydra_ppo.training.metrics import Metrics, measured
 from hydra_ppo.training.optim import build_optimizer, check_finite, state_tensors
-from hydra_ppo.training.ppo_metrics import compare, rollout_metrics
+from hydra_ppo.training.ppo_metrics import compare, reward_metrics, rollout_metrics
 from hydra_ppo.training.ppo_state import PartialStep, PPOState, PromptBatches
 from hydra_ppo.training.ppo_update import Updates, check_measured, optimizer_steps, with_advantages
 
@@ -99,12 +101,12 @@ class PPOTrainer:
         self.sampler, self.on_phase = sampler, on_phase
         scorer = Scorer(config.reward, model.device)
         if scorer.needs_head and not model.reward_head_trained:
-            raise ConfigError(
-                "reward.sources names the reward head, but this model's was never trained; run hydra-ppo sft first, or name a "
-                "function or a classifier."
-            )
+            raise ConfigError(UNTRAINED_HEAD)
+        for held in (self.prompts, self.eval_prompts):
+            scorer.check([row.columns for row in held])
         self.eos_ids = end_tokens(model, tokenizer, config.data.end_of_turn)
         settle_ends(model, tokenizer, self.eos_ids, reads_head=scorer.needs_head)
+        self.stop = StopStrings(tokenizer, config.rollout.stop) if config.rollout.stop else None
         self.never = unknown_ids(tokenizer, model.architecture.output_embeddings.weight.shape[0])
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self.memory = PhaseMemory(model, model.device, config.run.memory)
@@ -261,10 +263,11 @@ class PPOTrainer:
         progress = self.progress
         rows = next(progress.batches)
         experience = self._collect(rows, progress.sampler, f"step={step}", self._announce)
-        raw, shaped = self._score(experience, rows, f"step={step} phase=score")
+        found, shaped = self._score(experience, rows, f"step={step} phase=score")
         if step % self.config.sample_every == 0 or step == 1:
-            self.run.samples(step, self._samples(experience, rows, raw))
-        metrics = rollout_metrics(experience, raw, shaped, progress.kl_coef, self.eos_ids)
+            self.run.samples(step, self._samples(experience, rows, found))
+        metrics = rollout_metrics(experience, found.total, shaped, progress.kl_coef, self.eos_ids)
+        metrics |= reward_metrics(found.parts)
         check_measured(f"step={step} phase=rollout", metrics, progress.scaler)
         with allocating("experience"):
             scores = torch.tensor(shaped, device=self.model.device)
@@ -286,8 +289,8 @@ class PPOTrainer:
         """Sample the held-out prompts and score them; {} without held-out prompts.
 
         Returns:
-            eval/scores (mean), eval/kl (nats per response), eval/response_length, eval/eos_rate, eval/repeated_4grams; and
-            `scores`, `responses` row by row.
+            eval/scores (mean), eval/kl (nats per response), eval/response_length, eval/eos_rate, eval/repeated_4grams, each
+            reward source as eval/reward/name; and `scores`, `responses` row by row.
         """
         if not self.eval_prompts:
             return {}
@@ -295,7 +298,7 @@ class PPOTrainer:
         # A reward function may draw random numbers; training must not depend on when it was last evaluated.
         with random_sources.kept():
             experience = self._collect(self.eval_prompts, generator, f"step={step} evaluation")
-            raw, _ = self._score(experience, self.eval_prompts, f"step={step} phase=evaluation", shape=False)
+            scores, raw = self._score(experience, self.eval_prompts, f"step={step} phase=evaluation", shape=False)
         found = rollout_metrics(experience, raw, raw, 0.0, self.eos_ids)
         return {
             "eval/scores": found["objective/scores"],
@@ -303,6 +306,7 @@ class PPOTrainer:
             "eval/response_length": found["rollout/response_length"],
             "eval/eos_rate": found["rollout/eos_rate"],
             "eval/repeated_4grams": found["rollout/repeated_4grams"],
+            **reward_metrics(scores.parts, "eval/"),
             "scores": raw,
             "responses": self._read(experience),
         }
@@ -326,6 +330,7 @@ class PPOTrainer:
             limits=self.progress.limits,
             where=where,
             never=self.never,
+            stopped=self.stop,
         )
 
     @property
@@ -335,11 +340,32 @@ class PPOTrainer:
 
     def _score(
         self, experience: ScoredExperience, rows: Sequence[PromptRow], where: str, shape: bool = True
-    ) -> tuple[list[float], list[float]]:
-        """Return raw scores and those that PPO sees."""
+    ) -> tuple[Scores, list[float]]:
+        """Return what the sources say, and the scores that PPO sees."""
         scorer = self.progress.scorer
-        raw = scorer.raw(experience.scores.tolist(), [row.text for row in rows], self._read(experience), where)
-        return raw, scorer.shape(raw, experience.ended(self.eos_ids)) if shape else raw
+        found = scorer.score(experience.scores.tolist(), self._responses(experience, rows), where)
+        return found, scorer.shape(found.total, self._ended(experience)) if shape else found.total
+
+    def _responses(self, experience: ScoredExperience, rows: Sequence[PromptRow]) -> Responses:
+        """Return what reward sources are given."""
+        both = zip(experience.prompts(), experience.responses(), strict=True)
+        spelled = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return Responses(
+            prompts=[row.text for row in rows],
+            texts=self._read(experience),
+            conversations=[row.messages for row in rows],
+            columns=[row.columns for row in rows],
+            ended=self._ended(experience),
+            queries=self.tokenizer.batch_decode([[*prompt, *response] for prompt, response in both], **spelled),
+            begin=self.tokenizer.bos_token,
+        )
+
+    def _ended(self, experience: Experience) -> list[bool]:
+        """Return for each response whether it came to its end: an end token, or a string that stops it."""
+        ended = experience.ended(self.eos_ids)
+        if self.stop is not None:
+            ended = [a or b for a, b in zip(ended, self.stop(experience.responses()), strict=True)]
+        return ended
 
     def _texts(self, experience: Experience, show: bool = False, ends: Sequence[int] = ()) -> list[str]:
         return answer_texts(self.tokenizer, experience.prompts(), experience.responses(), show_special=show, ends=ends)
@@ -348,13 +374,10 @@ class PPOTrainer:
         """Return what reward sources read."""
         return self._texts(experience, self.config.data.special_tokens == "show", self.eos_ids)
 
-    def _samples(
-        self, experience: ScoredExperience, rows: Sequence[PromptRow], scores: Sequence[float]
-    ) -> list[dict[str, Any]]:
+    def _samples(self, experience: ScoredExperience, rows: Sequence[PromptRow], scores: Scores) -> list[dict[str, Any]]:
         texts = self._texts(experience, show=True, ends=self.eos_ids)
-        return [
-            {"prompt": row.text, "response": text, "score": score} for row, text, score in zip(rows, texts, scores, strict=True)
-        ][: self.config.minibatch_size]
+        each = list(zip(rows, texts, scores.total, scores.rows(), strict=True))[: self.config.minibatch_size]
+        return [{"prompt": row.text, "response": text, "score": score, "rewards": parts} for row, text, score, parts in each]
 
     def _throughput(self, metrics: Metrics, seconds: float) -> Metrics:
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,11 @@ def rollout_metrics(
         "rollout/repeated_4grams": repeated_ngrams(experience.responses(), 4),
         "rollout/logprob_drift": drift_value if experience.sampler_logprobs is not None else None,
     }
+
+
+def reward_metrics(parts: Mapping[str, Sequence[float]], prefix: str = "") -> Metrics:
+    """Return the mean of what each reward source says, and of its parts, as reward/name."""
+    return {f"{prefix}reward/{name}": math.fsum(values) / len(values) for name, values in parts.items()}
 
 
 def repeated_ngrams(responses: Sequence[Sequence[int]], n: int) -> float:

@@ -16,8 +16,8 @@ class NoTokenizer:
             its full length.
     """
 
-    pad_token_id, bos_token_id, chat_template = 0, None, None
-    all_special_ids: Sequence[int] = ()
+    pad_token_id, bos_token_id, bos_token, eos_token, chat_template = 0, None, None, None, None
+    all_special_ids = range(300_000)  # any id may be an end: none is a word
 
     def __init__(self, end_token: int) -> None:
         self.eos_token_id = end_token

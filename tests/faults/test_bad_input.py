@@ -315,7 +315,7 @@ CONFIG = {
         (put("broken_judge.py", "def f(:\n"), lambda place: place.patch.syspath_prepend(place.folder)),
     ),
     "a classifier that is not there": config(
-        [*PPO, "--reward.sources", "[{kind: classifier, target: ./judge}]"], "'./judge' does not exist; check the path"
+        [*PPO, "--reward.sources", "[{kind: classifier, target: ./judge}]"], "'./judge' names no such folder; check the path"
     ),
     "a classifier with three labels": Case(
         [*PPO, "--reward.sources", "[{kind: classifier, target: judge}]"],
@@ -368,7 +368,11 @@ DATA = {
         prepare=put("a.jsonl", json.dumps(PAIR) + '\n{"prompt"\nnull x\n'),
     ),
     "rows that are numbers": data("a.jsonl", "a.jsonl: 2 of 2", "not an object; fix", prepare=put_rows("a.jsonl", 1, 2)),
-    "other columns": data("a.jsonl", "prompt is missing; fix", prepare=put_rows("a.jsonl", {"question": "w1"})),
+    "other columns": data(
+        "a.jsonl",
+        "the columns are question: say with data.columns which is which",
+        prepare=put_rows("a.jsonl", {"question": "w1"}),
+    ),
     "prompts where pairs are needed": data(
         "a.jsonl", "chosen is missing; fix", prepare=put_rows("a.jsonl", {"prompt": "w1"}), command=SFT
     ),
@@ -554,8 +558,10 @@ CHECKPOINTS = {
         weights="read",
     ),
     # bases
-    "no such model": model("model.name_or_path='./gone'", "does not exist; check the path", name="./gone"),
-    "no such model on the hub": model("model.name_or_path='no-such/model'", "; ", name="no-such/model"),
+    "no such model": model("model.name_or_path='./gone'", "names no such folder; check the path", name="./gone"),
+    "no such model on the hub": model(
+        "model.name_or_path='no-such/model' names no such folder", "hub's cache", "HF_HUB_OFFLINE", "; ", name="no-such/model"
+    ),
     "a model that is a file": model("is a file; name the folder", name="pairs.jsonl"),
     "an empty folder": model(
         "'void'", "neither config.json nor hydra.json; name", name="void", prepare=[lambda place: place.path("void").mkdir()]

@@ -33,7 +33,8 @@ def whole(project):
 
 def settings(project, output, function=NOISY, **changes):
     common = {"steps": 4, "run": {"save_every": 1}, "eval_every": 0}
-    reward = {"sources": [{"kind": "function", "target": function}], "time_limit": 1.0}
+    # One name, whatever the function: runs are compared metric by metric.
+    reward = {"sources": [{"kind": "function", "target": function, "name": "judge"}], "time_limit": 1.0}
     made = ppo_settings(project, str(output), **merge(common, changes))
     made["reward"] |= reward
     made["run"]["output"] = str(project / output)
@@ -295,9 +296,9 @@ def test_two_runs_on_one_folder(project, whole, monkeypatch, capsys, fault):
 
 def test_a_tokenizer_larger_than_the_embedding(project, monkeypatch, capsys, fault):
     monkeypatch.setattr("hydra_ppo.cli.commands.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
-    base = shutil.copytree(project / "base", project / "small")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 30}))
+    from tests.training import write_model
+
+    base = write_model(project / "small", vocab_size=30)
     assert go(project, "tokens", model={"name_or_path": str(base)}) == 2
     assert "has embeddings for 30 tokens, its tokenizer gives ids up to 31 ('w27')" in last_line(capsys)
     assert not (project / "tokens").exists()

@@ -136,6 +136,29 @@ def test_a_separately_trained_reward_adapter(project, tmp_path):
     assert (roles["reference"]["adapter"], roles["reward"]["adapter"]) == ("sft", "reward")
 
 
+@pytest.mark.parametrize("policy", ["base", "sft"])
+def test_reward_training_alone_leaves_the_policy_as_it_was(policy, project, tmp_path, capsys):
+    for name in ("base", "pairs.jsonl"):
+        (tmp_path / name).symlink_to(project / name)
+    if policy == "sft":
+        assert main(["sft", write(tmp_path / "a.yaml", sft_settings(tmp_path, reward_coef=0.0))]) == 0
+    reward = sft_settings(tmp_path, sft_coef=0.0, reward_coef=1.0)  # `adapter` is left at its default
+    reward["model"]["name_or_path"] = str(tmp_path / policy)
+    reward["run"]["output"] = str(tmp_path / "reward")
+    capsys.readouterr()
+    assert main(["sft", write(tmp_path / "b.yaml", reward)]) == 0
+    assert "gets an adapter of its own, 'reward'" in capsys.readouterr().err
+    from hydra_ppo.model.hydra import HydraModel
+
+    before, after = HydraModel.from_pretrained(tmp_path / policy), HydraModel.from_pretrained(tmp_path / "reward")
+    reference = after.roles["reference"].adapter
+    assert (reference, after.roles["reward"].adapter) == (None if policy == "base" else "sft", "reward")
+    ids = torch.tensor([[5, 6, 7, 8, 2]])
+    with torch.no_grad(), before.role("reference"), after.role("actor"):
+        torch.testing.assert_close(after.causal_lm(ids).logits, before.causal_lm(ids).logits, rtol=0, atol=0)
+    assert after.heads["reward"].weight.abs().max() > 0
+
+
 def test_sft_alone_leaves_no_reward_head_to_ppo(project, tmp_path, capsys):
     for name in ("base", "pairs.jsonl"):
         (tmp_path / name).symlink_to(project / name)

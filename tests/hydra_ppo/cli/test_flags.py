@@ -57,6 +57,26 @@ def test_lists_and_reward_sources_by_flag():
     assert config.reward.sources[1].target == "a:b"
 
 
+def test_settings_that_are_mappings(tmp_path):
+    text = (
+        "data:\n"
+        "  train: d\n"
+        "  columns: {prompt: question, chosen: completions.text}\n"
+        "  chat_template_kwargs: {enable_thinking: false, date: 2026-01-02, mood: 'no', deep: {list: [1, 2.5, null]}}\n"
+    )
+    kwargs = {"enable_thinking": False, "date": "2026-01-02", "mood": "no", "deep": {"list": [1, 2.5, None]}}
+    request = parse(SFTConfig, "sft", [write(tmp_path, text), *REQUIRED])
+    assert request.config.data.columns == {"prompt": "question", "chosen": "completions.text"}
+    assert request.config.data.chat_template_kwargs == kwargs  # a quoted no is text, and so is a date
+    printed = print_config(SFTConfig, request)
+    assert "  columns: {prompt: question, chosen: completions.text}\n" in printed
+    assert load_config(SFTConfig, write(tmp_path, printed)) == request.config
+    flags = ["--data.columns", "{chosen: best}", '--data.chat_template_kwargs={"mood": "no"}']
+    data = parse(SFTConfig, "sft", [write(tmp_path, text), *REQUIRED, *flags]).config.data
+    assert (data.columns, data.chat_template_kwargs) == ({"chosen": "best"}, {"mood": "no"})  # a flag replaces the file's
+    assert parse(SFTConfig, "sft", [write(tmp_path, text), *REQUIRED, "--data.columns", "{}"]).config.data.columns == {}
+
+
 def test_bare_boolean_flag_before_the_yaml_file(tmp_path):
     path = write(tmp_path, "steps: 3\n")
     config = parse_ppo("--run.overwrite", path, *REQUIRED)
@@ -107,6 +127,18 @@ BAD_FLAGS = [
     (["--model.r", "1"], "model.r is not a setting; did you mean model.lora.r?"),
     (["--zzz", "1"], "zzz is not a setting; --help lists all settings."),
     (["--rollout", "x"], "rollout is a group of settings, not a setting; set its members, for example rollout.batch_size."),
+    (
+        ["--data.columns.prompt", "q"],
+        "data.columns.prompt is not a setting, data.columns is; write data.columns as {prompt: ...}.",
+    ),
+    (
+        ["--data.columns", "prompt=q"],
+        "data.columns='prompt=q' is not a mapping of names to strings; write for example {name: value}.",
+    ),
+    (
+        ["--data.chat_template_kwargs", "{1: a}"],
+        "data.chat_template_kwargs={1: 'a'} has the key 1, which is no name; put it in quotes.",
+    ),
     (["--dryrun"], "--dryrun is not an option; did you mean --dry-run?"),
     (["-x"], "-x is not an option; write settings in full, for example --run.seed 1."),
     (["--steps"], "--steps has no value; give an integer."),
@@ -169,7 +201,8 @@ BAD_YAML = [
     ("rollout: {top_p: 2}\n", "rollout.top_p=2.0 must lie in (0, 1]; choose for example 0.95."),
     (
         "reward: {sources: {kind: head}}\n",
-        "reward.sources={{'kind': 'head'}} is not a list of {{kind, target, weight}}; write for example [{{kind: head}}].",
+        "reward.sources={{'kind': 'head'}} is not a list of {{kind, target, weight, name, label, dtype, quantization, "
+        "max_tokens, batch_size, timeout, retries}}; write for example [{{kind: head}}].",
     ),
     (
         "reward: {sources: [{weight: null}]}\n",

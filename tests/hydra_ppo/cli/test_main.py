@@ -2,21 +2,27 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
-from hydra_ppo.cli import commands
+from hydra_ppo.cli import commands, example_row
 from hydra_ppo.cli import main as cli
-from hydra_ppo.cli.dry_run import Quantity, check_model, ppo_arithmetic, sft_arithmetic
+from hydra_ppo.cli.dry_run import Quantity, ppo_arithmetic, sft_arithmetic
 from hydra_ppo.cli.flags import parse
+from hydra_ppo.cli.model_files import check_model
 from hydra_ppo.config.settings import DataSettings, ModelSettings, PPOConfig, RolloutSettings, RunSettings, SFTConfig
+from hydra_ppo.data.sources import open_source
 from hydra_ppo.errors import ConfigError, DataError, NonFiniteError, RewardError, UnsupportedModelError
+from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.quickstart import run as quickstart
 from hydra_ppo.runs.run import Run
+from tests.training import tokenizer, write_model
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "accelerate")
 
@@ -28,15 +34,26 @@ def _workplace(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A base of 3 MiB in `model`, and in `trained` what reward training on it leaves."""
+    folder = tmp_path_factory.mktemp("models")
+    write_model(folder / "model", intermediate_size=1960)
+    model = HydraModel.from_pretrained(folder / "model", train="sft")
+    model.reward_head_trained = True
+    model.save_pretrained(folder / "trained")
+    tokenizer().save_pretrained(folder / "trained")
+    return folder
+
+
 @pytest.fixture
-def inputs(tmp_path) -> list[str]:
-    """Flags that name a model folder and 100 preference rows."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}")
-    (tmp_path / "model/model.safetensors").write_bytes(bytes(3 * 2**20))
+def inputs(tmp_path, models) -> list[str]:
+    """Flags that name a trained model and 100 preference rows."""
+    for name in ("model", "trained"):
+        shutil.copytree(models / name, tmp_path / name)
     rows = [{"prompt": f"question {i}: ", "chosen": "yes", "rejected": "no"} for i in range(100)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    return ["--model.name_or_path", "model", "--data.train", "pairs.jsonl", "--run.output", "out"]
+    return ["--model.name_or_path", "trained", "--data.train", "pairs.jsonl", "--run.output", "out"]
 
 
 def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -45,15 +62,20 @@ def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
     return code, captured.out, captured.err
 
 
+COMMANDS = "sft, ppo, export, score, generate, doctor, inspect, plan, profile, quickstart"
+
 BAD_COMMAND_LINES = [
-    ([], "no command given; choose one of sft, ppo, export, doctor, inspect, plan, profile, quickstart, or --help."),
+    ([], f"no command given; choose one of {COMMANDS}, or --help."),
     (["pppo"], "pppo is not a command; did you mean ppo?"),
-    (["zzz"], "zzz is not a command; choose one of sft, ppo, export, doctor, inspect, plan, profile, quickstart."),
+    (["zzz"], f"zzz is not a command; choose one of {COMMANDS}."),
     (["ppo", "nofile.yaml"], "nofile.yaml does not exist; name a YAML file of settings, or give the settings as flags."),
     (["sft", "--model.quantisation", "nf4"], "model.quantisation is not a setting; did you mean model.quantization?"),
     (["export", "run"], "the following arguments are required: --output; hydra-ppo export --help shows the usage."),
     (["export", "run", "--output", "x"], "run is not a folder; name a run folder of ppo or sft."),
     (["export", "run", "--outptu", "x"], "--outptu is not an option; did you mean --output?"),
+    (["score", "run"], "the following arguments are required: DATA; hydra-ppo score --help shows the usage."),
+    (["score", "run", "pairs.jsonl"], "run is not a folder; name a run folder of ppo or sft."),
+    (["generate", "run", "--prompt", "x", "--sample", "2"], "--sample is not an option; did you mean --samples?"),
     (
         ["quickstart", "--seed", "-1"],
         "argument --seed: '-1' is not a whole number of 0 or more; hydra-ppo quickstart --help shows the usage.",
@@ -108,12 +130,14 @@ def test_commands_get_what_was_parsed(capsys, inputs, monkeypatch, tmp_path):
     assert call(capsys, "sft", *inputs, "--epochs", "3")[0] == 0
     assert call(capsys, "ppo", *inputs, "--rollout.batch_size", "32", "--resume")[0] == 0
     assert call(capsys, "export", "model", "--output", "plain", "--adapter-only")[0] == 0
+    assert call(capsys, "export", "model", "--output", "plain", "--role", "reward", "--dtype", "bf16")[0] == 0
     assert call(capsys, "quickstart")[0] == 0
     assert call(capsys, "quickstart", "--output", "q", "--seed", "3", "--overwrite")[0] == 0
     assert (seen[0][1].epochs, seen[1][1].rollout.batch_size) == (3, 32)
     assert (seen[0][2:], seen[1][2:]) == ((("resume", False),), (("resume", True),))
     assert seen[2:] == [
-        ("export", Path("model"), Path("plain"), True),
+        ("export", Path("model"), Path("plain"), "actor", True, "auto"),
+        ("export", Path("model"), Path("plain"), "reward", False, "bf16"),
         ("main", Path("runs/quickstart"), 0, False),
         ("main", Path("q"), 3, True),
     ]
@@ -126,7 +150,9 @@ def run_and_list_imports(argv: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["sft", "--help"], ["ppo", "-h"], ["ppo", "--print-config"], ["--version"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["sft", "--help"], ["generate", "-h"], ["ppo", "-h"], ["ppo", "--print-config"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(argv):
     done = run_and_list_imports(argv)
     assert (done.returncode, done.stderr) == (0, "[]")
@@ -147,7 +173,7 @@ def test_module_runs_as_a_program_and_survives_a_closed_pipe():
     assert b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["sft", "ppo", "export", "quickstart", "inspect"])
+@pytest.mark.parametrize("command", ["sft", "ppo", "export", "score", "generate", "quickstart", "inspect"])
 def test_every_command_has_help(command, capsys):
     try:
         code = cli.main([command, "--help"])
@@ -231,19 +257,27 @@ def test_dry_run_shows_the_arithmetic_and_leaves_nothing(command, capsys, inputs
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_dry_run_imports_no_torch(inputs):
-    done = run_and_list_imports(["ppo", *inputs, "--dry-run"])
-    assert (done.returncode, done.stderr) == (0, "[]")
+def test_dry_run_reads_no_weight(capsys, inputs, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("safetensors.torch.load_file", lambda *_, **__: pytest.fail("weights were read"))
+    assert call(capsys, "ppo", *inputs, "--dry-run")[0] == 0
 
 
-def test_dry_run_says_what_it_did_not_check(capsys, inputs):
-    code, out, _ = call(capsys, "sft", *inputs, "--model.name_or_path", "org/model", "--data.train", "org/pairs", "--dry-run")
+def test_dry_run_says_what_it_did_not_check(capsys, inputs, monkeypatch):
+    monkeypatch.setattr(example_row, "open_source", lambda *_: open_source("pairs.jsonl", "train"))  # as if it were downloaded
+    code, out, _ = call(capsys, "sft", *inputs, "--data.train", "org/pairs", "--dry-run")
     assert code == 0
-    assert out.count("not checked, would be downloaded") == 2
+    assert out.count("not checked, would be downloaded") == 1
 
 
 BAD_DRY_RUNS = [
-    (["--model.name_or_path", "./none"], "model.name_or_path='./none' does not exist; check the path."),
+    (["--model.name_or_path", "./none"], "model.name_or_path='./none' names no such folder; check the path."),
+    (["--model.name_or_path", "no such/model"], "model.name_or_path='no such/model' names no such folder; check the path."),
+    (
+        ["--model.name_or_path", "org/model"],
+        "model.name_or_path='org/model' names no such folder, nor a model in the hub's cache, and HF_HUB_OFFLINE forbids to "
+        "ask the hub; check the path or the name.",
+    ),
     (["--model.name_or_path", "pairs.jsonl"], "model.name_or_path='pairs.jsonl' is a file; name the folder that holds it."),
     (
         ["--model.name_or_path", "empty"],
@@ -279,7 +313,7 @@ BAD_DRY_RUNS = [
     ),
     (
         ["--reward.sources", "[{kind: classifier, target: ./none}]"],
-        "reward.sources[0].target='./none' does not exist; check the path.",
+        "reward.sources[0].target='./none' names no such folder; check the path.",
     ),
 ]
 

@@ -10,6 +10,7 @@ from transformers import LlamaForSequenceClassification
 
 from hydra_ppo.config.settings import RewardSettings, RewardSource
 from hydra_ppo.errors import ConfigError, NonFiniteError, RewardError
+from hydra_ppo.rewards.responses import Responses
 from hydra_ppo.rewards.scorer import RunningMoments, Scorer
 from tests.training import llama, tokenizer
 
@@ -112,9 +113,9 @@ def test_a_classifier_gives_its_logit_or_log_odds(tmp_path, labels):
     tokenizer().save_pretrained(tmp_path)
     found = raw(scorer(RewardSource("classifier", str(tmp_path))))
     for value, prompt, response in zip(found, PROMPTS, RESPONSES, strict=True):
-        # Text is joined as it stands: "w1 w2" + "w4 w5" has the unknown word "w2w4" in the middle.
+        # Text is joined as it stands: "w1 w2" + "w4 w5" has the unknown word "w2w4" in the middle. The end follows it.
         with torch.no_grad():
-            logits = model(tokenizer()(prompt + response, return_tensors="pt")["input_ids"]).logits[0]
+            logits = model(tokenizer()(prompt + response + " <eos>", return_tensors="pt")["input_ids"]).logits[0]
         assert value == pytest.approx((logits[0] if labels == 1 else logits[1] - logits[0]).item(), abs=1e-5)
 
 
@@ -123,8 +124,49 @@ def test_a_classifier_of_three_labels_or_of_nothing_is_refused(tmp_path):
         scorer(RewardSource("classifier", str(tmp_path)))
     LlamaForSequenceClassification(llama(num_labels=3)).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="has 3 labels; use a classifier with one label or two"):
+    with pytest.raises(ConfigError, match=r"has 3 labels; .*with one label or two, or .*LABEL_0, LABEL_1, LABEL_2"):
         scorer(RewardSource("classifier", str(tmp_path)))
+
+
+def test_every_source_is_told_apart_also_one_of_weight_0():
+    found = scorer(RewardSource(weight=0.5), function("words", 2.0), function("as_tensor", 0.0))
+    scores = found.score([10.0, 20.0], Responses.of_text(PROMPTS, RESPONSES), "here")
+    assert scores.total == [9.0, 12.0]  # 0.5 * (10, 20) + 2 * (2, 1) + 0 * (1, 2)
+    assert scores.parts == {"head": [10.0, 20.0], "words": [2.0, 1.0], "as_tensor": [1.0, 2.0]}
+    assert scores.rows() == [{"head": 10.0, "words": 2.0, "as_tensor": 1.0}, {"head": 20.0, "words": 1.0, "as_tensor": 2.0}]
+
+
+def test_names_are_given_or_of_the_kind_and_no_two_alike():
+    sources = [
+        *(RewardSource(), RewardSource("function", "a:judge"), RewardSource("function", "b:judge")),
+        *(RewardSource("classifier", "x"), RewardSource("classifier", "y", name="safe"), RewardSource("classifier", "z")),
+        *(RewardSource("http", "http://x"), RewardSource("function", "c:judge", name="judge-2")),
+    ]
+    named = ["head", "judge", "judge-3", "classifier", "safe", "classifier-2", "http", "judge-2"]
+    assert RewardSettings(sources=sources).names == named
+
+
+def test_one_name_for_two_sources_is_refused():
+    with pytest.raises(ConfigError, match="name='a' is given to 2 of them; choose another for each"):
+        RewardSettings(sources=[RewardSource(name="a"), RewardSource("function", "m:f", name="a")])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "a/b"}, "name='a/b' is not made of letters"),
+        ({"label": "x"}, "label='x' does not go with kind='head'; leave label out"),
+        ({"kind": "function", "target": "m:f", "dtype": "bf16"}, "dtype='bf16' does not go with kind='function'"),
+        ({"kind": "classifier", "target": "x", "timeout": 3.0}, "timeout=3.0 does not go with kind='classifier'"),
+        ({"kind": "http", "target": "http://x", "quantization": "nf4"}, "quantization='nf4' does not go with kind='http'"),
+        ({"kind": "http", "target": "http://x", "retries": -1}, "retries=-1 must not be negative"),
+        ({"kind": "classifier", "target": "x", "batch_size": 0}, "batch_size=0 must be greater than 0"),
+        ({"kind": "http", "target": "localhost:5000"}, "is not the address of a server; write http://host:port/path"),
+    ],
+)
+def test_settings_that_a_source_would_pass_over_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        RewardSource(**settings)
 
 
 def test_clip_and_missing_end_penalty():

@@ -13,6 +13,7 @@ import yaml
 
 from hydra_ppo import __version__
 from hydra_ppo.cli.flags import load_config
+from hydra_ppo.config.rewards import RewardSettings, RewardSource
 from hydra_ppo.config.settings import DataSettings, ModelSettings, PPOConfig, RunSettings, SFTConfig
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.runs.folder import WRITTEN_FILES, WRITTEN_FOLDERS, check_output
@@ -229,6 +230,38 @@ def test_overwrite_never_deletes_what_the_run_reads(tmp_path):
     with pytest.raises(ConfigError, match=r"would delete data\.train"):
         create(replace(config, data=DataSettings(str(tmp_path / "sft/samples.jsonl"))))
     assert check_output(config.run, config) == tmp_path / "sft"
+
+
+def judged(folder: Path, *targets: str, overwrite: bool = True) -> PPOConfig:
+    config = make_config(folder, overwrite=overwrite)
+    sources = [RewardSource("classifier", str(target)) for target in targets]
+    return replace(config, reward=RewardSettings(sources))
+
+
+def test_overwrite_spares_what_rewards_read(tmp_path, monkeypatch):
+    leave_run(tmp_path / "run", "finished")
+    for name in ("run/reward", "elsewhere", "run/plots"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / "run/critic").symlink_to(tmp_path / "elsewhere")  # the link would go, not what it leads to
+    monkeypatch.chdir(tmp_path)
+    for target in ("run/reward", tmp_path / "run/reward", "run/critic"):
+        with pytest.raises(ConfigError, match=r"would delete reward\.sources\[1\]\.target="):
+            create(judged(Path("run"), "elsewhere", target))
+        assert Path(target).exists()
+    create(judged(Path("run"), "elsewhere", "org/on-the-hub")).finish({})
+    assert (tmp_path / "elsewhere").exists()
+
+
+def test_a_resumed_run_that_starts_anew_spares_what_it_reads(tmp_path):
+    leave_run(tmp_path / "run", "failed")
+    (tmp_path / "run/reward").mkdir()
+    config = judged(tmp_path / "run", str(tmp_path / "run/reward"), overwrite=False)
+    with pytest.raises(ConfigError, match=r"--resume, without a checkpoint to go on from, would delete reward\.sources\[0\]"):
+        Run.create(config.run, config, "ppo", resume=True)
+    assert (tmp_path / "run/reward").is_dir()
+    (tmp_path / "run/checkpoints/step-000001").mkdir(parents=True)  # nothing is cleared then
+    Run.create(config.run, config, "ppo", resume=True, done=1).finish({})
+    assert (tmp_path / "run/reward").is_dir()
 
 
 def test_sample_table_and_progress(tmp_path, capsys):

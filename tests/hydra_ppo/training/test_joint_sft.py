@@ -68,9 +68,10 @@ def test_loss_equals_plain_hugging_face_code():
 def test_a_step_does_not_depend_on_the_microbatch_size(coefs):
     gradients = []
     for size in (1, 3, 8):
-        model = hydra("sft")
+        config = sft_config(microbatch_size=size, **coefs)
+        model = hydra(config.stage)
         randomise(model)
-        trainer = train(model, sft_config(microbatch_size=size, **coefs))
+        trainer = train(model, config)
         captured = {}
         trainer.optimizer.step = lambda captured=captured, model=model: captured.update(
             {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -10,6 +10,7 @@ import torch
 
 from hydra_ppo.config.settings import KLSettings, OptimizerSettings, RewardSettings, RewardSource, RolloutSettings
 from hydra_ppo.errors import ConfigError, NonFiniteError
+from hydra_ppo.rewards.server import Server
 from hydra_ppo.rollout.collect import collect_experience
 from hydra_ppo.runtime.interruption import StopRequested
 from hydra_ppo.training.ppo import PPOTrainer
@@ -17,7 +18,7 @@ from hydra_ppo.training.ppo_metrics import COMPARED, compare, repeated_ngrams
 from hydra_ppo.training.ppo_update import Updates, with_advantages
 from tests.families import randomise
 from tests.hydra_ppo.training.test_joint_sft import Memo
-from tests.training import hydra, ppo_config, prompts, tokenizer
+from tests.training import count_low_tokens, hydra, ppo_config, prompts, tokenizer
 
 LOW_WORDS = RewardSettings(sources=[RewardSource("function", "tests.training:count_low_tokens")])
 METRICS = {
@@ -217,11 +218,78 @@ def test_samples_checkpoints_and_evaluation_come_when_asked():
     config = ppo_config(reward=LOW_WORDS, steps=4, sample_every=2, eval_every=2)
     config = replace(config, run=replace(config.run, save_every=3))
     trainer(config=config, run=memo, eval_prompts=prompts(4), save=lambda score: saved.append(("save", score is None))).train()
-    keys = ["prompt", "response", "score"]
+    keys = ["prompt", "response", "rewards", "score"]
     # The first evaluation is the best so far; step 3 is due; step 4 is the last.
     best, due, last = ("save", False), ("save", True), ("save", False)
     assert saved == [("samples", 1, 4, keys), ("samples", 2, 4, keys), best, due, ("samples", 4, 4, keys), last]
     assert ["eval/scores" in m for _, m in memo.steps] == [False, True, False, True]
+
+
+def parts(prompts, responses, messages, columns, ended):
+    """A reward of two parts that reads all there is."""
+    assert [given[-1] for given in messages] == [{"role": "assistant", "content": text} for text in responses]
+    right = [float(done == row["done"]) for done, row in zip(ended, columns, strict=True)]
+    return {"low": count_low_tokens(prompts, responses), "right": right}
+
+
+def test_every_reward_source_is_logged_by_itself():
+    """In metrics, samples and held-out metrics, parts of one too, and what has no weight."""
+    sources = [
+        RewardSource("function", "tests.training:count_low_tokens", 0.0),
+        RewardSource("function", "tests.hydra_ppo.training.test_ppo:parts", 2.0, name="both"),
+    ]
+    memo, rows = Memo(), []
+    memo.samples = lambda step, found: rows.extend(found)
+    config = ppo_config(reward=RewardSettings(sources=sources), steps=1, minibatch_size=8)
+    given = [replace(row, messages=[{"role": "user", "content": row.text}], columns={"done": True}) for row in prompts()]
+    PPOTrainer(hydra(), tokenizer(), config, given[:12], given[12:], run=memo).train()
+    (_, metrics), names = memo.steps[0], ["both", "both/low", "both/right", "count_low_tokens"]
+    assert sorted(name for name in metrics if "reward/" in name) == sorted(
+        [f"reward/{name}" for name in names] + [f"eval/reward/{name}" for name in names]
+    )
+    assert [sorted(row["rewards"]) for row in rows] == [names] * 8
+    for name in names:
+        mean = sum(row["rewards"][name] for row in rows) / 8
+        assert metrics[f"reward/{name}"] == pytest.approx(mean)
+    for row in rows:
+        found = row["rewards"]
+        assert found["both"] == pytest.approx(found["both/low"] + found["both/right"])
+        assert found["both/low"] == found["count_low_tokens"]
+        assert row["score"] == pytest.approx(2 * found["both"])
+    assert metrics["reward/both/right"] == metrics["rollout/eos_rate"]
+    assert metrics["eval/reward/both/right"] == metrics["eval/eos_rate"]
+    assert metrics["eval/scores"] == pytest.approx(2 * metrics["eval/reward/both"])
+
+
+def test_prompts_without_the_column_that_a_reward_wants_are_refused():
+    source = RewardSource("function", "tests.hydra_ppo.training.test_ppo:parts")
+    wants = RewardSource("function", "tests.hydra_ppo.training.test_ppo:gold")
+    rows = [replace(row, columns={"answer": "w1"}) for row in prompts()]
+    config = ppo_config(reward=RewardSettings(sources=[source, wants]))
+    PPOTrainer(hydra(), tokenizer(), config, rows)
+    for train, held_out in ((prompts(), rows), (rows, prompts())):
+        with pytest.raises(ConfigError, match=r"takes 'answer', which is none of .* and the data has no other columns"):
+            PPOTrainer(hydra(), tokenizer(), config, train, held_out)
+
+
+def gold(prompts, responses, answer):
+    return [float(text == right) for text, right in zip(responses, answer, strict=True)]
+
+
+def test_a_server_is_given_what_the_tokens_spell(monkeypatch):
+    """The query of OpenRLHF holds begin and end, special tokens shown."""
+    seen = []
+    monkeypatch.setattr(Server, "__call__", lambda self, given: seen.append(given) or [0.0] * len(given))
+    sources = [RewardSource("http", "http://localhost:1")]
+    rollout = RolloutSettings(batch_size=8, max_new_tokens=20)
+    config = ppo_config(reward=RewardSettings(sources=sources), rollout=rollout, steps=1)
+    PPOTrainer(hydra(), tokenizer(), config, [replace(row, ids=(1, *row.ids)) for row in prompts()]).step(1)
+    (given,) = seen
+    for query, prompt, text, ended in zip(given.queries, given.prompts, given.texts, given.ended, strict=True):
+        first, *words = query.split()
+        assert (first, words[-1] == "<eos>") == ("<bos>", ended)
+        assert [word for word in words if word.startswith("w")] == [*prompt.split(), *text.split()]  # specials are hidden there
+    assert {*given.ended} == {True, False}
 
 
 def test_memory_is_measured_by_phase_and_null_where_it_is_not():

@@ -1,0 +1,96 @@
+"""What can be known of a run's model before a weight is read: whether it is whole, its stage, its longest row.
+
+The names and shapes in its files are held against the architecture that its config describes, on the meta device.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra_ppo.config.settings import PPOConfig, SFTConfig
+from hydra_ppo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OWN_ADAPTER = (
+    "sft_coef=0 trains no policy: the reward model gets an adapter of its own, 'reward', and the policy that PPO starts from "
+    "stays as it was"
+)
+
+
+def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
+    """Hold what lies in the model's files against what the run needs of them; return what a user should know, by subject.
+
+    Raises:
+        ConfigError, UnsupportedModelError: what the run would raise while it loads the model.
+    """
+    from hydra_ppo.model.architecture import inspect_architecture
+    from hydra_ppo.model.manifest import MANIFEST, UNTRAINED_HEAD, base_folder, check_base, read_manifest
+    from hydra_ppo.model.roles import build_stage
+    from hydra_ppo.model.whole import skeleton
+
+    name = config.model.name_or_path
+    saved = Path(name) if (Path(name) / MANIFEST).is_file() else None
+    manifest = read_manifest(saved) if saved is not None else None
+    if isinstance(config, SFTConfig):
+        config.check_policy()
+    elif any(source.kind == "head" for source in config.reward.sources) and not (manifest and manifest["reward_head_trained"]):
+        raise ConfigError(UNTRAINED_HEAD)
+    build_stage("ppo" if isinstance(config, PPOConfig) else config.stage, manifest["roles"] if manifest else {})
+    if saved is not None:
+        check_base(saved, base_folder(saved))
+    empty = skeleton(base_folder(saved) if saved is not None else name, trust_remote_code=config.model.trust_remote_code)
+    inspect_architecture(empty)
+    lengths = check_lengths(config, empty)
+    if saved is not None:
+        _check_saved(empty, saved, read_manifest(saved))
+    return [("positions", line) for line in lengths] + [("adapter", line) for line in what_to_know(config)]
+
+
+def _check_saved(empty: PreTrainedModel, saved: Path, manifest: dict[str, Any]) -> None:
+    """Hold adapters and heads of a saved model against its base.
+
+    Raises:
+        ConfigError: where one lacks something, or belongs to another base.
+    """
+    from peft import PeftConfig, PeftModel
+
+    from hydra_ppo.model.adapters import check_fit, put_adapter
+    from hydra_ppo.model.architecture import inspect_architecture
+    from hydra_ppo.model.hydra import scalar_heads
+    from hydra_ppo.model.saving import HEADS, check_heads
+    from hydra_ppo.model.whole import tensor_shapes
+
+    architecture = inspect_architecture(empty)
+    heads = scalar_heads(architecture.hidden_size, empty.device)
+    check_heads(saved, manifest, heads, tensor_shapes(saved / HEADS))
+    base: PreTrainedModel | PeftModel = empty
+    for adapter in manifest["adapters"]:
+        folder = saved / adapter
+        base = put_adapter(base, adapter, PeftConfig.from_pretrained(str(folder)), None)
+        check_fit(base, adapter, folder, tensor_shapes(folder / "adapter_model.safetensors"))
+
+
+def check_lengths(config: SFTConfig | PPOConfig, causal_lm: PreTrainedModel) -> list[str]:
+    """Refuse rows beyond a table of positions; return a line on those beyond the positions that the model was trained for.
+
+    Raises:
+        ConfigError: naming the settings.
+    """
+    from hydra_ppo.model.positions import check_length
+
+    data = config.data
+    name, answer = "data.max_response_tokens", data.max_response_tokens
+    if isinstance(config, PPOConfig):
+        name, answer = "rollout.max_new_tokens", config.rollout.max_new_tokens
+    settings = f"data.max_prompt_tokens={data.max_prompt_tokens} and {name}={answer}"
+    line = check_length(causal_lm, data.max_prompt_tokens + answer, settings)
+    return [] if line is None else [line]
+
+
+def what_to_know(config: SFTConfig | PPOConfig) -> list[str]:
+    """Return lines on what a run does otherwise than its settings may seem to say."""
+    silent = isinstance(config, SFTConfig) and config.stage == "reward" and config.adapter == "sft"
+    return [OWN_ADAPTER] if silent else []

@@ -1,0 +1,106 @@
+"""What the score of a response is made of, as settings."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from hydra_ppo.config.fields import Quantization, check, not_negative, positive, setting
+from hydra_ppo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """One term of the score."""
+
+    kind: Literal["head", "function", "classifier", "http"] = setting(
+        "head", "The model's own reward head, a Python function, a sequence classifier, or a server as OpenRLHF asks one."
+    )
+    target: str | None = setting(
+        None, "function: package.module:function; classifier: model name or folder; http: the address of the server."
+    )
+    weight: float = setting(1.0, "Factor of this term in the sum; one of 0 is logged all the same.")
+    name: str | None = setting(None, "What metrics and samples call it; null is the function's name, else the kind.")
+    label: str | None = setting(
+        None, "classifier: the label that is wanted, where it has several; http: the column of the rows that is sent as labels."
+    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "classifier: compute type; auto is as of model.dtype.")
+    quantization: Quantization | None = setting(None, "classifier: quantise its linear layers, int8, nf4 or fp4.")
+    max_tokens: int | None = setting(
+        None, "classifier: longer texts lose their beginning; null is what its tokenizer and config say."
+    )
+    batch_size: int | None = setting(
+        None, "classifier: texts per pass, null is 16; http: responses per request, null is all of a batch."
+    )
+    timeout: float = setting(60.0, "http: seconds that a server may be silent.")
+    retries: int = setting(4, "http: how often a request that failed is sent again, after 1, 2, 4, ... seconds.")
+
+    def __post_init__(self) -> None:
+        if self.kind == "head" and self.target is not None:
+            raise ConfigError(f"target={self.target!r} does not go with kind='head'; leave target out.")
+        if self.kind == "http" and not (self.target or "").startswith(("http://", "https://")):
+            raise ConfigError(f"target={self.target!r} is not the address of a server; write http://host:port/path.")
+        if self.kind != "head" and not self.target:
+            raise ConfigError(f"kind={self.kind!r} needs a target; give package.module:function or a model folder.")
+        if self.kind == "function" and (self.target or "").count(":") != 1:
+            raise ConfigError(f"target={self.target!r} is not of the form package.module:function; write it so.")
+        self._check_kinds()
+        positive(self, "max_tokens", "batch_size", "timeout")
+        not_negative(self, "retries")
+        rule = "is not made of letters, digits, '.', '_' and '-'"
+        named = self.name is None or re.fullmatch(r"[\w.-]+", self.name) is not None
+        check(self, "name", named, rule, "choose a short name")
+
+    def _check_kinds(self) -> None:
+        """Refuse what another kind of source takes and this one would pass over."""
+        taken = {"classifier": {"label", "dtype", "quantization", "max_tokens", "batch_size"}}
+        taken["http"] = {"label", "batch_size", "timeout", "retries"}
+        for member in fields(self):
+            if member.name in ("kind", "target", "weight", "name") or member.name in taken.get(self.kind, ()):
+                continue
+            value = getattr(self, member.name)
+            if value != member.default:
+                raise ConfigError(f"{member.name}={value!r} does not go with kind={self.kind!r}; leave {member.name} out.")
+
+    @property
+    def short_name(self) -> str:
+        """What it is called where `name` is not given and no other source is called so."""
+        return self.name or (self.target or "").partition(":")[2] if self.kind == "function" else self.name or self.kind
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """What the score of a response is made of."""
+
+    sources: list[RewardSource] = setting(lambda: [RewardSource()], "Terms of the score; their weighted values are added.")
+    score_clip: float | None = setting(None, "Clip scores to [-score_clip, score_clip] (after normalisation).")
+    score_normalization: bool = setting(
+        False, "Divide scores by their running standard deviation after subtracting their running mean."
+    )
+    missing_eos_penalty: float = setting(
+        0.0, "Subtracted from the score of a response that does not end with the end-of-sequence token."
+    )
+    time_limit: float | None = setting(600.0, "Seconds that a reward source may take over one batch; null waits for ever.")
+
+    def __post_init__(self) -> None:
+        check(self, "sources", len(self.sources) > 0, "names no source", "give at least one")
+        positive(self, "score_clip", "time_limit")
+        not_negative(self, "missing_eos_penalty")
+        given = [source.name for source in self.sources if source.name is not None]
+        for name in given:
+            if given.count(name) > 1:
+                raise ConfigError(f"sources: name={name!r} is given to {given.count(name)} of them; choose another for each.")
+
+    @property
+    def names(self) -> list[str]:
+        """What metrics and samples call each source: names as given; of others the second of a kind is kind-2."""
+        given = {source.name for source in self.sources if source.name is not None}
+        found: list[str] = []
+        for source in self.sources:
+            name, number = source.short_name, 1
+            while source.name is None and (name in found or name in given):
+                number += 1
+                name = f"{source.short_name}-{number}"
+            found.append(name)
+        return found

@@ -1,0 +1,66 @@
+"""One number per response, and nothing that only looks like it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hydra_ppo.errors import NonFiniteError, RewardError
+
+LARGEST = torch.finfo(torch.float32).max
+"""Scores are tensors of fp32 later on."""
+
+_TEXT = (str, bytes, bytearray)
+_UNORDERED = (set, frozenset, Mapping)
+
+
+def checked_numbers(values: Any, count: int, name: str, where: str) -> list[float]:
+    """Return what a source gave as floats, one for each of `count` responses.
+
+    Args:
+        values: a list, a tuple, an array or tensor of as many elements, or what else is gone through in order.
+        name: of the source, for errors.
+        where: step and phase, for errors.
+
+    Raises:
+        RewardError: where it is anything else; text, which is gone through letter by letter, and sets, which have no order.
+        NonFiniteError: where a number is NaN or infinite.
+    """
+    rule = "it must return one number per response"
+    if callable(getattr(values, "reshape", None)) and callable(getattr(values, "tolist", None)):  # tensors, arrays
+        values = values.reshape(-1).tolist()
+    if isinstance(values, (*_TEXT, *_UNORDERED)) or not isinstance(values, Iterable):
+        raise RewardError(f"{where}: {name} returned {type(values).__name__}; {rule}.")
+    given: Sequence[Any] = list(values)
+    numbers = [_number(value) for value in given]
+    bad = next((row for row, number in enumerate(numbers) if number is None), None)
+    if bad is not None:
+        raise RewardError(
+            f"{where}: {name} returned {type(values).__name__}; {rule}, and response {bad} got {_shown(given[bad])}."
+        )
+    found = [number for number in numbers if number is not None]
+    if len(found) != count:
+        raise RewardError(f"{where}: {name} returned {len(found)} numbers for {count} responses; it must return one for each.")
+    for row, number in enumerate(found):
+        if not abs(number) <= LARGEST:
+            raise NonFiniteError(
+                f"{where}: reward of {name} is {number} for response {row}; look at that response in samples.jsonl or "
+                "lower the learning rate."
+            )
+    return found
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, _TEXT):  # float("12") is a number, "12" is none
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
+        return None
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 40 else f"{text[:40]}..."

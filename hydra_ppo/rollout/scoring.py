@@ -1,0 +1,59 @@
+"""What the reward head says of given responses, read where PPO reads it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from hydra_ppo.errors import NonFiniteError
+from hydra_ppo.experience import Experience
+from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.rollout.collect import ending_alike
+from hydra_ppo.runtime.interruption import check_stop
+
+
+@torch.no_grad()
+def reward_scores(
+    model: HydraModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    eos_ids: Sequence[int],
+    *,
+    pad_id: int,
+    rows: int = 16,
+) -> list[float]:
+    """Return the score of each response, in the order given.
+
+    Args:
+        prompts, responses: token ids; where a response ends in any of `eos_ids`, it is scored as if it ended in the first.
+        eos_ids: tokens that end a response, the trained one first.
+        pad_id: fills up rows; changes no score.
+        rows: most rows of one pass.
+
+    Raises:
+        RoleError: where the model has no reward role.
+        NonFiniteError: where a score is NaN or infinite.
+
+    Memory: the final hidden states of one pass, (rows, T, H).
+    """
+    if not prompts:
+        return []
+    was_training = model.training
+    model.eval()
+    experience = Experience.from_lists(prompts, responses, pad_id, model.device)
+    scores = torch.zeros(len(prompts), device=model.device)
+    try:
+        with model.role("reward"):
+            for group in experience.split(rows):
+                check_stop()
+                sequences = ending_alike(experience.select(group).sequences(), eos_ids)
+                scores[torch.tensor(group, device=model.device)] = model.scores(sequences)
+    finally:
+        model.train(was_training)
+    found: list[float] = scores.tolist()
+    for row, value in enumerate(found):
+        if not math.isfinite(value):
+            raise NonFiniteError(f"score of response {row} is {value}; use a wider model.dtype, or an earlier checkpoint.")
+    return found
