@@ -356,7 +356,7 @@ def data(name: str, *says: str, prepare: Prepare | None = None, argv: Iterable[s
 DATA = {
     "no file": data("gone.jsonl", "gone.jsonl: no such file; check the path"),
     "no held-out file": data("pairs.jsonl", "gone.json: no such file; check", argv=["--data.eval", "gone.json"]),
-    "an unknown type": data("rows.csv", "rows.csv: files of type '.csv'", "; use .jsonl", prepare=put("rows.csv", "prompt\n")),
+    "an unknown type": data("rows.txt", "rows.txt: files of type '.txt'", "; use .jsonl", prepare=put("rows.txt", "prompt\n")),
     "no type": data("rows", "rows: files of type ''", "; use .jsonl", prepare=put("rows", "prompt\n")),
     "no UTF-8 in a line": data("a.jsonl", "a.jsonl: line 1 ", "UTF-8; save", prepare=put("a.jsonl", b'{"prompt": "\xff"}\n')),
     "no UTF-8 in a list": data("a.json", "a.json: line 2 ", "UTF-8; save", prepare=put("a.json", b'[\n{"prompt": "\xff"}]')),
@@ -374,7 +374,10 @@ DATA = {
         prepare=put_rows("a.jsonl", {"question": "w1"}),
     ),
     "prompts where pairs are needed": data(
-        "a.jsonl", "chosen is missing; fix", prepare=put_rows("a.jsonl", {"prompt": "w1"}), command=SFT
+        "a.jsonl",
+        "chosen is missing; the columns are prompt: say with data.columns",
+        prepare=put_rows("a.jsonl", {"prompt": "w1"}),
+        command=SFT,
     ),
     "an empty file": data("a.jsonl", "a.jsonl: holds no rows; give at least one", prepare=put("a.jsonl", "")),
     "blank lines": data("a.jsonl", "a.jsonl: holds no rows; give at least one", prepare=put("a.jsonl", "\n \n\n")),
@@ -407,7 +410,10 @@ DATA = {
     ),
     "half a character": data("a.jsonl", "not valid Unicode; fix", prepare=put_rows("a.jsonl", {"prompt": "\ud800"})),
     "chosen is rejected": data(
-        "a.jsonl", "chosen equals rejected; fix", prepare=put_rows("a.jsonl", PAIR | {"rejected": "w3"}), command=SFT
+        "a.jsonl",
+        "none of 1 rows is usable (1 x chosen equals rejected)",
+        prepare=put_rows("a.jsonl", PAIR | {"rejected": "w3"}),
+        command=SFT,
     ),
     "chosen and rejected of the same tokens": data(
         "a.jsonl",
@@ -432,7 +438,9 @@ DATA = {
     "no Parquet": data("a.parquet", "a.parquet: cannot be read", "; check", prepare=put("a.parquet", b"PAR1garbagePAR1")),
     "an empty Parquet file": data("a.parquet", "a.parquet: cannot be read", "; check", prepare=put("a.parquet", b"")),
     "Parquet of other columns": data(
-        "a.parquet", "none of the columns prompt, chosen, rejected; rename", prepare=put_parquet("a.parquet", {"text": ["w1"]})
+        "a.parquet",
+        "none of the columns prompt, chosen, rejected, messages; the columns are text: say with",
+        prepare=put_parquet("a.parquet", {"text": ["w1"]}),
     ),
     "Parquet without rows": data(
         "a.parquet", "a.parquet: holds no rows; give", prepare=put_parquet("a.parquet", {"prompt": pyarrow.array([], "string")})
