@@ -208,9 +208,7 @@ def _classifier_adapter(run: Path, output: Path, adapter: str, head: Tensor, pad
     state = load_file(run / adapter / "adapter_model.safetensors")
     output.mkdir(parents=True, exist_ok=True)
     (output / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_file(
-        state | {"base_model.model.score.weight": head}, output / "adapter_model.safetensors", metadata={"format": "pt"}
-    )
+    save_file(state | {"base_model.model.score.weight": head}, output / "adapter_model.safetensors", metadata={"format": "pt"})
     return [
         f"load it as PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels=1, "
         f"pad_token_id={padding.id}), {str(output)!r})"

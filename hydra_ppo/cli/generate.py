@@ -122,9 +122,7 @@ def _question(text: str, tokenizer: PreTrainedTokenizerBase, plain: bool) -> lis
     return [{"prompt": [{"role": "user", "content": text}]}]
 
 
-def _answers(
-    opened: Opened, role: str, rows: Sequence[PromptRow], rollout: RolloutSettings, seed: int
-) -> list[dict[str, Any]]:
+def _answers(opened: Opened, role: str, rows: Sequence[PromptRow], rollout: RolloutSettings, seed: int) -> list[dict[str, Any]]:
     import torch
 
     from hydra_ppo.rollout.sampling import sample
@@ -135,9 +133,7 @@ def _answers(
     generator = torch.Generator(model.device).manual_seed(seed)
     never = unknown_ids(tokenizer, model.architecture.output_embeddings.weight.shape[0])
     stop = StopStrings(tokenizer, rollout.stop) if rollout.stop else None
-    responses = sample(
-        model, prompts, rollout, opened.ends, generator, role=role, never=never, stopped=stop
-    ).responses
+    responses = sample(model, prompts, rollout, opened.ends, generator, role=role, never=never, stopped=stop).responses
     stopped = [False] * len(responses) if stop is None else stop(responses)
     scores: list[float] | list[None] = [None] * len(rows)
     if opened.scores:

@@ -48,9 +48,7 @@ def open_tokenizer(run: Path, config: PPOConfig | SFTConfig) -> PreTrainedTokeni
     return tokenizer
 
 
-def open_model(
-    run: Path, config: PPOConfig | SFTConfig, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[str]
-) -> Opened:
+def open_model(run: Path, config: PPOConfig | SFTConfig, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[str]) -> Opened:
     """Load a run in the roles that are wanted, and in `reward` where its head was trained; `base` is the base by itself.
 
     Raises:

@@ -130,9 +130,7 @@ def _score_responses(opened: Opened, rows: Sequence[ResponseRow], size: int) -> 
     return lines, numbers
 
 
-def _scores(
-    opened: Opened, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], size: int
-) -> list[float]:
+def _scores(opened: Opened, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], size: int) -> list[float]:
     from hydra_ppo.rollout.scoring import reward_scores
 
     return reward_scores(opened.model, prompts, responses, opened.ends, pad_id=opened.pad_id, rows=size)

@@ -63,7 +63,5 @@ def _stretched(config: Any, known: int) -> int:
     """Return the positions that a rotary embedding was stretched to (YaRN and its like)."""
     found = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
     kinds = [found, *(value for value in found.values() if isinstance(value, Mapping))]
-    reach = [
-        int(kind["factor"] * kind.get("original_max_position_embeddings", known)) for kind in kinds if kind.get("factor")
-    ]
+    reach = [int(kind["factor"] * kind.get("original_max_position_embeddings", known)) for kind in kinds if kind.get("factor")]
     return max(reach, default=known)

@@ -165,8 +165,8 @@ def write_inputs(folder: Path, seed: int) -> list[str]:
     data = folder / "data"
     data.mkdir()
     for name, rows in (
-        ("train", corpus.preferences),
-        ("eval", corpus.eval_preferences),
+        ("train", [_joined(pair) for pair in corpus.preferences]),
+        ("eval", [_joined(pair) for pair in corpus.eval_preferences]),
         ("prompts", corpus.prompts),
         ("eval_prompts", corpus.eval_prompts),
     ):
@@ -178,6 +178,11 @@ def write_inputs(folder: Path, seed: int) -> list[str]:
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     return [row["prompt"] for row in corpus.eval_prompts]
+
+
+def _joined(pair: Mapping[str, str]) -> dict[str, str]:
+    """Return a pair whose answers begin with the space that parts them from their prompt, so that both together are a text."""
+    return {"prompt": pair["prompt"], **{side: " " + pair[side] for side in ("chosen", "rejected")}}
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
