@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from hydra_ppo.config.settings import DataSettings
+from hydra_ppo.data.boundaries import HUMAN
 from hydra_ppo.data.ends import Ends, answer_header, find_ends, takes_parts
 from hydra_ppo.data.formats import Conversation, Messages, checked_unicode
 from hydra_ppo.data.sources import Rejected, one_line
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HALF_A_CHARACTER = "\ufffd"
-HUMAN = "\n\nHuman:"
-"""What begins a turn of the user in text of HH's kind."""
 
 
 class Answer(NamedTuple):

@@ -8,9 +8,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hydra_ppo.data.boundaries import HUMAN
 from hydra_ppo.data.rows import load_preferences, load_prompts
 from hydra_ppo.data.sources import Rejected
-from hydra_ppo.data.text import HUMAN, Codec, answer_texts, unknown_ids
+from hydra_ppo.data.text import Codec, answer_texts, unknown_ids
 from tests.hydra_ppo.test_data import BOS, CHATML, END, EOS, assistant, data, make_tokenizer, pair, user
 
 CHAT = make_tokenizer("<bos> {}", CHATML)  # turns end in <end>, texts in <eos>
