@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REAL := $(VENV)/.real
 
-.PHONY: test rooms test-faults test-real soak test-hosts quickstart real-text real-model bench bench-linear bench-peers lint clean
+.PHONY: test rooms families test-faults test-real soak test-hosts quickstart real-text real-model bench bench-linear bench-peers lint clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -46,6 +46,10 @@ lint: $(STAMP)
 # The picture of the rooms in docs/architecture.md, from the imports.
 rooms: $(STAMP)
 	$(BIN)/python -m tests.house --draw
+
+# Every causal LM class of the installed transformers against separate models; a line each, and docs/families.md.
+families: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.survey --write $(ARGS)
 
 quickstart: $(STAMP)
 	$(BIN)/hydra-ppo quickstart $(ARGS)

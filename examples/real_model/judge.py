@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this runs as a file, too
-from examples.real_model.pairs import read
+from examples.real_model.rate import read
 from examples.real_model.vader import compound
 
 

@@ -3,7 +3,8 @@
     python examples/real_model/run.py [--output runs/real_model] [--seed 0]
 
 The commands are those that a user would type: PPO of SmolLM2-135M-Instruct on a Python function; joint SFT and reward modelling
-on pairs of its own answers; PPO against the head that came of it; then samples, export, and a few steps on a 4-bit base.
+on its own answers as VADER rates them; PPO against the head that came of it; then samples, export, and a few steps on a 4-bit
+base.
 The exit code is 1 where a bound below is missed.
 """
 
@@ -27,7 +28,7 @@ HERE = Path(__file__).parent
 CLI = ("-m", "hydra_ppo.cli")
 STANDARD_ERRORS, NATS = 3, 20.0
 ONE_ANSWER = 0.005  # of 2,600 runs of four words: what a single answer that repeats itself brings
-PAIR_PROMPTS, SAMPLES = 160, 4
+SAMPLES = 4  # answers to each instruction, which VADER rates for the reward head
 SHOWN = 6
 QUESTION = "Tell me about a noisy fridge."
 
@@ -73,14 +74,12 @@ def run(output: Path, seed: int, steps: Steps) -> dict[str, Any]:
     on_function = ["--model.name_or_path", base, "--run.output", output / "ppo"]
     steps("ppo", *CLI, "ppo", HERE / "ppo.yaml", *prompts, *common, *on_function)
 
-    asked, said, pairs = (data / f"{name}.jsonl" for name in ("asked", "said", "pairs"))
-    rows = (data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    asked.write_text("".join(rows[:PAIR_PROMPTS]), encoding="utf-8")
+    asked, said, rated = (data / f"{name}.jsonl" for name in ("train", "said", "rated"))
     sampling = ["--seed", seed, "--batch-size", 64]
     from_base = ["--role", "base", "--prompts", asked, "--samples", SAMPLES, "--output", said]
     steps("sample", *CLI, "generate", output / "ppo", *from_base, *sampling)
-    steps("label", HERE / "pairs.py", "--prompts", asked, "--answers", said, "--output", pairs)
-    learned = ["--data.train", pairs, "--model.name_or_path", base, "--run.output", output / "sft"]
+    steps("rate", HERE / "rate.py", "--prompts", asked, "--answers", said, "--output", rated)
+    learned = ["--data.train", rated, "--model.name_or_path", base, "--run.output", output / "sft"]
     steps("sft", *CLI, "sft", HERE / "sft.yaml", *learned, *common)
     on_head = ["--model.name_or_path", output / "sft", "--run.output", output / "ppo_head"]
     steps("ppo_head", *CLI, "ppo", HERE / "ppo_head.yaml", *prompts, *common, *on_head)
