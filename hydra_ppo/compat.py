@@ -137,11 +137,12 @@ def mend_int8_layers(model: nn.Module) -> None:
 
 def backbone_of(causal_lm: PreTrainedModel) -> nn.Module | None:
     """Return the part of a causal LM that computes final hidden states, None where there is none."""
-    # Gemma 3's text model says `language_model` before 5.0, where it has no such attribute.
-    found = getattr(causal_lm, causal_lm.base_model_prefix, None)
-    if found is None and callable(getattr(causal_lm, "get_decoder", None)):
-        found = causal_lm.get_decoder()
-    return found if isinstance(found, nn.Module) and found is not causal_lm else None
+    # Gemma 3's text model says `language_model` before 5.0, Llama 4's does today, where they have no such attribute.
+    decoder = causal_lm.get_decoder() if callable(getattr(causal_lm, "get_decoder", None)) else None
+    for found in (getattr(causal_lm, causal_lm.base_model_prefix, None), decoder, getattr(causal_lm, "model", None)):
+        if isinstance(found, nn.Module) and found is not causal_lm:
+            return found
+    return None
 
 
 def layer_types(config: PretrainedConfig, layers: nn.ModuleList | Sequence[nn.Module]) -> list[str]:
@@ -179,6 +180,56 @@ def register_attention(name: str, function: Callable[..., tuple[Tensor, None]]) 
     return True
 
 
+def experts_of(model: PreTrainedModel, config: Any, targets: Iterable[str]) -> set[str]:
+    """Return those targets of a LoRA config that PEFT would turn into parameters of fused experts.
+
+    Since transformers 5 the experts of a layer are one tensor, and PEFT puts adapters of older versions on that, whatever else
+    bears the name: the MLP of a first layer without experts, too. `layers_to_transform` does not bind it.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:
+        return set()
+    found = set()
+    for target in targets:
+        asked = deepcopy(config)
+        asked.target_modules = {target}
+        try:
+            convert_peft_config_for_transformers(asked, model=model, conversions=None)
+        except ValueError:  # one part of what is fused, without the other
+            found.add(target)
+        else:
+            if getattr(asked, "target_parameters", None):
+                found.add(target)
+    return found
+
+
+def refused_targets(config: Any, model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Return the names that PEFT will not adapt in this model: a state-space layer whose kernel reads the weight itself."""
+    try:
+        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check
+    except ImportError:
+        return set()
+    found = set()
+    for name in names:
+        try:
+            check(config, model, name.rsplit(".", 1)[-1])
+        except ValueError:
+            found.add(name)
+    return found
+
+
+def model_cache(config: PretrainedConfig) -> Any:
+    """Return an empty cache with layers of the kinds that a model has: attention, windows, recurrent states.
+
+    Raises:
+        UnsupportedModelError: on versions that know one kind only.
+    """
+    if "config" not in inspect.signature(transformers.DynamicCache.__init__).parameters:
+        raise UnsupportedModelError("model needs a cache of its own, which transformers below 4.56 does not make; update it.")
+    return transformers.DynamicCache(config=config)
+
+
 # -- passes --------------------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +240,41 @@ def last_hidden_state(backbone: nn.Module, input_ids: Tensor, **options: Any) ->
         options |= _no_mask(input_ids)
     if cache is not None and _takes_tuples(backbone):
         return _with_tuples(backbone, input_ids, cache, options)
-    return backbone(input_ids=input_ids, use_cache=cache is not None, **options).last_hidden_state
+    if cache is not None or "use_cache" in inspect.signature(backbone.forward).parameters or _takes_any(backbone):
+        options["use_cache"] = cache is not None
+    return backbone(input_ids=input_ids, **options).last_hidden_state
+
+
+def _takes_any(module: nn.Module) -> bool:
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+class _AtHead(Exception):
+    """Carries what the output head was given out of a pass that need go no further."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+
+
+def states_at_head(causal_lm: PreTrainedModel, head: nn.Module, input_ids: Tensor, **options: Any) -> Tensor:
+    """Run a causal LM up to its output head and return (B, T, H), what the head is given; logits are not computed.
+
+    Raises:
+        LookupError: when the head is not called.
+    """
+
+    def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _AtHead(args[0])
+
+    handle = head.register_forward_pre_hook(stop)
+    try:
+        causal_lm(input_ids=input_ids, use_cache=options.get("past_key_values") is not None, **options)
+    except _AtHead as reached:
+        return reached.states
+    finally:
+        handle.remove()
+    raise LookupError(f"{type(causal_lm).__name__} does not call its output head")
 
 
 def _no_mask(input_ids: Tensor) -> dict[str, Tensor]:
@@ -230,7 +315,7 @@ def check_positions(backbone: nn.Module) -> None:
 
 @contextmanager
 def decoding_mask(
-    layers: Iterable[nn.Module], types: Sequence[str], seen: Mapping[str, Tensor], dtype: torch.dtype
+    layers: Iterable[nn.Module], types: Sequence[str], seen: Mapping[str, Tensor], dtype: torch.dtype, additive: bool = False
 ) -> Iterator[Any]:
     """Give the attention mask for one query per row, in the form that the backbone takes inside the block.
 
@@ -239,9 +324,13 @@ def decoding_mask(
         types: what `layer_types` returned for them.
         seen: by layer type, (B, S), whether the query sees each key in the cache.
         dtype: the compute type.
+        additive: whether the attention adds the mask to its scores, instead of asking it.
     """
     if MASKS_BY_LAYER_TYPE:
         masks = {kind: keys[:, None, None, :] for kind, keys in seen.items()}  # (B, 1, 1, S)
+        if additive:
+            lowest = torch.finfo(dtype).min
+            masks = {kind: torch.zeros_like(keys, dtype=dtype).masked_fill_(~keys, lowest) for kind, keys in masks.items()}
         yield masks if len(masks) > 1 else next(iter(masks.values()))
     elif set(seen) == {"full_attention"}:
         yield seen["full_attention"].long()  # (B, S): all that GPT-2 and OPT of 4.46 understand

@@ -264,6 +264,8 @@ def load_model(settings: ModelSettings, train: StageName) -> HydraModel:
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
         train=train,
+        check=settings.check,
+        adapter=settings.adapter,
     )
     model.enable_checkpointing(settings.gradient_checkpointing)
     return model

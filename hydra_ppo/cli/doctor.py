@@ -54,14 +54,20 @@ GPU_HEALTH = "see whether nvidia-smi lists the GPU; set model.device=cpu to go o
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def doctor(console: Console | None = None, as_json: bool = False) -> int:
+def doctor(console: Console | None = None, as_json: bool = False, model: str | None = None) -> int:
     """Print what `examine` finds; return 1 if any of it is a problem, else 0.
 
     Args:
         console: where to print; stdout when None.
         as_json: print {"ok": bool, "findings": [{name, value, state, hint}]}, hint null where there is none.
+        model: that is looked at too: folder, hub name or run.
     """
     findings = examine()
+    if model is not None:
+        with _quiet():
+            from hydra_ppo.cli.doctor_model import examine_model
+
+            findings += examine_model(model)
     problems = sum(finding.state == "problem" for finding in findings)
     if as_json:
         text = json.dumps({"ok": not problems, "findings": [asdict(finding) for finding in findings]}, indent=2)

@@ -295,10 +295,13 @@ def _inspect(arguments: list[str]) -> None:
 def _doctor(arguments: list[str]) -> int:
     parser = Parser("doctor", "Say what this machine offers and what stands in the way; exit code 1 where something does.")
     parser.add_argument("--json", action="store_true", help="Write JSON.")
+    parser.add_argument(
+        "--model", metavar="NAME", help="Look at this model too (folder, hub name or run); no weights are read."
+    )
     options = parser.parse_args(arguments)
     from hydra_ppo.cli.doctor import doctor
 
-    return doctor(as_json=options.json)
+    return doctor(as_json=options.json, model=options.model)
 
 
 def check_folder(setting: str, path: Path) -> None:

@@ -44,9 +44,33 @@ def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
     empty = skeleton(base_folder(saved) if saved is not None else name, trust_remote_code=config.model.trust_remote_code)
     inspect_architecture(empty)
     lengths = check_lengths(config, empty)
+    if config.model.adapter is not None:
+        _check_brought(empty, config.model.adapter, saved)
     if saved is not None:
         _check_saved(empty, saved, read_manifest(saved))
     return [("positions", line) for line in lengths] + [("adapter", line) for line in what_to_know(config)]
+
+
+def _check_brought(empty: PreTrainedModel, name: str, saved: Path | None) -> None:
+    """Hold an adapter from elsewhere against the base.
+
+    Raises:
+        ConfigError: where it does not fit, or a run of this program is the base.
+    """
+    from peft import PeftConfig
+
+    from hydra_ppo.model.adapters import adapter_folder, check_fit, check_saved_options, put_adapter
+    from hydra_ppo.model.whole import tensor_shapes
+
+    folder = adapter_folder(name)
+    if saved is not None:
+        raise ConfigError(
+            f"model.adapter={name!r} does not go with a run of this program, which brings its own; name the plain base."
+        )
+    config = PeftConfig.from_pretrained(str(folder))
+    check_saved_options(config, folder)
+    base = put_adapter(empty, "sft", config, None)
+    check_fit(base, "sft", folder, tensor_shapes(folder / "adapter_model.safetensors"))
 
 
 def _check_saved(empty: PreTrainedModel, saved: Path, manifest: dict[str, Any]) -> None:

@@ -34,6 +34,8 @@ def check_model(setting: str, name_or_path: str) -> str:
         return NOT_CHECKED
     if (path / "hydra.json").is_file():
         return _check_saved_model(name, path)
+    if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+        raise ConfigError(f"{name} is an adapter; name its base there, and this folder in model.adapter.")
     if not (path / "config.json").is_file():
         raise ConfigError(f"{name} holds neither config.json nor hydra.json; name a model folder or a run of sft or ppo.")
     index = path / "model.safetensors.index.json"

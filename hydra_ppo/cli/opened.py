@@ -74,6 +74,7 @@ def open_model(run: Path, config: PPOConfig | SFTConfig, tokenizer: PreTrainedTo
         packing=settings.packing,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
+        check=settings.check,
         train=Stage("saved", {name: known[name] for name in names}, trained=()),
     )
     ends = end_tokens(model, tokenizer, config.data.end_of_turn)

@@ -31,13 +31,28 @@ class Activation(NamedTuple):
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
+# Functions of this module, by whose names a model can be pickled: torch's own have none.
+def _silu(x: Tensor) -> Tensor:
+    return torch.ops.aten.silu(x)
+
+
+def _silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.silu_backward(gradient, x)
+
+
+def _gelu_forward(x: Tensor, approximate: str) -> Tensor:
+    return torch.ops.aten.gelu(x, approximate=approximate)
+
+
+def _gelu_backward(gradient: Tensor, x: Tensor, approximate: str) -> Tensor:
+    return torch.ops.aten.gelu_backward(gradient, x, approximate=approximate)
+
+
 def _gelu(approximate: str) -> Activation:
-    return Activation(
-        partial(torch.ops.aten.gelu, approximate=approximate), partial(torch.ops.aten.gelu_backward, approximate=approximate)
-    )
+    return Activation(partial(_gelu_forward, approximate=approximate), partial(_gelu_backward, approximate=approximate))
 
 
-SILU = Activation(torch.ops.aten.silu, torch.ops.aten.silu_backward)
+SILU = Activation(_silu, _silu_backward)
 ACTIVATIONS = {
     "SiLU": SILU,
     "SiLUActivation": SILU,

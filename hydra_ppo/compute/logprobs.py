@@ -64,30 +64,41 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class LMHead:
-    """What turns hidden states into logits: logits = softcap * tanh((W h + b) / softcap), softcap None is plain.
+    """What turns hidden states into logits: logits = softcap * tanh(scale * (W h + b) / softcap), softcap None is plain.
 
     Attributes:
         weight: (V, H).
         bias: (V,) or None.
         softcap: bound of the logits (`final_logit_softcapping` in Hugging Face configs) or None.
+        scale: what the model multiplies its logits with (`logit_scale` of Cohere, one over `logits_scaling` of Granite).
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
+    scale: float = 1.0
+
+    def unscaled(self, temperature: float) -> tuple[LMHead, float]:
+        """Return a head without a scale, and the temperature at which it gives the same: s r / T is r / (T / s), and a cap of
+        c on s r one of c / s on r."""
+        if self.scale == 1.0:
+            return self, temperature
+        softcap = None if self.softcap is None else self.softcap / self.scale
+        return LMHead(self.weight, self.bias, softcap), temperature / self.scale
 
     @torch.no_grad()
     @allocating("log-probs")
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Return fp32 logits (..., V) divided by `temperature`, without a graph. Memory: all of them; for few rows only."""
         raw = linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
-        if self.softcap is not None:
-            raw = raw.div_(self.softcap).tanh_().mul_(self.softcap)
+        head, temperature = self.unscaled(temperature)
+        if head.softcap is not None:
+            raw = raw.div_(head.softcap).tanh_().mul_(head.softcap)
         return raw.div_(temperature) if temperature != 1.0 else raw
 
     def block(self, columns: slice) -> LMHead:
         """Return the head of these words of the vocabulary only, without a copy."""
-        return LMHead(self.weight[columns], None if self.bias is None else self.bias[columns], self.softcap)
+        return LMHead(self.weight[columns], None if self.bias is None else self.bias[columns], self.softcap, self.scale)
 
     def slope(self, logits: Tensor, temperature: float) -> Tensor | None:
         """Return d(temperature * logits) / d(raw logits), of the shape of `logits`; None where it is 1 throughout."""
@@ -129,6 +140,7 @@ def token_logprobs(
     and recomputes the logits by block with a trained one. `chunk_bytes` besides, whatever V is. Without a gradient
     there is one matrix product and nothing of size N x H.
     """
+    head, temperature = head.unscaled(temperature)
     shape = tokens.shape
     flat, size = hidden.reshape(-1, hidden.shape[-1]), chunk_bytes or CHUNK_BYTES[hidden.device.type]
     if not torch.is_grad_enabled():  # an autograd function is told that its input wants a gradient even so

@@ -176,7 +176,10 @@ class _AddLora(torch.autograd.Function):
             return result
         ctx.scaling = scaling
         ctx.save_for_backward(x, low, a, b)
-        return flat.addmm(low, b.to(dtype).T).view_as(result)  # autograd forbids in place: bitsandbytes returns a view
+        # Autograd forbids in place: bitsandbytes returns a view. Nor may a view leave, to which Falcon adds in place.
+        added = torch.empty_like(result, memory_format=torch.contiguous_format)
+        torch.addmm(flat, low, b.to(dtype).T, out=added.view(-1, added.shape[-1]))
+        return added
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

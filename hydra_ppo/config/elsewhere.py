@@ -7,6 +7,7 @@ from collections.abc import Collection
 NAMES: dict[str, tuple[str, ...]] = {
     # what is trained on, and where to
     **dict.fromkeys(("model_name_or_path", "model_name", "model_path", "pretrain", "sft_model_path"), ("model.name_or_path",)),
+    **dict.fromkeys(("adapter_name_or_path", "sft_adapter", "lora_path"), ("model.adapter",)),
     **dict.fromkeys(("reward_model", "reward_model_path", "reward_model_name_or_path", "reward_pretrain"), ("reward.sources",)),
     **dict.fromkeys(("dataset", "dataset_name", "dataset_path", "prompt_data", "train_file", "train_files"), ("data.train",)),
     **dict.fromkeys(("eval_dataset", "validation_file", "val_files", "test_file"), ("data.eval",)),

@@ -61,12 +61,23 @@ class ModelSettings:
     name_or_path: str = required(
         "A Hugging Face causal LM (hub name or local folder), or a folder written by this program (a run of sft or ppo)."
     )
+    adapter: str | None = setting(
+        None,
+        "A LoRA folder of PEFT, trained elsewhere on this base (by TRL's SFTTrainer, say): what training starts from, and "
+        "the reference. Not with a run of this program, which brings its own.",
+    )
     quantization: Quantization | None = setting(None, "Quantise the base's linear layers: int8, nf4 or fp4; null keeps them.")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", "Compute type; auto is the checkpoint's own on a GPU and fp32 on a CPU."
     )
-    attention: Literal["auto", "flash_attention_2", "sdpa"] = setting(
-        "auto", "Attention kernel; auto takes flash-attention where it is installed and usable, else SDPA."
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = setting(
+        "auto",
+        "Attention kernel; auto takes flash-attention where it is installed and usable, else SDPA, else the model's own.",
+    )
+    check: Literal["fast", "full", "off"] = setting(
+        "fast",
+        "Try the model's passes on a few tokens when it is built (causality, padding, modes, adapters, recomputing), and its "
+        "decoding before the first rollout; full takes rows of some hundred tokens, off none.",
     )
     trunk_layers: int = setting(0, "Adapters sit on the layers above this many; the layers below are shared by all roles.")
     packing: bool = setting(

@@ -304,12 +304,15 @@ class StopStrings:
         self.tokenizer, self.strings = tokenizer, tuple(strings)
         # A token is at least a byte of text, but for those that say nothing.
         self.tokens = max(len(string.encode()) for string in strings) + 8
+        # SentencePiece drops the space that a text begins with; behind a letter it stays.
+        self.before = list(tokenizer("a", add_special_tokens=False).input_ids[-1:])
 
     def __call__(self, responses: Sequence[Sequence[int]]) -> list[bool]:
         """Return for each response whether it holds a string that ends it."""
-        tails = [list(response[-self.tokens :]) for response in responses]
+        tails = [[*self.before, *response[-self.tokens :]] for response in responses]
         texts = self.tokenizer.batch_decode(tails, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return [any(string in text for string in self.strings) for text in texts]
+        (start,) = self.tokenizer.batch_decode([self.before], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [any(string in text[len(start) :] for string in self.strings) for text in texts]
 
 
 def unknown_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from hydra_ppo.compat import experts_of, refused_targets
 from hydra_ppo.config.settings import LoraSettings
-from hydra_ppo.errors import ConfigError
+from hydra_ppo.errors import ConfigError, RoleError, UnsupportedModelError
 from hydra_ppo.model.architecture import Architecture
+
+logger = logging.getLogger("hydra_ppo")
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "lora_dropout": ((0.0,), "would add noise to the ratio of PPO", "set lora_dropout=0"),
@@ -36,6 +43,14 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
 }
 """PEFT options that a shared base cannot take: values that are fine, the rule that others break, what to do."""
 
+TAKEN = {
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
+    *("layers_pattern", "loftq_config", "eva_config", "corda_config", "megatron_core", "runtime_config"),
+}
+"""PEFT options that are computed here, or that compute nothing by themselves. Of all others the default is taken, and no other
+value: PEFT gets new ones with every version, and our forward pass would leave them out without a word."""
+
 
 class AdapterSwitch:
     """Says which one adapter of a base is active, or none.
@@ -51,8 +66,17 @@ class AdapterSwitch:
         self.set(None)
 
     def set(self, adapter: str | None) -> None:
-        """Make `adapter` the active one; None switches all of them off."""
+        """Make `adapter` the active one; None switches all of them off.
+
+        Raises:
+            RoleError: when one is merged into the base.
+        """
         for layer in self._layers:
+            if layer.merged_adapters:
+                raise RoleError(
+                    f"adapter {layer.merged_adapters[0]!r} is merged into the base, which all roles share; unmerge it "
+                    "(unmerge_adapter), or merge what export writes."
+                )
             layer._disable_adapters = adapter is None
             if adapter is not None:
                 layer._active_adapter = [adapter]
@@ -67,6 +91,19 @@ class AdapterSwitch:
             yield
         finally:
             self.set(before)
+
+
+def refuse_adapters(causal_lm: nn.Module) -> None:
+    """Refuse a base that carries adapters already: they would be on in every role, the reference too.
+
+    Raises:
+        ConfigError: saying what to hand over instead.
+    """
+    if isinstance(causal_lm, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in causal_lm.modules()):
+        raise ConfigError(
+            f"base={type(causal_lm).__name__} carries adapters already, which no role could switch off; hand over the plain "
+            "model (get_base_model().unload(), or merge_and_unload()), and name an adapter of your own with model.adapter."
+        )
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
@@ -107,27 +144,99 @@ def lora_config(architecture: Architecture, lora: LoraConfig | LoraSettings | No
     else:
         lora = lora or LoraSettings()
         config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, use_rslora=lora.use_rslora)
-    for name, (allowed, why, remedy) in REFUSED.items():
-        value = getattr(config, name, allowed[0])
-        if value not in allowed:
-            raise ConfigError(f"lora.{name}={value!r} {why}; {remedy}.")
-    available = architecture.linear_names()
-    asked = config.target_modules
-    if asked is None or asked == "all-linear":
-        asked = available
-    targets = {asked} if isinstance(asked, str) else set(asked)
-    unknown = sorted(targets - set(available))
-    if unknown:
-        raise ConfigError(
-            f"lora.target_modules={unknown} are not linear layers of this model; choose among {', '.join(available)}."
+    check_options(config, "lora.")
+    names = isinstance(asked := config.target_modules, str | type(None)) and asked in (None, "all-linear")
+    targets, by_name = _targets(architecture, asked, trunk_layers)
+    causal_lm = architecture.causal_lm
+    for refused, why in (
+        (experts_of(causal_lm, config, targets), "fused experts, whose parameters an adapter would have to be put on"),
+        (refused_targets(config, causal_lm, targets), "read by a kernel that an adapter would be left out of"),
+    ):
+        if not refused:
+            continue
+        if not names:
+            raise ConfigError(f"lora.target_modules={sorted(refused)} are {why}; leave them out.")
+        targets -= refused
+        logger.info("adapters sit on %s and not on %s: %s", *(_few(found) for found in (targets, refused)), why)
+    if not targets:
+        raise UnsupportedModelError(
+            f"model={type(causal_lm).__name__} has no linear layer that an adapter could sit on; use another model."
         )
     config.target_modules = targets  # type: ignore[assignment]  # PEFT says list, and makes a set of one itself
     config.fan_in_fan_out = architecture.config.model_type == "gpt2"
     config.task_type = "CAUSAL_LM"
-    if trunk_layers:
+    if trunk_layers and by_name:
         config.layers_to_transform = list(range(trunk_layers, len(architecture.layers)))
         config.layers_pattern = architecture.layers_name
     return config
+
+
+def check_options(config: LoraConfig, where: str, ours: frozenset[str] = frozenset()) -> None:
+    """Refuse options of PEFT that a shared base cannot take, or that are not computed here.
+
+    Args:
+        where: begins the error.
+        ours: options that are set by this project itself.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for name, (allowed, why, remedy) in REFUSED.items():
+        value = getattr(config, name, allowed[0])
+        if name not in ours and value not in allowed:
+            raise ConfigError(f"{where}{name}={value!r} {why}; {remedy}.")
+    plain = LoraConfig()
+    for name in (field.name for field in fields(config)):
+        value = getattr(config, name)
+        if name not in TAKEN | REFUSED.keys() | ours and value != getattr(plain, name, None):
+            raise ConfigError(f"{where}{name}={value!r} is not computed here, and would be left out silently; leave it out.")
+
+
+def _targets(architecture: Architecture, asked: Any, trunk_layers: int) -> tuple[set[str], bool]:
+    """Return what PEFT is to adapt, and whether it is said by last names alone; else by full names, the trunk left out.
+
+    Args:
+        asked: as PEFT takes it: names or ends of names, one regular expression for whole names, "all-linear", or None.
+
+    Raises:
+        ConfigError: where there are no such linear layers inside the decoder layers.
+    """
+    available = architecture.linear_names()
+    if asked is None or asked == "all-linear":
+        asked = available
+    elif isinstance(asked, str) and asked in available:
+        asked = [asked]
+    inside = list(architecture.linear_paths())
+    if isinstance(asked, str):
+        found = {path for path in inside if _matches(asked, path)}
+        unknown = [] if found else [asked]
+    else:
+        found = {path for path in inside if any(path == name or path.endswith(f".{name}") for name in asked)}
+        unknown = sorted(name for name in asked if not any(path == name or path.endswith(f".{name}") for path in inside))
+    if unknown:
+        raise ConfigError(
+            f"lora.target_modules={unknown} are not linear layers of this model; choose among {', '.join(available)}."
+        )
+    # Others may have the same names: layers of a tower for images, experts that are no linear layers, layer 0 itself.
+    ours = set(inside)
+    elsewhere = {name.rsplit(".", 1)[-1] for name, _ in architecture.causal_lm.named_modules() if name not in ours}
+    if not isinstance(asked, str) and set(asked) <= set(available) - elsewhere:
+        return set(asked), True
+    return found & set(architecture.linear_paths(trunk_layers)), False
+
+
+def _few(names: Iterable[str]) -> str:
+    """Return the last parts of names, each once."""
+    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+
+
+def _matches(pattern: str, path: str) -> bool:
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise ConfigError(
+            f"lora.target_modules={pattern!r} is neither a layer's name nor a regular expression ({error}); use names."
+        ) from error
 
 
 def put_adapter(base: PreTrainedModel | PeftModel, name: str, shape: LoraConfig, folder: Path | None) -> PeftModel:
@@ -136,7 +245,9 @@ def put_adapter(base: PreTrainedModel | PeftModel, name: str, shape: LoraConfig,
     Raises:
         ConfigError: when the folder has no safetensors, or does not fit the base.
     """
-    config = deepcopy(shape) if folder is None else PeftConfig.from_pretrained(str(folder))
+    config: Any = deepcopy(shape) if folder is None else PeftConfig.from_pretrained(str(folder))
+    if folder is not None:
+        check_saved_options(config, folder)
     config.inference_mode = False
     if isinstance(base, PeftModel):
         base.add_adapter(name, config)
@@ -150,6 +261,49 @@ def put_adapter(base: PreTrainedModel | PeftModel, name: str, shape: LoraConfig,
     return base
 
 
+def check_saved_options(config: PeftConfig, folder: Path) -> None:
+    """Refuse a saved adapter whose options cannot be taken; its dropout is set to 0.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"adapter {str(folder)!r} is of kind {config.peft_type}; only LoRA adapters can be taken.")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"adapter {str(folder)!r} lacks adapter_model.safetensors; save it again, as safetensors.")
+    if config.lora_dropout:
+        logger.info("%s was trained with lora_dropout=%s, which is 0 here", folder, config.lora_dropout)
+        config.lora_dropout = 0.0
+    check_options(config, f"adapter {str(folder)!r}: ", ours=frozenset({"layers_to_transform", "init_lora_weights"}))
+
+
+def adapter_folder(name: str | os.PathLike[str]) -> Path:
+    """Return the folder of an adapter that somebody names.
+
+    Raises:
+        ConfigError: where it is none.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"model.adapter={str(name)!r} holds no adapter_config.json; name a folder that PEFT's save_pretrained wrote."
+        )
+    return folder
+
+
+def check_trunk_is_free(layers: nn.ModuleList, trunk_layers: int) -> None:
+    """Refuse adapters on layers that are to be the same in every role.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if any(isinstance(module, BaseTunerLayer) for layer in list(layers)[:trunk_layers] for module in layer.modules()):
+        raise ConfigError(
+            f"model.trunk_layers={trunk_layers}: the adapter of model.adapter sits on those layers too, which would then "
+            "differ by role; use 0, or an adapter that was trained on the layers above."
+        )
+
+
 def read_adapter(base: PeftModel, name: str, folder: Path) -> None:
     """Copy the saved weights of adapter `name` into it: all of them, and no others.
 
@@ -158,12 +312,13 @@ def read_adapter(base: PeftModel, name: str, folder: Path) -> None:
     """
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        raise ConfigError(
-            f"model.name_or_path={str(folder.parent)!r} lacks {name}/adapter_model.safetensors; save the adapter again."
-        )
+        raise ConfigError(f"adapter {str(folder)!r} lacks adapter_model.safetensors; save it again, as safetensors.")
     state = load_file(weights)
     check_fit(base, name, folder, {key: tuple(tensor.shape) for key, tensor in state.items()})
-    set_peft_model_state_dict(base, state, adapter_name=name)
+    # By name and not by PEFT's own function, which renames what it takes for experts of older versions, and loses some.
+    with torch.no_grad():
+        for key, parameter in adapter_parameters(base, name).items():
+            parameter.copy_(state[key.replace(".{}.", ".")])
 
 
 def check_fit(base: PeftModel, name: str, folder: Path, found: Mapping[str, tuple[int, ...]]) -> None:

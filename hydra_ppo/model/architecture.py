@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hydra_ppo.compat import backbone_of, layer_types
+from hydra_ppo.compat import backbone_of, last_hidden_state, layer_types, states_at_head
 from hydra_ppo.compute.logprobs import LMHead
 from hydra_ppo.errors import UnsupportedModelError
 
@@ -27,16 +27,24 @@ class Architecture:
         backbone: the part that returns final hidden states.
         layers: its decoder layers, in order.
         layers_name: attribute that holds them (`layers`, `h`), as PEFT's `layers_pattern` wants it.
+        through_model: whether the output head reads something else than the backbone returns (MiniCPM3 scales it, BERT's
+            decoders have a layer in between), so that a pass goes through the whole model up to the head.
+        scale: what the model multiplies its logits with after the head (Cohere, Granite).
+        softcap: what bounds them after that (Gemma 2).
     """
 
     causal_lm: PreTrainedModel
     backbone: nn.Module
     layers: nn.ModuleList
     layers_name: str
+    through_model: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
 
     @property
     def config(self) -> Any:
-        return self.causal_lm.config
+        """The config that the decoder layers read: that of the text model, where a checkpoint holds others too."""
+        return text_config(self.causal_lm)
 
     @property
     def hidden_size(self) -> int:
@@ -54,12 +62,27 @@ class Architecture:
     def lm_head(self) -> LMHead:
         """Return the output head as tensors; they are the model's own, not copies."""
         linear = self.output_embeddings
-        return LMHead(linear.weight, linear.bias, getattr(self.config, "final_logit_softcapping", None))
+        return LMHead(linear.weight, linear.bias, self.softcap, self.scale)
+
+    def final_states(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """Run the model up to its output head; return (B, T, H), what the head reads.
+
+        Args:
+            input_ids: (B, T).
+            options: attention_mask, position_ids, past_key_values as the Hugging Face backbone takes them; a cache is filled.
+        """
+        if self.through_model:
+            return states_at_head(self.causal_lm, self.output_embeddings, input_ids, **options)
+        return last_hidden_state(self.backbone, input_ids, **options)
 
     def linear_names(self) -> list[str]:
         """Return the names, last part only, of all linear layers inside the decoder layers."""
-        names = {name.rsplit(".", 1)[-1] for name, module in self.layers[0].named_modules() if is_linear(module)}
-        return sorted(names)
+        return sorted({name.rsplit(".", 1)[-1] for name, module in self.layers.named_modules() if is_linear(module)})
+
+    def linear_paths(self, first_layer: int = 0) -> Iterator[str]:
+        """Yield the full names of the linear layers inside the decoder layers from `first_layer` on."""
+        inside = {id(module) for layer in list(self.layers)[first_layer:] for module in layer.modules() if is_linear(module)}
+        yield from (name for name, module in self.causal_lm.named_modules() if id(module) in inside)
 
     @property
     def layer_types(self) -> list[str]:
@@ -73,7 +96,8 @@ class Architecture:
 
 
 def inspect_architecture(causal_lm: PreTrainedModel) -> Architecture:
-    """Find the backbone, decoder layers and output head of `causal_lm`.
+    """Find the backbone, decoder layers and output head of `causal_lm`. Whether its passes are those of a decoder is not
+    asked here: `model.probe` tries.
 
     Raises:
         UnsupportedModelError: naming the part that is missing.
@@ -83,7 +107,7 @@ def inspect_architecture(causal_lm: PreTrainedModel) -> Architecture:
     def missing(what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"model={kind} cannot be a shared base: it has no {what}; use a decoder-only causal LM such as Llama, Mistral, "
-            "Qwen2, Qwen3, Gemma 3 (text), Phi-3, GPT-2, GPT-NeoX or OPT."
+            "Qwen2, Qwen3, Gemma 3, Phi-3, GPT-2, GPT-NeoX or OPT."
         )
 
     if getattr(causal_lm.config, "is_encoder_decoder", False):
@@ -94,37 +118,54 @@ def inspect_architecture(causal_lm: PreTrainedModel) -> Architecture:
     backbone = backbone_of(causal_lm)
     if backbone is None:
         raise missing(f"backbone under its base_model_prefix {causal_lm.base_model_prefix!r}")
-    if "past_key_values" not in inspect.signature(backbone.forward).parameters:  # XLNet, which sees later tokens too
-        raise missing("key-value cache")
-    depth = getattr(causal_lm.config, "num_hidden_layers", None)
+    depth = getattr(text_config(causal_lm), "num_hidden_layers", None)
     stacks = [
         (name.rsplit(".", 1)[-1], module)
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and all(has_attention(layer) for layer in module)
+        for name, module in _text_part(causal_lm, backbone).named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
-    if len(stacks) != 1:
-        raise missing(f"single list of decoder layers (found {len(stacks)})")
-    architecture = Architecture(causal_lm, backbone, stacks[0][1], stacks[0][0])
-    unknown = sorted(set(architecture.layer_types) - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise missing(f"plain attention in every layer (found {', '.join(unknown)})")
+    if not stacks:
+        raise missing(f"list of {depth} decoder layers")
+    # Of several (norms, caches and the like stand in lists too) the layers hold the weights.
+    name, layers = max(stacks, key=lambda stack: sum(p.numel() for p in stack[1].parameters()))
+    softcap = getattr(text_config(causal_lm), "final_logit_softcapping", None)
+    architecture = Architecture(causal_lm, backbone, layers, name, softcap=softcap)
     if not architecture.linear_names():
         raise missing("linear layer inside its decoder layers")
     return architecture
 
 
-@torch.no_grad()
-def check_head(architecture: Architecture) -> None:
-    """Compare the model's own logits of two tokens with those that `LMHead` computes.
+def text_config(causal_lm: PreTrainedModel) -> Any:
+    """Return the config of the language model: the model's own, or that of the text in a checkpoint of several kinds."""
+    return getattr(causal_lm.config, "text_config", None) or causal_lm.config
 
-    A model may scale or shift its logits after the head; log-probs from hidden states would then be silently wrong.
+
+def _text_part(causal_lm: PreTrainedModel, backbone: nn.Module) -> nn.Module:
+    """Return the part of a backbone in which the decoder layers are; beside it there may be towers for images and sound."""
+    for name in ("language_model", "text_model"):
+        found = getattr(backbone, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    return backbone
+
+
+@torch.no_grad()
+def understand_head(architecture: Architecture) -> Architecture:
+    """Compare the model's own logits of two tokens with those that `LMHead` computes from hidden states.
+
+    A model may do something between backbone and head, or scale its logits after the head; log-probs from hidden states would
+    then be silently wrong.
+
+    Returns:
+        The architecture, with what was found out.
 
     Raises:
-        UnsupportedModelError: when they differ, or are not finite.
+        UnsupportedModelError: when they differ in another way, or are not finite.
     """
     weight = architecture.output_embeddings.weight
     if weight.device.type == "meta":
-        return
+        return architecture
+    kind = type(architecture.causal_lm).__name__
     tokens = torch.tensor([[0, min(5, weight.shape[0] - 1)]], device=weight.device)
     expected = architecture.causal_lm(input_ids=tokens, use_cache=False).logits.float()
     if not expected.isfinite().all():
@@ -133,27 +174,71 @@ def check_head(architecture: Architecture) -> None:
             (name for name, weight in named if weight.is_floating_point() and not weight.isfinite().all()), "none alone"
         )
         raise UnsupportedModelError(
-            f"model={type(architecture.causal_lm).__name__} computes logits that are NaN or infinite (weight that is: "
+            f"model={kind} computes logits that are NaN or infinite (weight that is: "
             f"{broken}); get the model again, or use a wider model.dtype."
         )
-    hidden: Tensor = architecture.backbone(input_ids=tokens, use_cache=False).last_hidden_state
-    found = architecture.lm_head().logits(hidden)
-    difference = (expected - found).abs().max() / expected.abs().max().clamp(min=1e-6)
-    if not difference.item() <= PROBE_TOLERANCE:
-        raise UnsupportedModelError(
-            f"model={type(architecture.causal_lm).__name__} changes its logits after the output head (relative difference "
-            f"{difference.item():.2g}), which log-probs from hidden states would miss; use one of the supported families."
-        )
+    difference = float("inf")
+    tolerance = max(PROBE_TOLERANCE, 2 * torch.finfo(weight.dtype).eps) if weight.is_floating_point() else PROBE_TOLERANCE
+    for through in (False, True):
+        found = replace(architecture, through_model=through)
+        try:
+            hidden = found.final_states(tokens)
+        except (LookupError, AttributeError, TypeError):
+            continue
+        if hidden.shape[-1] != weight.shape[1]:
+            continue
+        ways = [
+            {},
+            *_scales(architecture.config, expected, found.lm_head().logits(hidden), tolerance),
+            *_caps(architecture.config),
+        ]
+        for way in ways:
+            candidate = replace(found, **cast(dict[str, Any], way))
+            away = (expected - candidate.lm_head().logits(hidden)).abs().max() / expected.abs().max().clamp(min=1e-6)
+            difference = min(difference, away.item())
+            if away.item() <= tolerance:
+                return candidate
+    raise UnsupportedModelError(
+        f"model={kind} changes its logits after the output head (relative difference {difference:.2g}), by no number "
+        "that its config names, which log-probs from hidden states would miss; use one of the supported families."
+    )
 
 
-def has_attention(layer: nn.Module) -> bool:
-    """Return whether a decoder layer has an attention module (`self_attn`, `attn`, `attention`, `self_attention`)."""
-    return any("attn" in name or "attention" in name for name, _ in layer.named_children())
+def _caps(config: Any) -> list[dict[str, float]]:
+    """Return what a config might bound logits by, whatever it calls it."""
+    numbers = [v for k, v in config.to_dict().items() if "cap" in k and isinstance(v, int | float) and not isinstance(v, bool)]
+    return [{"softcap": float(number)} for number in numbers if number > 0]
+
+
+def _scales(config: Any, expected: Tensor, found: Tensor, tolerance: float) -> list[dict[str, float]]:
+    """Return the numbers of a config, and one over them, by which `found` would become `expected`, the nearest first.
+
+    What is measured is rounded, so that it only says which number is meant.
+    """
+    measured = ((expected * found).sum() / found.square().sum().clamp(min=1e-30)).item()
+    numbers = [v for v in config.to_dict().values() if isinstance(v, int | float) and not isinstance(v, bool) and v]
+    candidates = {float(n) for n in numbers} | {1 / n for n in numbers}
+    near = [n for n in candidates if abs(n / measured - 1) <= 10 * tolerance] if measured else []
+    return [{"scale": n} for n in sorted(near, key=lambda n: abs(n / measured - 1))]
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether LoRA can adapt `module`: linear layers, quantised ones included, and GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Return whether LoRA can adapt `module`: linear layers, quantised ones included, and GPT-2's Conv1D.
+
+    Of a model's own kinds those that return a product and nothing else: not the routers of Llama 4 and PhiMoE.
+    """
+    if isinstance(module, nn.Linear):
+        own = type(module) is not nn.Linear and type(module).__module__.startswith("transformers.models.")
+        return not own or _returns_product(module)
+    return type(module).__name__ == "Conv1D"
+
+
+@torch.no_grad()
+def _returns_product(module: nn.Linear) -> bool:
+    try:
+        return isinstance(module(module.weight.new_zeros(1, module.in_features)), Tensor)
+    except Exception:  # whatever it wants besides, it is no linear layer
+        return False
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -19,15 +19,28 @@ from hydra_ppo.compute.lora import use_lean_linear, use_lean_lora
 from hydra_ppo.compute.recompute import disable_native_checkpointing
 from hydra_ppo.config.settings import LoraSettings
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.model.adapters import copy_adapter, lora_config, put_adapter
-from hydra_ppo.model.architecture import check_head, disable_dropout, inspect_architecture, keep_quantised_layers_trainable
+from hydra_ppo.model.adapters import (
+    adapter_folder,
+    check_trunk_is_free,
+    copy_adapter,
+    lora_config,
+    put_adapter,
+    refuse_adapters,
+)
+from hydra_ppo.model.architecture import disable_dropout, inspect_architecture, keep_quantised_layers_trainable, understand_head
 from hydra_ppo.model.loading import DTYPES, base_from_config, load_base, quantization_of
 from hydra_ppo.model.manifest import MANIFEST, base_folder, check_base, other_quantization, read_manifest
+from hydra_ppo.model.probe import as_one_line, probe, without_values
 from hydra_ppo.model.role_model import RoleModel
 from hydra_ppo.model.roles import Stage, StageName, build_stage
 from hydra_ppo.model.saving import read_heads, write_model
 
 logger = logging.getLogger("hydra_ppo")
+
+FROM_ADAPTER: dict[str, dict[str, str]] = {"reference": {"adapter": "sft"}, "reward": {"adapter": "sft"}}
+"""Roles of a base with an adapter from elsewhere: one pass is reference and reward model, as after joint SFT here."""
+
+CheckName = Literal["fast", "full", "off"]
 
 
 class HydraModel(RoleModel):
@@ -55,7 +68,10 @@ class HydraModel(RoleModel):
         packing: run rows of different lengths end to end, so that no padding is computed, where the attention can do it:
             flash-attention on a GPU, any on a CPU, for the model types in `packing.FAMILIES`.
         saved: folder that `save_pretrained` wrote, whose adapters and heads are taken over.
+        adapter: folder of a LoRA adapter that PEFT wrote, which becomes the `sft` adapter: the reference, and what actor and
+            critic start from.
         autocast: compute type of a base that is itself trained, whose weights stay in fp32.
+        check: try the passes of the model on a few tokens, `fast`, on rows of some hundred, `full`, or not, `off`.
 
     Memory: the base once; per adapter set 4 bytes a LoRA parameter; two heads of H numbers.
 
@@ -73,18 +89,35 @@ class HydraModel(RoleModel):
         trunk_layers: int = 0,
         packing: bool = True,
         saved: Path | None = None,
+        adapter: Path | None = None,
         autocast: torch.dtype | None = None,
+        check: CheckName = "fast",
     ) -> None:
+        if check not in get_args(CheckName):
+            raise ConfigError(f"model.check={check!r} is unknown; choose fast, full or off.")
+        refuse_adapters(causal_lm)
         architecture = inspect_architecture(causal_lm)
         manifest = read_manifest(saved) if saved is not None else None
-        stage = train if isinstance(train, Stage) else build_stage(train, manifest["roles"] if manifest else {})
+        if adapter is not None and manifest is not None:
+            raise ConfigError(
+                f"model.adapter={str(adapter)!r} does not go with a run of this program, which brings its own; name the plain "
+                "base."
+            )
+        roles = manifest["roles"] if manifest else FROM_ADAPTER if adapter is not None else {}
+        stage = train if isinstance(train, Stage) else build_stage(train, roles)
         trunk_layers = _trunk_layers(trunk_layers, manifest, len(architecture.layers))
         disable_dropout(causal_lm)
         keep_quantised_layers_trainable(causal_lm)
         mend_int8_layers(causal_lm)
         disable_native_checkpointing(causal_lm)  # it may be reentrant, and knows no role
-        check_head(architecture)
-        base = _with_adapters(causal_lm, stage, lora_config(architecture, lora, trunk_layers), saved)
+        tried = check != "off" and not without_values(architecture.output_embeddings.weight)
+        if tried:
+            with as_one_line(causal_lm):
+                architecture = understand_head(architecture)
+        folders = {name: saved / name for name in stage.adapters} if saved is not None else {"sft": adapter} if adapter else {}
+        base = _with_adapters(causal_lm, stage, lora_config(architecture, lora, trunk_layers), folders)
+        if adapter is not None:
+            check_trunk_is_free(architecture.layers, trunk_layers)
         use_lean_lora(base)
         use_lean_mlps(architecture.layers)
         use_lean_linear(architecture.layers)
@@ -98,6 +131,9 @@ class HydraModel(RoleModel):
         if manifest and manifest.get("end_ids"):
             self.trained_end = manifest["end_ids"][0]
             causal_lm.generation_config.eos_token_id = manifest["end_ids"]
+        self.check = check
+        if tried:
+            probe(self, check, quantised=quantization_of(causal_lm) == "int8")
 
     # -- construction ------------------------------------------------------------------------------------------------
 
@@ -115,6 +151,8 @@ class HydraModel(RoleModel):
         device: str = "auto",
         trust_remote_code: bool = False,
         train: StageName | Stage = "ppo",
+        check: CheckName = "fast",
+        adapter: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Load a causal LM (folder or hub name), or a folder that `save_pretrained` wrote.
 
@@ -122,13 +160,13 @@ class HydraModel(RoleModel):
             name_or_path: model name, model folder, or saved HydraModel.
             quantization: how linear layers of the base are held; None keeps them.
             lora: shape of new adapters; of a saved model, its own shape counts.
-            attention: auto, sdpa or flash_attention_2.
+            attention: auto, flash_attention_2, sdpa or eager.
             dtype: auto, fp32, bf16 or fp16.
             trunk_layers: adapters sit on the layers above this many.
             packing: see the class.
             device: auto, cpu, cuda or cuda:N.
             trust_remote_code: run Python code that comes with the model. Never on by itself.
-            train: see the class.
+            train, check, adapter: see the class.
 
         Raises:
             ConfigError, UnsupportedModelError: one line that says what to do.
@@ -136,7 +174,9 @@ class HydraModel(RoleModel):
         tunes_base = train == "base" or (isinstance(train, Stage) and train.tunes_base)
         if tunes_base and quantization is not None:
             raise ConfigError(f"model.quantization={quantization!r} leaves no weights that train='base' can train; use None.")
-        path = Path(name_or_path)
+        brought = None if adapter is None else adapter_folder(adapter)
+        path = Path(name_or_path).expanduser()
+        name_or_path = str(path) if path.is_dir() else name_or_path
         saved = path if (path / MANIFEST).is_file() else None
         base = base_folder(path) if saved is not None else str(name_or_path)
         if saved is not None:
@@ -150,9 +190,8 @@ class HydraModel(RoleModel):
             trust_remote_code=trust_remote_code,
         )
         autocast = DTYPES.get(dtype) if tunes_base and dtype != "fp32" else None
-        return cls(
-            causal_lm, lora=lora, train=train, trunk_layers=trunk_layers, packing=packing, saved=saved, autocast=autocast
-        )
+        options: dict[str, Any] = {"trunk_layers": trunk_layers, "packing": packing, "check": check}
+        return cls(causal_lm, lora=lora, train=train, saved=saved, adapter=brought, autocast=autocast, **options)
 
     @classmethod
     def from_config(
@@ -167,10 +206,11 @@ class HydraModel(RoleModel):
         packing: bool = True,
         device: str = "auto",
         train: StageName | Stage = "ppo",
+        check: CheckName = "fast",
     ) -> Self:
         """Build a model with random weights from a Hugging Face config; arguments as in `from_pretrained`."""
         causal_lm = base_from_config(config, quantization=quantization, attention=attention, dtype=dtype, device=device)
-        return cls(causal_lm, lora=lora, train=train, trunk_layers=trunk_layers, packing=packing)
+        return cls(causal_lm, lora=lora, train=train, trunk_layers=trunk_layers, packing=packing, check=check)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -209,15 +249,15 @@ def _trunk_layers(asked: int, manifest: Mapping[str, Any] | None, depth: int) ->
 
 
 def _with_adapters(
-    causal_lm: PreTrainedModel, stage: Stage, shape: LoraConfig, saved: Path | None
+    causal_lm: PreTrainedModel, stage: Stage, shape: LoraConfig, folders: Mapping[str, Path]
 ) -> PreTrainedModel | PeftModel:
-    """Put the adapters of all roles on the base: saved ones as they were, new ones as exact copies of a saved one.
+    """Put the adapters of all roles on the base: those of `folders` as they were, new ones as exact copies of one of them.
 
     Actor and critic start as reference and reward; a reward adapter of its own starts as the reference.
     """
     base: PreTrainedModel | PeftModel = causal_lm
     for name in stage.adapters:
-        folder = saved / name if saved is not None and (saved / name / "adapter_config.json").is_file() else None
+        folder = folders[name] if name in folders and (folders[name] / "adapter_config.json").is_file() else None
         source = stage.starts.get(name)
         like = shape if source is None else cast(LoraConfig, base.peft_config[source])  # put there by this loop
         base = put_adapter(base, name, like, folder)

@@ -55,10 +55,12 @@ def resolve_attention(attention: str, device: torch.device, dtype: torch.dtype) 
     """Choose the attention kernel and log the choice.
 
     Raises:
-        ConfigError: when flash-attention is asked for and cannot be used; the message says why.
+        ConfigError: when it is unknown, or flash-attention is asked for and cannot be used; the message says why.
     """
-    if attention == "sdpa":
+    if attention in ("sdpa", "eager"):
         return attention
+    if attention not in ("auto", "flash_attention_2"):
+        raise ConfigError(f"model.attention={attention!r} is unknown; choose auto, flash_attention_2, sdpa or eager.")
     obstacle = None
     if importlib.util.find_spec("flash_attn") is None:
         obstacle = "the package flash-attn is not installed"
@@ -80,6 +82,16 @@ def resolve_attention(attention: str, device: torch.device, dtype: torch.dtype) 
     return chosen
 
 
+def _kernel_option(attention: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Return the argument of `from_pretrained` and `from_config` that says the attention kernel.
+
+    Where it is chosen by us and not flash-attention it is left to the class: GPT-OSS has sinks and Gemma 2 caps, which SDPA
+    cannot do.
+    """
+    chosen = resolve_attention(attention, device, dtype)
+    return {} if attention == "auto" and chosen == "sdpa" else {"attn_implementation": chosen}
+
+
 def load_base(
     name_or_path: str,
     *,
@@ -99,6 +111,10 @@ def load_base(
     """
     place = resolve_device(device)
     folder = Path(name_or_path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model.name_or_path={name_or_path!r} is an adapter; name its base there, and this folder in model.adapter."
+        )
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(
             f"model.name_or_path={name_or_path!r} holds no config.json; name a folder with config.json and safetensors "
@@ -123,7 +139,7 @@ def load_base(
             name_or_path,
             what,
             **dtype_option(compute),
-            attn_implementation=resolve_attention(attention, place, compute),
+            **_kernel_option(attention, place, compute),
             device_map={"": str(place) if place.index is not None or place.type == "cpu" else torch.cuda.current_device()},
             **options,
         )
@@ -138,9 +154,9 @@ def base_from_config(
     """Build a causal LM with random weights (of torch's global generator), quantised where asked."""
     place = resolve_device(device)
     compute = resolve_dtype(dtype, place, None)
-    kernel = resolve_attention(attention, place, compute)
+    kernel = _kernel_option(attention, place, compute)
     try:
-        model = AutoModelForCausalLM.from_config(config, **dtype_option(compute), attn_implementation=kernel).to(place)
+        model = AutoModelForCausalLM.from_config(config, **dtype_option(compute), **kernel).to(place)
     except ValueError as error:
         raise UnsupportedModelError(
             f"config={type(config).__name__} is not of a causal LM that can be built: {first_line(error)[:160]}; "

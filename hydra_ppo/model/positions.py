@@ -24,8 +24,10 @@ def check_length(causal_lm: PreTrainedModel, longest: int, settings: str) -> str
         settings: that say so, with their values.
 
     Raises:
-        ConfigError: where the model looks positions up in a table, learned or computed once, that ends before.
+        ConfigError: where the model looks positions up in a table, learned or computed once, that ends before; or where its
+            rotary embedding follows the longest row beyond that, so that a row depends on its neighbours.
     """
+    _check_rope(causal_lm, longest, settings)
     known = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(known, int) or known <= 0:
         return None  # ALiBi, or a recurrent state: no position is looked up
@@ -59,9 +61,32 @@ def _has_table(causal_lm: PreTrainedModel, known: int) -> bool:
     return False
 
 
+FOLLOWS = {"dynamic", "longrope"}
+"""Rotary embeddings whose angles are those of the longest row of a batch, once it is longer than what was trained first."""
+
+
+def _check_rope(causal_lm: PreTrainedModel, longest: int, settings: str) -> None:
+    config = causal_lm.config.get_text_config()
+    for rope in _ropes(config):
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind not in FOLLOWS:
+            continue
+        first = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        first = first or getattr(config, "max_position_embeddings", None) or longest
+        if longest > first:
+            raise ConfigError(
+                f"{settings} make rows of up to {longest} tokens; beyond {first} the model's rotary embedding ({kind}) is that "
+                f"of the longest row, so that a row's numbers depend on its neighbours; lower them by {longest - first} in all."
+            )
+
+
+def _ropes(config: Any) -> list[Mapping[str, Any]]:
+    found = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
+    return [found, *(value for value in found.values() if isinstance(value, Mapping))]
+
+
 def _stretched(config: Any, known: int) -> int:
     """Return the positions that a rotary embedding was stretched to (YaRN and its like)."""
-    found = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
-    kinds = [found, *(value for value in found.values() if isinstance(value, Mapping))]
-    reach = [int(kind["factor"] * kind.get("original_max_position_embeddings", known)) for kind in kinds if kind.get("factor")]
+    ropes = _ropes(config)
+    reach = [int(rope["factor"] * rope.get("original_max_position_embeddings", known)) for rope in ropes if rope.get("factor")]
     return max(reach, default=known)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Self, cast
+from threading import Lock, get_ident
+from typing import Any, NoReturn, Self, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hydra_ppo.compat import last_hidden_state
 from hydra_ppo.compute.logprobs import TokenLogprobs, token_logprobs
 from hydra_ppo.compute.packing import Packing, States, attention_of, packing_attention
 from hydra_ppo.compute.recompute import enable_recompute
@@ -21,6 +21,9 @@ from hydra_ppo.experience import Sequences
 from hydra_ppo.model.adapters import AdapterSwitch, adapter_parameters
 from hydra_ppo.model.architecture import Architecture, keep_quantised_layers_trainable
 from hydra_ppo.model.roles import Role, Stage
+
+_ENTERING = Lock()
+"""Held while a role is entered. None of a model's own: a model can be copied and pickled."""
 
 
 class Heads(nn.ModuleDict):
@@ -75,6 +78,7 @@ class RoleModel(nn.Module):
         self.trunk = Trunk(list(architecture.layers), trunk_layers) if has_trunk else None
         self._own_gradients()
         self._role: str | None = None
+        self._thread: int | None = None  # that has the role in force
         self.packed_attention = packing_attention(architecture.config, self.device)
         self.enable_checkpointing(False)
         self.eval()
@@ -141,11 +145,37 @@ class RoleModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation mode; both give the same numbers, and checkpointing works in both.
 
-        Dropout is off in both. Quantised layers stay in training mode; `keep_quantised_layers_trainable` says why.
+        The base stays in evaluation mode, whatever noise its config asks for: dropout, a router's jitter, another path through
+        a layer. Quantised layers stay in training mode; `keep_quantised_layers_trainable` says why.
         """
         super().train(mode)
+        self.base.eval()
         keep_quantised_layers_trainable(self)
         return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the model to a device. Its types stay: adapters and heads are fp32, the base is of the type it was loaded in.
+
+        Raises:
+            RoleError: when asked for another type.
+        """
+        _, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None:
+            self._refuse_type(dtype)
+        return super().to(*args, **kwargs)
+
+    def _refuse_type(self, dtype: torch.dtype) -> NoReturn:
+        raise RoleError(
+            f"dtype={dtype} would round adapters and heads, which train in fp32; choose model.dtype when the model is loaded."
+        )
+
+    def half(self) -> Self:
+        """Refuse, as `to` does."""
+        self._refuse_type(torch.float16)
+
+    def bfloat16(self) -> Self:
+        """Refuse, as `to` does."""
+        self._refuse_type(torch.bfloat16)
 
     # -- roles -------------------------------------------------------------------------------------------------------
 
@@ -156,16 +186,23 @@ class RoleModel(nn.Module):
         Moves and copies no weight.
 
         Raises:
-            RoleError: when there is no such role.
+            RoleError: when there is no such role, or another thread is in one.
         """
         spec = self._spec(name)
-        before = self._role
-        self._role = name
+        thread = get_ident()
+        with _ENTERING:
+            if self._thread not in (None, thread):
+                raise RoleError(
+                    f"role={name!r} was asked for while another thread has the one base in role {self._role!r}; let one thread "
+                    "use the model at a time."
+                )
+            before, owner = self._role, self._thread
+            self._role, self._thread = name, thread
         try:
             with self.adapters.using(spec.adapter):
                 yield self
         finally:
-            self._role = before
+            self._role, self._thread = before, owner
 
     @property
     def current_role(self) -> str | None:
@@ -212,7 +249,7 @@ class RoleModel(nn.Module):
         # None leaves a caller's own autocast alone.
         precision = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype is not None else nullcontext()
         with precision, attention, nullcontext() if self.trunk is None else self.trunk.put(trunk, packing):
-            return last_hidden_state(self.architecture.backbone, input_ids, **options)
+            return self.architecture.final_states(input_ids, **options)
 
     def logprobs(self, sequences: Sequences, temperature: float = 1.0, entropy_grad: bool = False) -> TokenLogprobs:
         """Compute log-probs and entropy of the response tokens in the current role, which must have the lm head.

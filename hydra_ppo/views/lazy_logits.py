@@ -41,6 +41,7 @@ class LazyLogits(Lazy):
     dtype: ClassVar[torch.dtype] = torch.float32
 
     def __post_init__(self) -> None:
+        self.head, self.temperature = self.head.unscaled(self.temperature)
         self._seen: TokenLogprobs | None = None  # of the last call, without a graph
 
     # -- what a tensor tells about itself --------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from hydra_ppo.profiling.subjects.fake import fake_tensors, no_repetition
 from hydra_ppo.profiling.subjects.shapes import model_config
 from hydra_ppo.profiling.subjects.subjects import Builder, Models
 from hydra_ppo.profiling.workload import Workload
-from hydra_ppo.rollout.sampling import Decoder
+from hydra_ppo.rollout.decoder import Decoder
 from hydra_ppo.training.optim import state_tensors
 
 WARM_UP = "warm-up"

@@ -23,7 +23,7 @@ from hydra_ppo.compute.kv_cache import last_full
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.experience import Experience
 from hydra_ppo.model.architecture import inspect_architecture, is_linear
-from hydra_ppo.rollout.sampling import Decoder
+from hydra_ppo.rollout.decoder import Decoder
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Any:
@@ -69,9 +69,9 @@ def fake_tensors() -> Iterator[None]:
 def no_repetition() -> Iterator[None]:
     """Leave out passes that can add no new peak, for rows that all have one length and weights without values.
 
-    Of the micro-batches of a pass the first is run, of the minibatches of an update the first, and nothing probes the output
-    head. Who uses this has to have the gradients there that a later micro-batch would find; where a minibatch is a single
-    micro-batch, that counts gradients a little too early.
+    Of the micro-batches of a pass the first is run, of the minibatches of an update the first. Who uses this has to have the
+    gradients there that a later micro-batch would find; where a minibatch is a single micro-batch, that counts gradients a
+    little too early.
     """
     split, minibatches = Experience.split, Experience.minibatches
 
@@ -84,7 +84,6 @@ def no_repetition() -> Iterator[None]:
     with (
         patch.object(Experience, "split", one_group),
         patch.object(Experience, "minibatches", one_minibatch),
-        patch("hydra_ppo.model.hydra.check_head", lambda architecture: None),
     ):
         yield
 

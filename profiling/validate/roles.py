@@ -69,7 +69,9 @@ def check_roles(config: Any, quantization: Literal["nf4"] | None, device: torch.
         Differences by the names of `BF16_TOLERANCES`, once for each of `checkpointing_off` and `checkpointing_on`; the
         tolerances; `passed`; in bf16 also `rounding`, how far `separate` models and `hydra` each are from fp32.
     """
-    hydra = HydraModel(_base(config, quantization, device, "auto"), lora=LORA)
+    hydra = HydraModel(
+        _base(config, quantization, device, "auto"), lora=LORA, check="off"
+    )  # what is wrong is to be measured here
     randomise(hydra)
     batch = make_batch(config.vocab_size, tokens, device)
     found: dict[str, Any] = {"tolerances": BF16_TOLERANCES}
@@ -150,7 +152,7 @@ def alone_passes(hydra: HydraModel, make: Callable[[], PreTrainedModel], batch: 
     models = {}
     for role, spec in hydra.roles.items():
         stage = Stage("ppo", {role: spec}, (role,) if role in hydra.trainable_roles else ())
-        models[role] = HydraModel(make(), lora=LORA, train=stage)
+        models[role] = HydraModel(make(), lora=LORA, train=stage, check="off")
         _copy(hydra.role_parameters(role), models[role].role_parameters(role))
         models[role].train()
     sequences = batch.sequences()

@@ -18,7 +18,7 @@ PRELOAD = [
     "tests.faults.rewards",
 ]
 PHASES = {
-    "rollout": "rollout.sampling",
+    "rollout": "rollout.decoder",
     "score": "rollout.collect",
     "update": "training.ppo_update",
     "sft-update": "training.joint_sft",

@@ -133,7 +133,7 @@ def test_ctrl_c_right_after_a_save_and_again(project, run, monkeypatch, capsys, 
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr("hydra_ppo.rollout.sampling.check_stop", stop)
+            patch.setattr("hydra_ppo.rollout.decoder.check_stop", stop)
             assert go_on(project, run) == 0
         assert "Go on with: hydra-ppo ppo" in capsys.readouterr().out
         assert json.loads((run / "state.json").read_text())["state"] == "interrupted"
@@ -151,7 +151,7 @@ def test_a_second_signal_stops_at_once(project, run, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("hydra_ppo.rollout.sampling.check_stop", stop)
+    monkeypatch.setattr("hydra_ppo.rollout.decoder.check_stop", stop)
     assert go_on(project, run) == 130
     monkeypatch.undo()
     assert go_on(project, run) == 0

@@ -55,7 +55,7 @@ def stop_at(monkeypatch, number):
             os.kill(os.getpid(), signal.SIGTERM)
         check()
 
-    for module in ("rollout.sampling", "rollout.collect", "training.ppo_update", "training.joint_sft"):
+    for module in ("rollout.decoder", "rollout.collect", "training.ppo_update", "training.joint_sft"):
         monkeypatch.setattr(f"hydra_ppo.{module}.check_stop", counting)
     return seen
 

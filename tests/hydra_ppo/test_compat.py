@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from hydra_ppo import compat
 from hydra_ppo.errors import UnsupportedModelError
 from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.rollout.decoder import Decoder
 from hydra_ppo.rollout.sampling import sample
 from tests.families import FAMILIES, PROMPTS, randomise
 from tests.hydra_ppo.rollout.test_collect import CLOSE, generator, logprobs_by_pass, settings
@@ -74,10 +75,13 @@ def test_layers_that_cut_masks_by_columns_decode_over_holes():
     assert not any(layer.self_attn._forward_pre_hooks for layer in model.architecture.layers)
 
 
-def test_a_backbone_without_positions_is_refused_by_sampling():
+def test_a_backbone_without_positions_has_no_holes_in_its_cache():
     model = HydraModel(AutoModelForCausalLM.from_config(BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=2)))
     with pytest.raises(UnsupportedModelError, match="takes no position_ids"):
-        sample(model, PROMPTS, settings(), [2], generator())
+        Decoder(model, PROMPTS, 4)
+    out = sample(model, PROMPTS, settings(), [2], generator())
+    for found, wanted in zip(out.logprobs, logprobs_by_pass(model, PROMPTS, out.responses, 0.8), strict=True):
+        assert found == pytest.approx(wanted, abs=CLOSE)
 
 
 def test_flash_attention_in_the_layers_is_refused_by_sampling():

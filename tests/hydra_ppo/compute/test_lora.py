@@ -73,16 +73,6 @@ def test_less_is_alive_than_with_pefts():
     assert peaks[0] < 0.8 * peaks[1]
 
 
-def test_a_merged_adapter_is_left_to_peft():
-    model = build()
-    with torch.no_grad(), model.role("actor"):
-        before = model.hidden_states(sequences().input_ids)
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                layer.merge(adapter_names=["actor"])
-        torch.testing.assert_close(model.hidden_states(sequences().input_ids), before, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_runs_under_a_hosts_autocast(quantization):
     """A quantised layer answers in its own compute type where a plain one answers in that of autocast."""

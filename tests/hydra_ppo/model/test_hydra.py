@@ -292,7 +292,7 @@ class TestSaving:
         assert {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file()} == {".json", ".safetensors"}
         adapter = tmp_path / "run" / "actor" / "adapter_model.safetensors"
         adapter.rename(adapter.with_name("adapter_model.bin"))
-        with pytest.raises(ConfigError, match=r"lacks actor/adapter_model.safetensors"):
+        with pytest.raises(ConfigError, match=r"run/actor' lacks adapter_model.safetensors"):
             HydraModel.from_pretrained(tmp_path / "run")
 
     def test_a_base_that_is_gone_is_named(self, tmp_path):
@@ -358,32 +358,52 @@ class TestRefused:
             HydraModel.from_config(T5Config(d_model=16, num_layers=1, num_heads=2, vocab_size=32))
 
     def test_encoder(self):
-        config = BertConfig(
-            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32, is_decoder=True
-        )
-        with pytest.raises(UnsupportedModelError, match="model=BertLMHeadModel"):
+        config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32)
+        with pytest.raises(UnsupportedModelError, match="model=BertLMHeadModel: a token sees those after it"):
             HydraModel.from_config(config)
 
     def test_layers_that_are_not_the_decoders(self):
         causal_lm = AutoModelForCausalLM.from_config(llama(num_hidden_layers=2))
         causal_lm.model.spare = copy.deepcopy(causal_lm.model.layers)
-        with pytest.raises(UnsupportedModelError, match=r"no single list of decoder layers \(found 2\)"):
+        for layer in causal_lm.model.spare:  # as large as a tower beside the language model may be
+            layer.more = torch.nn.Linear(64, 64)
+        with pytest.raises(UnsupportedModelError, match="no gradient reaches adapter 'actor'"):
             HydraModel(causal_lm)
         causal_lm.model.layers, causal_lm.model.spare = torch.nn.ModuleList(), None
-        with pytest.raises(UnsupportedModelError, match=r"no single list of decoder layers \(found 0\)"):
+        with pytest.raises(UnsupportedModelError, match="no list of 2 decoder layers"):
             HydraModel(causal_lm)
 
     def test_a_model_that_sees_later_tokens(self):
         config = XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=16)
-        with pytest.raises(UnsupportedModelError, match="no key-value cache"):
+        with pytest.raises(UnsupportedModelError, match="model=XLNetLMHeadModel"):
             HydraModel(AutoModelForCausalLM.from_config(config))
 
     def test_logits_changed_after_the_head(self):
-        from transformers import GraniteConfig
+        causal_lm = AutoModelForCausalLM.from_config(llama())
 
-        config = GraniteConfig(**llama().to_diff_dict() | {"logits_scaling": 8.0})
+        def bend(_module, _args, output):
+            output.logits = output.logits + torch.arange(output.logits.shape[-1])
+            return output
+
+        causal_lm.register_forward_hook(bend)
         with pytest.raises(UnsupportedModelError, match="changes its logits after the output head"):
-            HydraModel.from_config(config)
+            HydraModel(causal_lm)
+
+    @pytest.mark.parametrize(("config", "scale"), [("granite", 1 / 8), ("cohere", 0.25)])
+    def test_logits_that_are_scaled_after_the_head(self, config, scale):
+        from transformers import CohereConfig, GraniteConfig
+
+        shape = llama().to_diff_dict()
+        made = (
+            GraniteConfig(**shape | {"logits_scaling": 8.0})
+            if config == "granite"
+            else CohereConfig(**shape, logit_scale=scale)
+        )
+        model = HydraModel.from_config(made)
+        assert model.architecture.scale == scale
+        ids = torch.tensor([[5, 6, 7]])
+        hidden = model.hidden_states(ids)
+        torch.testing.assert_close(model.architecture.lm_head().logits(hidden), model.causal_lm(input_ids=ids).logits)
 
     def test_cross_attention(self):
         config = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)

@@ -13,7 +13,7 @@ from hydra_ppo.compat import dtype_option, loads_quantised
 from hydra_ppo.errors import UnsupportedModelError
 from hydra_ppo.functional import masked_mean
 from hydra_ppo.model.hydra import HydraModel
-from hydra_ppo.model.loading import quantize_linears
+from hydra_ppo.model.loading import base_from_config, quantize_linears
 from tests.families import FAMILIES, experience, randomise
 
 RELATIVE = 1e-5
@@ -172,7 +172,7 @@ def test_gradients_on_a_quantised_base_that_was_loaded_from_a_folder(quantizatio
 
 def test_a_base_that_was_repacked_already_is_refused(tmp_path):
     torch.manual_seed(0)
-    base = HydraModel.from_config(FAMILIES["llama"], quantization="nf4").causal_lm
+    base = base_from_config(FAMILIES["llama"], quantization="nf4", attention="auto", dtype="fp32", device="cpu")
     layer = next(module for module in base.modules() if type(module).__name__ == "Linear4bit")
     layer.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(UnsupportedModelError, match="was repacked by an evaluation pass"):

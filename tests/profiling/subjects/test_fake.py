@@ -12,7 +12,8 @@ from hydra_ppo.errors import ConfigError
 from hydra_ppo.profiling.measuring.capture import capture
 from hydra_ppo.profiling.subjects import fake
 from hydra_ppo.profiling.subjects.fake import LeapingDecoder, fake_base, fake_tensors, no_repetition
-from hydra_ppo.rollout.sampling import Decoder, sample
+from hydra_ppo.rollout.decoder import Decoder
+from hydra_ppo.rollout.sampling import sample
 from tests.families import FAMILIES, PROMPTS, experience
 from tests.profiling.models import CONFIGS, workload
 from tests.training import hydra

@@ -1,0 +1,111 @@
+"""Which decoder is right for a model: each is tried on a few tokens and held against a whole pass."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from hydra_ppo.config.settings import RolloutSettings
+from hydra_ppo.errors import HydraError, NonFiniteError, UnsupportedModelError
+from hydra_ppo.experience import Experience
+from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.model.probe import LENGTHS, few_of, probe_rows, without_values
+from hydra_ppo.rollout.decoder import Decoder, decoding_attention
+from hydra_ppo.rollout.plain_decoders import ModelCacheDecoder, RecomputingDecoder
+
+logger = logging.getLogger("hydra_ppo")
+
+STEPS = 6
+KEY = "decoder"
+
+DECODERS: tuple[tuple[type[Decoder], str], ...] = (
+    (Decoder, ""),
+    (ModelCacheDecoder, "rows of one prompt length at a time, on transformers' own cache: slower"),
+    (RecomputingDecoder, "without a cache, prompt and answer anew for every token: much slower"),
+)
+"""The fastest first, each with what sampling is like with it."""
+
+HANDLED = frozenset({"full_attention", "sliding_attention"})
+
+NOT_WINDOWS = frozenset({"sliding_window", "max_window_layers", "use_sliding_window", "sliding_window_pattern"})
+"""Settings that the masks of `decoder` heed, or that bound nothing."""
+
+
+def decoder_of(model: HydraModel) -> type[Decoder]:
+    """Return the fastest decoder whose log-probs are those of a whole pass, in the role in force; found once per model.
+
+    Memory: that of sampling a few tokens.
+
+    Raises:
+        UnsupportedModelError: where none of them is right.
+    """
+    if KEY not in model.kept:
+        model.kept[KEY] = (
+            Decoder if model.check == "off" or without_values(model.architecture.output_embeddings.weight) else _try_all(model)
+        )
+    found: type[Decoder] = model.kept[KEY]
+    return found
+
+
+def _try_all(model: HydraModel) -> type[Decoder]:
+    reasons = []
+    for decoder, what in DECODERS:
+        if decoder is Decoder and (reason := _beyond_the_trial(model)) is not None:
+            reasons.append(reason)
+            continue
+        try:
+            away, tolerance = _difference(model, decoder)
+        except (torch.OutOfMemoryError, NonFiniteError):
+            raise
+        except HydraError as error:
+            reasons.append(str(error))
+            continue
+        except Exception as error:  # whatever a model's own code raises over a cache or a mask
+            reasons.append(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}")
+            continue
+        if away <= tolerance:
+            if what:
+                logger.warning("sampling from %s goes %s (%s)", type(model.causal_lm).__name__, what, reasons[0])
+            return decoder
+        reasons.append(f"log-probs of sampled tokens differ from those of a whole pass by {away:.2g} nats")
+    raise UnsupportedModelError(
+        f"model={type(model.causal_lm).__name__} cannot be sampled from: {reasons[-1]}; use another model or "
+        "model.attention, or set model.check=off if you know better."
+    )
+
+
+def _beyond_the_trial(model: HydraModel) -> str | None:
+    """Return why a cache of ours could be wrong for rows that are longer than those that are tried."""
+    architecture = model.architecture
+    if foreign := sorted(set(architecture.layer_types) - HANDLED):
+        return f"it has layers of {', '.join(foreign)}"
+    settings = architecture.config.to_dict()
+    windows = [
+        key
+        for key, value in settings.items()
+        if ("window" in key or "chunk" in key) and key.lstrip("_") not in NOT_WINDOWS and isinstance(value, int) and value
+    ]
+    return f"its config has {windows[0]}, which may bound what a token sees" if windows else None
+
+
+@torch.no_grad()
+def _difference(model: HydraModel, decoder: type[Decoder]) -> tuple[float, float]:
+    """Return the difference in nats that all but a few tokens keep to, and what would be rounding."""
+    device = model.device
+    vocabulary = model.architecture.output_embeddings.weight.shape[0]
+    long, short = probe_rows(LENGTHS["full" if model.check == "full" else "fast"], vocabulary, device)
+    prompts = [long[0].tolist(), short[0].tolist(), short[0].tolist()]
+    given = [STEPS, STEPS - 2, STEPS - 1]  # rows leave the batch at different times
+    settings = RolloutSettings(max_new_tokens=STEPS, temperature=1.0)
+    generator = torch.Generator(device).manual_seed(0)
+    with decoding_attention(model):  # and not around the whole pass, whose attention is the model's own
+        tokens, logprobs, _ = decoder(model, prompts, STEPS).run(settings, [], generator, given)
+    responses = [row[:length] for row, length in zip(tokens.tolist(), given, strict=True)]
+    sequences = Experience.from_lists(prompts, responses, pad_id=0, device=device).sequences()
+    expected = model.logprobs(sequences).logprobs
+    away = torch.cat([(logprobs[i, :n] - expected[i, :n]).abs() for i, n in enumerate(given)])
+    if not away.isfinite().all():
+        return float("inf"), 0.0
+    dtype = model.architecture.output_embeddings.weight.dtype
+    return away.quantile(1 - few_of(dtype)).item(), 2e-3 if dtype is torch.float32 else 0.15

@@ -1,0 +1,1 @@
+"""Every causal LM class that the installed transformers can build, held against separate models: `python -m tests.survey`."""
