@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hydra_ppo.compat import backbone_of
 from hydra_ppo.errors import UnsupportedModelError
+from hydra_ppo.model.architecture import inspect_architecture, text_config, understand_head
 
 PROBE_TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.1
@@ -41,6 +42,8 @@ def as_classifier(causal_lm: PreTrainedModel, head: Tensor, pad_id: int, end_id:
     """
     backbone = backbone_of(causal_lm)
     assert backbone is not None  # or it could not have been a shared base
+    if understand_head(inspect_architecture(causal_lm)).through_model:
+        raise _refusal(causal_lm, "its heads read what lies behind the backbone, where a classifier reads the backbone itself")
     _grow_embeddings(causal_lm, pad_id)
     config = deepcopy(causal_lm.config)
     config.num_labels, config.problem_type, config.pad_token_id = 1, "regression", pad_id
@@ -71,7 +74,7 @@ def _grow_embeddings(causal_lm: PreTrainedModel, pad_id: int) -> None:
     if missing > 0:
         rows = embedding.weight.new_zeros(missing, embedding.weight.shape[1])
         embedding.weight = nn.Parameter(torch.cat([embedding.weight, rows]), requires_grad=False)
-        embedding.num_embeddings = causal_lm.config.vocab_size = pad_id + 1
+        embedding.num_embeddings = text_config(causal_lm).vocab_size = pad_id + 1
 
 
 def _try_out(classifier: PreTrainedModel, backbone: nn.Module, score: nn.Linear, pad_id: int, end_id: int) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from hydra_ppo.errors import ConfigError, UnsupportedModelError
 from hydra_ppo.model import architecture as parts
 from hydra_ppo.model import probe as probe_module
+from hydra_ppo.model.classifier import as_classifier
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.probe import probe
 from hydra_ppo.model.role_model import RoleModel
@@ -162,3 +163,9 @@ def test_routers_are_no_linear_layers():
     assert not any(parts.is_linear(router) for router in routers)
     falcon = tiny_model("falcon")
     assert parts.is_linear(falcon.transformer.h[0].self_attention.query_key_value)  # a kind of its own, and a product
+
+
+def test_a_head_behind_the_backbone_leaves_as_no_classifier():
+    model = tiny_model("bert")
+    with pytest.raises(UnsupportedModelError, match="its heads read what lies behind the backbone"):
+        as_classifier(model, torch.zeros(1, 64), 0, 2, "reward")
