@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from hydra_ppo.data.boundaries import HUMAN
 from hydra_ppo.data.rows import load_preferences, load_prompts
 from hydra_ppo.data.sources import Rejected
-from hydra_ppo.data.text import Codec, answer_texts, unknown_ids
+from hydra_ppo.data.text import Codec, StopStrings, answer_texts, unknown_ids
 from tests.hydra_ppo.test_data import BOS, CHATML, END, EOS, assistant, data, make_tokenizer, pair, user
 
 CHAT = make_tokenizer("<bos> {}", CHATML)  # turns end in <end>, texts in <eos>
@@ -182,3 +182,12 @@ def test_settings_of_the_template_reach_it():
     tokenizer = make_tokenizer(template="{% if thinking is defined and not thinking %}/no{% endif %}" + CHATML)
     codec = Codec(tokenizer, data(chat_template_kwargs={"thinking": False}))
     assert codec.prompt([user("Hi")]).text.startswith("/no<|start|>")
+
+
+def test_a_stop_string_that_begins_with_a_space_is_seen_at_the_first_token():
+    """SentencePiece drops the space that a decoded text begins with; in an answer it stands between prompt and answer."""
+    tokenizer = metaspace()
+    space, b, d = (tokenizer.convert_tokens_to_ids(token) for token in ("▁", "b", "d"))
+    assert tokenizer.decode([space, b]) == "b"
+    assert StopStrings(tokenizer, [" b"])([[space, b], [b], [d, space, b]]) == [True, False, True]
+    assert StopStrings(tokenizer, ["a"])([[space, b]]) == [False]  # which is not of the answer

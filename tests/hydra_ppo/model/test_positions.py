@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, CodeGenConfig, GPTJConfig
+from transformers import AutoModelForCausalLM, BloomConfig, CodeGenConfig, GPTJConfig, LlamaConfig
 
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.positions import check_length
@@ -47,3 +47,20 @@ def test_a_stretched_rotary_embedding_reaches_as_far_as_it_says():
         empty = AutoModelForCausalLM.from_config(llama(**(COMMON | {"rope_scaling": scaling})))
     assert check_length(empty, 256, "rows=256") is None
     assert "trained for 256 positions" in (check_length(empty, 257, "rows=257") or "")
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 4.0}, {"rope_type": "longrope"}])
+def test_a_rotary_embedding_that_follows_the_longest_row(rope):
+    """Beyond what was trained first its angles are those of the longest row, and so are all numbers of its neighbours."""
+    half = 8
+    if rope["rope_type"] == "longrope":
+        rope = rope | {"short_factor": [1.0] * half, "long_factor": [4.0] * half, "original_max_position_embeddings": 32}
+    config = LlamaConfig(
+        **COMMON | {"max_position_embeddings": 128 if "short_factor" in rope else 32},
+        rope_parameters=rope | {"rope_theta": 1e4},
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert check_length(model, 32, "settings") is None
+    with pytest.raises(ConfigError, match=r"rows of up to 40 tokens; beyond 32 .* is that of the longest row.*lower them by 8"):
+        check_length(model, 40, "settings")
