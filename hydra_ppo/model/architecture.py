@@ -128,7 +128,8 @@ def inspect_architecture(causal_lm: PreTrainedModel) -> Architecture:
         raise missing(f"list of {depth} decoder layers")
     # Of several (norms, caches and the like stand in lists too) the layers hold the weights.
     name, layers = max(stacks, key=lambda stack: sum(p.numel() for p in stack[1].parameters()))
-    softcap = getattr(text_config(causal_lm), "final_logit_softcapping", None)
+    # Taken by its name first: in half precision the bend of a mild cap is no more than rounding.
+    softcap = next(iter(_caps(text_config(causal_lm))), None)
     architecture = Architecture(causal_lm, backbone, layers, name, softcap=softcap)
     if not architecture.linear_names():
         raise missing("linear layer inside its decoder layers")
@@ -163,8 +164,6 @@ def understand_head(architecture: Architecture) -> Architecture:
         UnsupportedModelError: when they differ in another way, or are not finite.
     """
     weight = architecture.output_embeddings.weight
-    if weight.device.type == "meta":
-        return architecture
     kind = type(architecture.causal_lm).__name__
     tokens = torch.tensor([[0, min(5, weight.shape[0] - 1)]], device=weight.device)
     expected = architecture.causal_lm(input_ids=tokens, use_cache=False).logits.float()
@@ -190,24 +189,27 @@ def understand_head(architecture: Architecture) -> Architecture:
         ways = [
             {},
             *_scales(architecture.config, expected, found.lm_head().logits(hidden), tolerance),
-            *_caps(architecture.config),
+            {"softcap": None},
         ]
-        for way in ways:
-            candidate = replace(found, **cast(dict[str, Any], way))
-            away = (expected - candidate.lm_head().logits(hidden)).abs().max() / expected.abs().max().clamp(min=1e-6)
-            difference = min(difference, away.item())
-            if away.item() <= tolerance:
-                return candidate
+        candidates = [replace(found, **cast(dict[str, Any], way)) for way in ways]
+        scale = expected.abs().max().clamp(min=1e-6)
+        away = [((expected - one.lm_head().logits(hidden)).abs().max() / scale).item() for one in candidates]
+        # What is clearly nearer is meant, else what the config names.
+        best = min(range(len(away)), key=away.__getitem__)
+        best = 0 if away[0] <= 2 * away[best] + 1e-6 else best
+        difference = min(difference, away[best])
+        if away[best] <= tolerance:
+            return candidates[best]
     raise UnsupportedModelError(
         f"model={kind} changes its logits after the output head (relative difference {difference:.2g}), by no number "
         "that its config names, which log-probs from hidden states would miss; use one of the supported families."
     )
 
 
-def _caps(config: Any) -> list[dict[str, float]]:
-    """Return what a config might bound logits by, whatever it calls it."""
-    numbers = [v for k, v in config.to_dict().items() if "cap" in k and isinstance(v, int | float) and not isinstance(v, bool)]
-    return [{"softcap": float(number)} for number in numbers if number > 0]
+def _caps(config: Any) -> list[float]:
+    """Return what a config bounds logits by, whatever it calls it; not what bounds attention scores."""
+    named = {k: v for k, v in config.to_dict().items() if "cap" in k and "logit" in k and "att" not in k}
+    return [float(v) for v in named.values() if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
 
 
 def _scales(config: Any, expected: Tensor, found: Tensor, tolerance: float) -> list[dict[str, float]]:

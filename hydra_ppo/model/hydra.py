@@ -110,8 +110,7 @@ class HydraModel(RoleModel):
         keep_quantised_layers_trainable(causal_lm)
         mend_int8_layers(causal_lm)
         disable_native_checkpointing(causal_lm)  # it may be reentrant, and knows no role
-        tried = check != "off" and not without_values(architecture.output_embeddings.weight)
-        if tried:
+        if not without_values(architecture.output_embeddings.weight):  # not a matter of `check`: scales would be left out
             with as_one_line(causal_lm):
                 architecture = understand_head(architecture)
         folders = {name: saved / name for name in stage.adapters} if saved is not None else {"sft": adapter} if adapter else {}
@@ -132,7 +131,7 @@ class HydraModel(RoleModel):
             self.trained_end = manifest["end_ids"][0]
             causal_lm.generation_config.eos_token_id = manifest["end_ids"]
         self.check = check
-        if tried:
+        if check != "off" and not without_values(architecture.output_embeddings.weight):
             probe(self, check, quantised=quantization_of(causal_lm) == "int8")
 
     # -- construction ------------------------------------------------------------------------------------------------

@@ -142,9 +142,15 @@ def test_scales_are_found_by_their_numbers(model_type, scale):
     assert HydraModel(tiny_model(model_type)).architecture.scale == scale
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("model_type", "cap"), [("gemma2", 30.0), ("recurrent_gemma", 30.0)])
-def test_caps(model_type, cap):
-    assert HydraModel(tiny_model(model_type)).architecture.softcap == cap
+def test_caps(model_type, cap, dtype):
+    assert HydraModel(tiny_model(model_type).to(dtype)).architecture.softcap == cap
+
+
+def test_a_check_that_is_off_still_finds_the_scale():
+    """It is what log-probs are computed with, and no matter of trust."""
+    assert HydraModel(tiny_model("cohere"), check="off").architecture.scale == 0.25
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
