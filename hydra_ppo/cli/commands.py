@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from hydra_ppo.config.settings import DataSettings, ModelSettings, PPOConfig, SFTConfig
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.runs.folder import CONFIG, check_output, read_state
+from hydra_ppo.runs.contents import CONFIG
+from hydra_ppo.runs.folder import check_output, is_starting, read_state
 from hydra_ppo.runs.run import Run
 from hydra_ppo.runtime.interruption import StopRequested, stopping_at_once, stopping_on_signals
 
@@ -61,7 +62,7 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
             loaded.bring(trainer)
         with _open(config, "sft", trainer, loaded) as run:
             # Called whenever the held-out loss is the best so far; a save at the end would undo that.
-            trainer.save_best = lambda: loaded.model.save_pretrained(run.folder)
+            trainer.save_best = lambda: _save(run, loaded.model)
             _finish(run, trainer.train())
     return folder
 
@@ -84,7 +85,7 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
             loaded.bring(trainer)
         with _open(config, "ppo", trainer, loaded) as run:
             summary = trainer.train()
-            loaded.model.save_pretrained(run.folder)
+            _save(run, loaded.model)
             _finish(run, summary)
     return folder
 
@@ -118,7 +119,7 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
 
     folder = Path(config.run.output).expanduser()
     notes: list[str] = []
-    checkpoint = find_checkpoint(folder, notes.append) if resume else None
+    checkpoint = find_checkpoint(folder, notes.append) if resume and not is_starting(folder) else None
     # What chat templates say of today is what they said when the run began.
     begun = datetime.now() if checkpoint is None else datetime.fromisoformat(checkpoint.run["begun"])
     _seed(config.run.seed)
@@ -147,13 +148,15 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
 @contextmanager
 def _open(config: SFTConfig | PPOConfig, command: str, trainer: PPOTrainer | JointSFTTrainer, loaded: _Loaded) -> Iterator[Run]:
     """Open the run folder and let the trainer write to it."""
+    from hydra_ppo.data.tokenizer_files import save_tokenizer
     from hydra_ppo.runs.checkpoint import save_checkpoint
 
     done, _ = trainer.position
     with Run.create(config.run, config, command, resume=loaded.resume, done=done, sampled=trainer.sampled) as run:
         for note in loaded.notes:
             run.note(note)
-        loaded.tokenizer.save_pretrained(run.folder)
+        with run.storing("tokenizer_config.json"):
+            save_tokenizer(loaded.tokenizer, run.folder)
 
         def save(score: float | None) -> None:
             run.flush()
@@ -191,7 +194,6 @@ def export(run: Path, output: Path, role: ExportedRole, adapter_only: bool, dtyp
 
     for note in export_role(run, output, role=role, adapter_only=adapter_only, dtype=dtype):
         print(note)
-    print(f"Wrote {role} to {output}.")
 
 
 def inspect(folder: Path, as_json: bool) -> None:
@@ -310,10 +312,16 @@ def _seed(seed: int) -> None:
     set_seed(seed)
 
 
+def _save(run: Run, model: HydraModel) -> None:
+    with run.storing("hydra.json"):
+        model.save_pretrained(run.folder)
+
+
 def _finish(run: Run, summary: dict[str, Any]) -> None:
     """Draw the plots and close the run."""
     from hydra_ppo.runs.plots import plot_run
 
-    plot_run(run.folder)
+    with run.storing("plots"):
+        plot_run(run.folder)
     run.finish(summary)
     print(f"Saved in {run.folder}; hydra-ppo inspect {run.folder} shows the numbers.")

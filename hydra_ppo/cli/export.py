@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_ppo.cli.choices import ExportedRole
-from hydra_ppo.cli.saved import beside, check_saved, run_ends, tokenizer_folder, trained_quantization
+from hydra_ppo.cli.saved import base_if_here, beside, check_saved, run_ends, tokenizer_folder, trained_quantization
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.model.manifest import MANIFEST, base_folder, check_base, findable
-from hydra_ppo.runs.folder import TOKENIZER_FILES, TOKENIZER_FOLDER
+from hydra_ppo.model.fingerprint import model_folder
+from hydra_ppo.model.manifest import MANIFEST, check_base, findable
+from hydra_ppo.runs.contents import TOKENIZER_FILES, TOKENIZER_FOLDER
 
 PROBE_TEXT = "It's 12:30, naïve — 你好,\n\n  world! \U0001f600 don't"
 PROBE_TOKENS = 200
@@ -48,33 +51,23 @@ def export_role(
         ConfigError: when `run` holds no whole model or no such role, or `output` is not empty; nothing is made then.
         UnsupportedModelError: when the family has no sequence classifier.
     """
-    run, output = Path(run), Path(output)
+    run, output = Path(run).expanduser(), Path(output).expanduser()
     if not (run / MANIFEST).is_file():
         raise ConfigError(f"run={str(run)!r} holds no {MANIFEST}; name the folder of a finished sft or ppo run.")
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"output={str(output)!r} is not empty; choose another folder.")
-    manifest = check_saved(run)
+    manifest = check_saved(run, needs_base=not adapter_only)
     adapter = _spec(run, manifest, role)["adapter"]
     if adapter is None and adapter_only:
         raise ConfigError(f"run={str(run)!r} trained the base itself and has no adapter; export it without --adapter-only.")
-    check_base(run, base_folder(run))
-    if role == "actor":
-        notes = _export_actor(run, output, manifest, adapter, adapter_only, dtype)
-    else:
-        notes = _export_classifier(run, output, manifest, role, adapter_only, dtype)
-    notes += _other_tokens(tokenizer_folder(run), output)
-    held = trained_quantization(run, manifest)
-    if held is not None and not adapter_only:
-        what = "log-probs" if role == "actor" else "scores"
-        notes.append(f"trained over a base held as {held}, written over the unquantised one: {what} differ by its rounding")
-    elif held is not None:
-        notes.append(f"trained over a base held as {held}: over another, or the unquantised one, it says something else")
-    return notes
-
-
-def export_actor(run: str | Path, output: str | Path, *, adapter_only: bool = False) -> None:
-    """Write the actor of a run; see `export_role`."""
-    export_role(run, output, adapter_only=adapter_only)
+    base = base_if_here(run)
+    if base is not None:
+        check_base(run, base)
+    export = _Export(run, manifest, role, adapter, base, output)
+    with _whole_or_nothing(output) as aside:
+        notes = export.write(aside, adapter_only, dtype)
+        notes += _other_tokens(tokenizer_folder(run), aside, output)
+    return [*notes, *export.roundings(adapter_only), export.how_to_load(adapter_only)]
 
 
 def _spec(run: Path, manifest: Mapping[str, Any], role: ExportedRole) -> Mapping[str, Any]:
@@ -95,45 +88,218 @@ def _spec(run: Path, manifest: Mapping[str, Any], role: ExportedRole) -> Mapping
     return found
 
 
-# -- the actor -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Export:
+    """One role of a run on its way out.
+
+    Attributes:
+        run: the run folder, or a checkpoint.
+        adapter: its name; None where the base itself was trained.
+        base: where the base lies; None where it is not there, which an adapter alone does without.
+        output: where the export will be when it is whole.
+    """
+
+    run: Path
+    manifest: Mapping[str, Any]
+    role: ExportedRole
+    adapter: str | None
+    base: str | None
+    output: Path
+
+    def write(self, folder: Path, adapter_only: bool, dtype: str) -> list[str]:
+        """Write everything into a folder; return what a user should know."""
+        if self.role == "actor":
+            return self._adapter(folder) if adapter_only else self._actor(folder, dtype)
+        return self._classifier(folder, adapter_only, dtype)
+
+    def roundings(self, adapter_only: bool) -> list[str]:
+        """Say that a run on a quantised base says other things on another."""
+        held = trained_quantization(self.run, self.manifest)
+        if held is None:
+            return []
+        if adapter_only:
+            return [f"trained over a base held as {held}: over another, or the unquantised one, it says something else"]
+        if self.base is not None and "quantization_config" in _config_of(self.base):
+            return [f"the base is stored as {held}: written are the weights that it stands for, unpacked"]
+        what = "log-probs" if self.role == "actor" else "scores"
+        return [f"trained over a base held as {held}, written over the unquantised one: {what} differ by its rounding"]
+
+    def how_to_load(self, adapter_only: bool) -> str:
+        """Say what was written, and the line of Python that loads it."""
+        kind = "AutoModelForCausalLM" if self.role == "actor" else "AutoModelForSequenceClassification"
+        what = f"Wrote {self.role} to {self.output}"
+        if not adapter_only:
+            return f"{what}, a model of its own: {kind}.from_pretrained({str(self.output)!r})"
+        base = findable(self.base) if self.base is not None else self._base_of_adapter()
+        more = "" if self.role == "actor" else f", num_labels=1, pad_token_id={self._padding()[1].id}"
+        return f"{what}, an adapter: PeftModel.from_pretrained({kind}.from_pretrained({base!r}{more}), {str(self.output)!r})"
+
+    # -- the actor -------------------------------------------------------------------------------------------------------
+
+    def _adapter(self, folder: Path) -> list[str]:
+        assert self.adapter is not None
+        shutil.copytree(self.run / self.adapter, folder, dirs_exist_ok=True)
+        settings, notes = self._adapter_settings()
+        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if (own := beside(self.run, "tokenizer_config.json")) is not None:  # whoever loads the adapter has that of the base
+            copy_tokenizer(own, folder)
+        return notes + (_other_ends(self.base, self._ends()) if self.base is not None else [])
+
+    def _actor(self, folder: Path, dtype: str) -> list[str]:
+        from hydra_ppo.model.for_others import save_for_others
+
+        merged, ends = self._merged(dtype), self._ends()
+        if ends and merged.generation_config is not None:
+            merged.generation_config.eos_token_id = list(ends)
+        notes = save_for_others(merged, folder)
+        if (tokenizer := tokenizer_folder(self.run)) is not None:
+            copy_tokenizer(tokenizer, folder)
+        return notes
+
+    def _ends(self) -> tuple[int, ...]:
+        """Return the tokens that end answers; none where neither the run nor a tokenizer says."""
+        if self.manifest.get("end_ids"):
+            return tuple(self.manifest["end_ids"])
+        folder = tokenizer_folder(self.run)
+        return run_ends(self.manifest, load_tokenizer_of(folder)) if folder is not None else ()
+
+    # -- classifiers -----------------------------------------------------------------------------------------------------
+
+    def _classifier(self, folder: Path, adapter_only: bool, dtype: str) -> list[str]:
+        from hydra_ppo.data.tokenizer_files import save_tokenizer
+        from hydra_ppo.model.classifier import as_classifier
+        from hydra_ppo.model.for_others import save_for_others
+
+        tokenizer, padding = self._padding()
+        ends = run_ends(self.manifest, tokenizer)
+        head = _head(self.run, _spec(self.run, self.manifest, self.role)["head"])
+        if adapter_only:
+            notes = self._classifier_adapter(folder, head, padding)
+        else:
+            merged = self._merged("fp32" if dtype == "auto" else dtype)
+            notes = save_for_others(as_classifier(merged, head, padding.id, ends[0], self.role), folder)
+        if padding.why is not None:
+            notes.append(f"{padding.why}: the classifier and its tokenizer pad with {padding.text} ({padding.id})")
+        tokenizer.padding_side = "right"  # absolute positions, as GPT-2's, are wrong after padding on the left
+        save_tokenizer(tokenizer, folder)
+        text = tokenizer.convert_ids_to_tokens(ends[0])
+        return [*notes, f"a text is to end in {text} ({ends[0]}), where the {self.role} was trained; nothing adds it by itself"]
+
+    def _padding(self) -> tuple[PreTrainedTokenizerBase, Padding]:
+        """Return the run's tokenizer, and what it pads with where that is part of no text."""
+        from hydra_ppo.data.padding import pad_unread
+
+        folder = tokenizer_folder(self.run)
+        if folder is None:
+            raise ConfigError(
+                f"run={str(self.run)!r} holds no tokenizer, which says where a classifier reads; copy the tokenizer's files "
+                "into it."
+            )
+        tokenizer = load_tokenizer_of(folder)
+        return tokenizer, pad_unread(tokenizer, run_ends(self.manifest, tokenizer))
+
+    def _classifier_adapter(self, folder: Path, head: Tensor, padding: Padding) -> list[str]:
+        """Write an adapter of a sequence classifier with its head."""
+        from safetensors.torch import load_file, save_file
+
+        assert self.adapter is not None
+        if padding.id >= self._rows():
+            raise ConfigError(
+                f"--adapter-only: {padding.why}, and the base has no token to spare, so a classifier on it would read the "
+                "wrong place; export without --adapter-only, which adds one."
+            )
+        settings, notes = self._adapter_settings()
+        settings |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        state = load_file(self.run / self.adapter / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        save_file(
+            state | {"base_model.model.score.weight": head}, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+        )
+        return notes
+
+    def _rows(self) -> int:
+        """Return how many tokens the base has embeddings for; where it is not there, those that the tokenizer knows."""
+        from transformers import AutoConfig
+
+        if self.base is not None:
+            return int(AutoConfig.from_pretrained(self.base).get_text_config().vocab_size)
+        folder = tokenizer_folder(self.run)
+        return len(load_tokenizer_of(folder)) if folder is not None else 0
+
+    # -- both ------------------------------------------------------------------------------------------------------------
+
+    def _adapter_settings(self) -> tuple[dict[str, Any], list[str]]:
+        """Return an adapter's config, which names the base where it lies now: run and base may have been moved together."""
+        path = self.run / str(self.adapter) / "adapter_config.json"
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if self.base is not None:
+            return settings | {"base_model_name_or_path": findable(self.base)}, []
+        was = settings.get("base_model_name_or_path")
+        return settings, [f"the base is not where the run expects it; the adapter names {was!r}, where it was trained"]
+
+    def _base_of_adapter(self) -> str:
+        return str(self._adapter_settings()[0].get("base_model_name_or_path"))
+
+    def _merged(self, dtype: str) -> PreTrainedModel:
+        """Return the unquantised base of a run with one adapter added to its weights.
+
+        LoRA deltas cannot be added to 4-bit or 8-bit weights without rounding them away: the base is loaded whole.
+        """
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        from hydra_ppo.compat import dtype_option, stored_dtype
+        from hydra_ppo.model.adapters import check_fit
+        from hydra_ppo.model.for_others import unquantised
+        from hydra_ppo.model.loading import DTYPES
+        from hydra_ppo.model.whole import load_whole, saying_why, tensor_shapes
+
+        wanted = DTYPES.get(dtype)
+        options = dtype_option("auto" if wanted is None else wanted)
+        assert self.base is not None  # only an adapter alone does without
+        with saying_why(self.base):
+            base = load_whole(AutoModelForCausalLM, self.base, f"run={str(self.run)!r}, its base {self.base!r}", **options)
+        if getattr(base, "is_quantized", False):
+            base = unquantised(base, wanted or stored_dtype(base.config) or torch.bfloat16)
+        if self.adapter is None:
+            return base
+        folder = self.run / self.adapter
+        adapted = PeftModel.from_pretrained(base, folder)  # which would leave fresh what the folder lacks
+        check_fit(adapted, "default", folder, tensor_shapes(folder / "adapter_model.safetensors"))
+        merged: PreTrainedModel = adapted.merge_and_unload()
+        return merged
 
 
-def _export_actor(
-    run: Path, output: Path, manifest: Mapping[str, Any], adapter: str | None, adapter_only: bool, dtype: str
-) -> list[str]:
-    folder = tokenizer_folder(run)
-    ends = _known_ends(manifest, folder)
-    if adapter is not None and adapter_only:
-        output.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(run / adapter, output, dirs_exist_ok=True)
-        settings = _adapter_settings(run, adapter)
-        (output / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        if (own := beside(run, "tokenizer_config.json")) is not None:  # whoever loads the adapter has that of the base
-            copy_tokenizer(own, output)
-        return _other_ends(base_folder(run), ends)
-    merged = _merged(run, adapter, dtype)
-    if ends and merged.generation_config is not None:
-        merged.generation_config.eos_token_id = list(ends)
-        _make_valid(merged.generation_config)
-    merged.save_pretrained(output)
-    if folder is not None:
-        copy_tokenizer(folder, output)
-    return []
+@contextmanager
+def _whole_or_nothing(output: Path) -> Iterator[Path]:
+    """Give a folder to write into, which is moved to `output` when the block is done, and removed where it is not.
 
-
-def _known_ends(manifest: Mapping[str, Any], folder: Path | None) -> tuple[int, ...]:
-    """Return the tokens that end answers; none where neither the run nor a tokenizer says."""
-    if manifest.get("end_ids"):
-        return tuple(manifest["end_ids"])
-    return run_ends(manifest, _tokenizer(folder)) if folder is not None else ()
-
-
-def _make_valid(settings: Any) -> None:
-    """Let a generation config be written that names a temperature and does not sample, as old models' do."""
+    Raises:
+        ConfigError: where nothing can be written there.
+    """
+    aside = output.parent / f".writing-{output.name}"
     try:
-        settings.validate(**({"strict": True} if "strict" in settings.validate.__code__.co_varnames else {}))
-    except ValueError:
-        settings.do_sample = True
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that died
+        aside.mkdir(parents=True)
+        yield aside
+        if output.is_dir():
+            output.rmdir()  # an empty one
+        aside.replace(output)
+    except OSError as error:
+        if error.errno is None:  # what transformers says of files that it does not find
+            raise
+        raise ConfigError(
+            f"output={str(output)!r} cannot be written ({error.strerror}); make room, or choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _config_of(base: str) -> dict[str, Any]:
+    folder = model_folder(base)
+    path = folder / "config.json" if folder is not None else None
+    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
 
 
 def _other_ends(base: str, ends: Sequence[int]) -> list[str]:
@@ -151,74 +317,15 @@ def _other_ends(base: str, ends: Sequence[int]) -> list[str]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer as it is: all files that transformers 4 and 5 write, templates, and code that comes with it."""
+    """Copy a tokenizer: all files that transformers 4 and 5 write, templates, and code that comes with it."""
+    from hydra_ppo.data.tokenizer_files import for_both_versions
+
     for pattern in (*TOKENIZER_FILES, "tokenization_*.py", "*.tiktoken", "tokenizer.model.v*"):
         for path in source.glob(pattern):
             shutil.copy2(path, target / path.name)
     if (source / TOKENIZER_FOLDER).is_dir():
         shutil.copytree(source / TOKENIZER_FOLDER, target / TOKENIZER_FOLDER, dirs_exist_ok=True)
-
-
-# -- classifiers ---------------------------------------------------------------------------------------------------------
-
-
-def _export_classifier(
-    run: Path, output: Path, manifest: Mapping[str, Any], role: ExportedRole, adapter_only: bool, dtype: str
-) -> list[str]:
-    from hydra_ppo.data.padding import pad_unread
-    from hydra_ppo.model.classifier import as_classifier
-
-    spec = _spec(run, manifest, role)
-    folder = tokenizer_folder(run)
-    if folder is None:
-        raise ConfigError(
-            f"run={str(run)!r} holds no tokenizer, which says where a classifier reads; copy the tokenizer's files into it."
-        )
-    tokenizer = _tokenizer(folder)
-    ends = run_ends(manifest, tokenizer)
-    padding = pad_unread(tokenizer, ends)
-    head = _head(run, spec["head"])
-    if adapter_only:
-        notes = _classifier_adapter(run, output, spec["adapter"], head, padding)
-    else:
-        merged = _merged(run, spec["adapter"], "fp32" if dtype == "auto" else dtype)
-        as_classifier(merged, head, padding.id, ends[0], role).save_pretrained(output)
-        notes = []
-    if padding.why is not None:
-        notes.append(f"{padding.why}: the classifier and its tokenizer pad with {padding.text} ({padding.id})")
-    tokenizer.padding_side = "right"  # absolute positions, as GPT-2's, are wrong after padding on the left
-    tokenizer.save_pretrained(output)
-    text = tokenizer.convert_ids_to_tokens(ends[0])
-    return [*notes, f"a text is to end in {text} ({ends[0]}), where the {role} was trained; nothing adds it by itself"]
-
-
-def _classifier_adapter(run: Path, output: Path, adapter: str, head: Tensor, padding: Padding) -> list[str]:
-    """Write an adapter of a sequence classifier with its head, and say how it is loaded."""
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoConfig
-
-    base = base_folder(run)
-    rows = AutoConfig.from_pretrained(base).get_text_config().vocab_size
-    if padding.id >= rows:
-        raise ConfigError(
-            f"--adapter-only: {padding.why}, and the base has no token to spare, so a classifier on it would read the wrong "
-            "place; export without --adapter-only, which adds one."
-        )
-    settings = _adapter_settings(run, adapter) | {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-    state = load_file(run / adapter / "adapter_model.safetensors")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_file(state | {"base_model.model.score.weight": head}, output / "adapter_model.safetensors", metadata={"format": "pt"})
-    return [
-        f"load it as PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels=1, "
-        f"pad_token_id={padding.id}), {str(output)!r})"
-    ]
-
-
-def _adapter_settings(run: Path, adapter: str) -> dict[str, Any]:
-    """Return an adapter's config, which names the base where it lies now: run and base may have been moved together."""
-    settings: dict[str, Any] = json.loads((run / adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    return settings | {"base_model_name_or_path": findable(base_folder(run))}
+    for_both_versions(target)
 
 
 def _head(run: Path, name: str) -> Tensor:
@@ -229,48 +336,16 @@ def _head(run: Path, name: str) -> Tensor:
     return load_file(run / HEADS)[f"{name}.weight"]
 
 
-# -- both ----------------------------------------------------------------------------------------------------------------
-
-
-def _merged(run: Path, adapter: str | None, dtype: str) -> PreTrainedModel:
-    """Return the unquantised base of a run with one adapter added to its weights.
-
-    LoRA deltas cannot be added to 4-bit or 8-bit weights without rounding them away: the base is loaded whole.
-    """
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    from hydra_ppo.compat import dequantised, dtype_option
-    from hydra_ppo.model.adapters import check_fit
-    from hydra_ppo.model.loading import DTYPES
-    from hydra_ppo.model.whole import load_whole, saying_why, tensor_shapes
-
-    wanted = DTYPES.get(dtype)
-    options = dtype_option("auto" if wanted is None else wanted)
-    name = base_folder(run)
-    with saying_why(name):
-        base = load_whole(AutoModelForCausalLM, name, f"run={str(run)!r}, its base {name!r}", **options)
-    if getattr(base, "is_quantized", False):
-        base = dequantised(base, wanted or torch.bfloat16)
-    if adapter is None:
-        return base
-    adapted = PeftModel.from_pretrained(base, run / adapter)  # which would leave fresh what the folder lacks
-    check_fit(adapted, "default", run / adapter, tensor_shapes(run / adapter / "adapter_model.safetensors"))
-    merged: PreTrainedModel = adapted.merge_and_unload()
-    return merged
-
-
-def _other_tokens(folder: Path | None, output: Path) -> list[str]:
+def _other_tokens(folder: Path | None, written: Path, output: Path) -> list[str]:
     """Say where a tokenizer that was written is not read as the run reads its own.
 
     Beside a config.json of some families (Qwen2 is one) transformers 5 takes the family's tokenizer class, whatever the files
     say of themselves.
     """
-    if folder is None or not (output / "tokenizer_config.json").is_file():
+    if folder is None or not (written / "tokenizer_config.json").is_file():
         return []
     try:
-        ours, theirs = _tokenizer(folder), _tokenizer(output)
+        ours, theirs = load_tokenizer_of(folder), load_tokenizer_of(written)
     except ConfigError:  # one with code of its own, which is not run here
         return []
     few = sorted(ours.get_vocab().values())[:: max(1, len(ours) // PROBE_TOKENS)]
@@ -283,7 +358,12 @@ def _other_tokens(folder: Path | None, output: Path) -> list[str]:
     return []
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a folder.
+
+    Raises:
+        ConfigError: where there is none that can be read.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
 
+from hydra_ppo.config.paths import is_run_config, read_settings
 from hydra_ppo.config.reading import (
     Setting,
     as_values,
@@ -30,7 +31,6 @@ from hydra_ppo.config.reading import (
     item_class,
     nearest,
     nest,
-    read_yaml,
     render_yaml,
     settings_of,
     unknown_setting,
@@ -56,6 +56,22 @@ class Request(Generic[Config]):
     config: Config | None
     values: dict[str, Any] = field(default_factory=dict)
     options: frozenset[str] = frozenset()
+    path: Path | None = None
+
+    def check_place(self, output: str) -> None:
+        """Refuse to go on by the config of a run that was moved, which names the place where the run was.
+
+        Raises:
+            ConfigError: naming both places; configs that name paths from where they lie are never refused.
+        """
+        if self.path is None or "--resume" not in self.options or not is_run_config(self.path):
+            return
+        here = self.path.parent
+        if Path(output).resolve() != here.resolve():
+            raise ConfigError(
+                f"run.output={output!r} is where the run of {str(self.path)!r} was before it was moved; pass --run.output "
+                f"{here} to go on with it where it is."
+            )
 
 
 def make_parser(config_class: type, command: str) -> ArgumentParser:
@@ -102,7 +118,7 @@ def parse(config_class: type[Config], command: str, argv: Sequence[str]) -> Requ
     path, options, flags = _split(config_class, known, argv)
     if "--help" in options:
         return Request(None, options=options)
-    flat = flatten(read_yaml(path), config_class) if path is not None else {}
+    flat = flatten(read_settings(path), config_class) if path is not None else {}
     flat = {name: value for name, value in flat.items() if value is not None or not known[name].required}
     written = deepcopy(flat)  # jsonargparse changes what it is given
     parser = make_parser(config_class, command)
@@ -129,7 +145,7 @@ def parse(config_class: type[Config], command: str, argv: Sequence[str]) -> Requ
         for parent in parents.split("."):
             node = node[parent]
         del node[leaf]
-    return Request(None if missing else config, values, options)
+    return Request(None if missing else config, values, options, None if path is None else Path(path))
 
 
 def print_config(config_class: type, request: Request[Any]) -> str:

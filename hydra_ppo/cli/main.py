@@ -152,11 +152,13 @@ def _train(command: str, config_class: type[SFTConfig | PPOConfig], arguments: l
     elif "--dry-run" in request.options:
         from hydra_ppo.cli.dry_run import dry_run
 
+        request.check_place(request.config.run.output)
         dry_run(request.config, resume="--resume" in request.options)
     else:
         from hydra_ppo.cli import commands
         from hydra_ppo.cli.dry_run import check_files
 
+        request.check_place(request.config.run.output)
         check_files(request.config)
         getattr(commands, command)(request.config, resume="--resume" in request.options)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from hydra_ppo.errors import ConfigError
+from hydra_ppo.model.manifest import read_manifest
 
 MIB = 2**20
 LONGEST_HEADER = 100_000_000
@@ -106,24 +108,31 @@ def check_reachable(setting: str, name_or_path: str) -> None:
 
 
 def _check_saved_model(name: str, path: Path) -> str:
-    try:
-        manifest = json.loads((path / "hydra.json").read_text(encoding="utf-8"))
-        base_name, relative = str(manifest["base"]["name_or_path"]), manifest["base"]["relative"]
-        adapters, heads = [str(adapter) for adapter in manifest.get("adapters", [])], manifest.get("heads", [])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{name} holds a broken hydra.json; save the model again.") from None
-    for adapter in adapters:
-        _check_adapter(name, path, adapter)
-    if heads:
-        if not (path / "heads.safetensors").is_file():
-            raise ConfigError(f"{name} lacks heads.safetensors; save the model again.")
-        check_weights(name, path / "heads.safetensors", "save the model again")
+    base = check_adapters(name, path)
+    base_name, relative = str(base["name_or_path"]), base["relative"]
     if not relative:
         return f"saved by this program; base {base_name}: {check_model('the base of ' + name, base_name)}"
     base_path = path / base_name
     if not base_path.is_dir():
         raise ConfigError(f"{name} needs its base at {base_name!r} beside it; put it back there.")
     return f"saved by this program; base: {check_model('the base of ' + name, str(base_path))}"
+
+
+def check_adapters(name: str, path: Path) -> dict[str, Any]:
+    """Check what a saved model holds itself, and return what it says of its base.
+
+    Raises:
+        ConfigError: with ``name``, and what is missing or torn.
+    """
+    manifest = read_manifest(path)
+    for adapter in manifest["adapters"]:
+        _check_adapter(name, path, adapter)
+    if manifest["heads"]:
+        if not (path / "heads.safetensors").is_file():
+            raise ConfigError(f"{name} lacks heads.safetensors; save the model again.")
+        check_weights(name, path / "heads.safetensors", "save the model again")
+    base: dict[str, Any] = manifest["base"]
+    return base
 
 
 def _check_adapter(name: str, path: Path, adapter: str) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +25,18 @@ from hydra_ppo.training.ppo_update import optimizer_steps
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PACKAGES = ("hydra-ppo", "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "numpy")
 LENGTHS = ("steps", "epochs", "max_steps")
 FREE = (*LENGTHS, "sample_every", "eval_every", "reward.time_limit")
 """Settings that may change between two parts of a run, besides those of `run` other than its seed."""
+
+
+def version(package: str) -> str:
+    """Return the version of a package that is installed, or that it is not."""
+    try:
+        return _installed(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def find_checkpoint(folder: Path, note: Callable[[str], None]) -> Checkpoint | None:
@@ -40,7 +52,7 @@ def find_checkpoint(folder: Path, note: Callable[[str], None]) -> Checkpoint | N
     if damaged and found is None:
         raise ConfigError(
             f"run.output={str(folder)!r} holds no checkpoint that is whole ({damaged[0]}); "
-            "start again with --run.overwrite true, or in another folder."
+            "it is left as it is; put the checkpoint back, or start again in another folder."
         )
     return found
 
@@ -50,11 +62,15 @@ def describe_run(
 ) -> dict[str, Any]:
     """Return what a run is: settings, and digests of model files, tokenizer and data. Plain values."""
     rows = list(rows)
+    digests = _digests("model", config.model.name_or_path)
     folder = model_folder(config.model.name_or_path)
-    digests = {} if folder is None else {f"model {name}": digest for name, digest in model_digests(folder).items()}
     if folder is not None and (folder / MANIFEST).is_file():
-        base = model_folder(base_folder(folder))
-        digests |= {} if base is None else {f"base {name}": digest for name, digest in model_digests(base).items()}
+        digests |= _digests("base", base_folder(folder))
+    if config.model.adapter is not None:
+        digests |= _digests("adapter", config.model.adapter)
+    for index, source in enumerate(config.reward.sources if isinstance(config, PPOConfig) else []):
+        if source.kind == "classifier" and source.target is not None:
+            digests |= _digests(_source(index), source.target)
     digests["tokenizer"] = tokenizer_digest(tokenizer)
     digests["the end of an answer"] = str(find_ends(tokenizer, end_of_turn=config.data.end_of_turn).turn)
     digests["data"] = rows_digest(rows, eval_rows)
@@ -64,7 +80,43 @@ def describe_run(
         "optimizer_steps": steps,
         "digests": digests,
         "reward_functions": _reward_functions(config) if isinstance(config, PPOConfig) else {},
+        "surroundings": _surroundings(),
     }
+
+
+def _surroundings() -> dict[str, str]:
+    """Return what sums are rounded by, besides the run: versions of libraries, threads, GPU."""
+    import torch
+
+    found = {name: version(name) for name in PACKAGES}
+    found["threads"] = str(torch.get_num_threads())
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return found
+
+
+def _digests(what: str, name_or_path: str) -> dict[str, str]:
+    """Return digests of the files of a model, after a word of what it is; none where they are not on this machine yet."""
+    folder = model_folder(name_or_path)
+    return {} if folder is None else {f"{what} {name}": digest for name, digest in model_digests(folder).items()}
+
+
+def _source(index: int) -> str:
+    return f"reward.sources[{index}]"
+
+
+def _without_known_paths(values: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    """Return settings without the paths of what digests tell apart: where it lies, and how it is named, is free."""
+    known = {name.split(" ")[0] for name in digests}
+    changed = deepcopy(dict(values))
+    for setting, what in (("name_or_path", "model"), ("adapter", "adapter")):
+        if what in known:
+            changed["model"][setting] = None
+    if "data" in known:
+        changed["data"] |= {"train": None, "eval": None}
+    for index, source in enumerate(changed.get("reward", {}).get("sources", [])):
+        if _source(index) in known:
+            source["target"] = None
+    return changed
 
 
 def _reward_functions(config: PPOConfig) -> dict[str, str]:
@@ -85,7 +137,7 @@ def check_unchanged(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now: 
         ConfigError: with the list of all differences.
     """
     before = checkpoint.run
-    old, new = before["config"], now["config"]
+    old, new = (_without_known_paths(run["config"], run["digests"]) for run in (before, now))
     found = [
         f"{name} was {_at(old, name)!r}, is {_at(new, name)!r}"
         for name in settings_of(type(config))
@@ -102,7 +154,10 @@ def check_unchanged(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now: 
             f"run.output={config.run.output!r} cannot go on from {checkpoint.folder.name}: {'; '.join(found)}. "
             "Put that back, or start a new run in another folder."
         )
-    return [
+    was = before.get("surroundings", {})
+    others = [f"{name} was {was[name]}, is {is_}" for name, is_ in now["surroundings"].items() if was.get(name, is_) != is_]
+    said = [f"{', '.join(others)} since {checkpoint.folder.name}: the rest may differ in the last bits"] if others else []
+    return said + [
         f"the module of the reward function {target} has changed since {checkpoint.folder.name}: scores before and after may "
         "differ"
         for target, digest in before.get("reward_functions", {}).items()

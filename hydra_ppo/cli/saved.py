@@ -7,28 +7,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_ppo.cli.flags import parse
-from hydra_ppo.cli.model_files import check_model
+from hydra_ppo.cli.model_files import check_adapters, check_model
 from hydra_ppo.config.reading import read_yaml
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
 from hydra_ppo.data.ends import find_ends
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.manifest import MANIFEST, base_folder, read_manifest
-from hydra_ppo.runs.folder import CONFIG
+from hydra_ppo.runs.contents import CONFIG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def check_saved(run: Path) -> dict[str, Any]:
+def check_saved(run: Path, *, needs_base: bool = True) -> dict[str, Any]:
     """Check that a folder holds a whole model of this program, and return its `hydra.json`.
+
+    Args:
+        run: the folder.
+        needs_base: whether its base has to be there too.
 
     Raises:
         ConfigError: naming what is missing.
     """
     if not (run / MANIFEST).is_file():
         raise ConfigError(f"run={str(run)!r} holds no {MANIFEST}; name the folder of a finished sft or ppo run.")
-    check_model("run", str(run))
+    if needs_base:
+        check_model("run", str(run))
+    else:
+        check_adapters(f"run={str(run)!r}", run)
     return read_manifest(run)
+
+
+def base_if_here(run: Path) -> str | None:
+    """Return the base that a saved model stands on; None where a local one is not there."""
+    try:
+        return base_folder(run)
+    except ConfigError:
+        return None
 
 
 def beside(run: Path, name: str) -> Path | None:
@@ -39,8 +54,10 @@ def beside(run: Path, name: str) -> Path | None:
 
 def tokenizer_folder(run: Path) -> Path | None:
     """Return where the tokenizer of a run lies: with it, else with its base; None where there is none."""
-    base = Path(base_folder(run))
-    return beside(run, "tokenizer_config.json") or (base if (base / "tokenizer_config.json").is_file() else None)
+    if (own := beside(run, "tokenizer_config.json")) is not None:
+        return own
+    base = base_if_here(run)
+    return Path(base) if base is not None and (Path(base) / "tokenizer_config.json").is_file() else None
 
 
 def run_config(run: Path, flags: Sequence[str] = ()) -> PPOConfig | SFTConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import field
 from typing import Any, Literal
 
@@ -47,3 +48,11 @@ def fraction(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         check(config, name, value is None or 0 <= value <= 1, "must lie in [0, 1]", f"choose {name} between 0 and 1")
+
+
+def expand_home(config: Any, *names: str) -> None:
+    """Put the home of a user in place of a leading `~`, which a shell leaves in `--name=~/folder` and in YAML."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, str) and value.startswith("~"):
+            object.__setattr__(config, name, os.path.expanduser(value))  # frozen for everybody else

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from hydra_ppo.config.fields import Quantization, check, not_negative, positive, setting
+from hydra_ppo.config.fields import Quantization, check, expand_home, not_negative, positive, setting
 from hydra_ppo.errors import ConfigError
 
 
@@ -37,6 +37,8 @@ class RewardSource:
     retries: int = setting(4, "http: how often a request that failed is sent again, after 1, 2, 4, ... seconds.")
 
     def __post_init__(self) -> None:
+        if self.kind == "classifier":
+            expand_home(self, "target")
         if self.kind == "head" and self.target is not None:
             raise ConfigError(f"target={self.target!r} does not go with kind='head'; leave target out.")
         if self.kind == "http" and not (self.target or "").startswith(("http://", "https://")):

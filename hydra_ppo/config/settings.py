@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hydra_ppo.config.fields import Quantization, required, setting
+from hydra_ppo.config.fields import Quantization, expand_home, required, setting
 from hydra_ppo.config.fields import check as _check
 from hydra_ppo.config.fields import fraction as _fraction
 from hydra_ppo.config.fields import not_negative as _not_negative
@@ -89,6 +89,7 @@ class ModelSettings:
     lora: LoraSettings = setting(LoraSettings, "Shape of the LoRA adapters.")
 
     def __post_init__(self) -> None:
+        expand_home(self, "name_or_path", "adapter")
         _check(self, "name_or_path", bool(self.name_or_path), "is empty", "name a model or a folder")
         _not_negative(self, "trunk_layers")
 
@@ -129,6 +130,7 @@ class DataSettings:
     chat_template_kwargs: dict[str, Any] = setting(dict, "Handed to the chat template, such as {enable_thinking: false}.")
 
     def __post_init__(self) -> None:
+        expand_home(self, "train", "eval")
         _check(self, "end_of_turn", self.end_of_turn != "", "is empty", "name a token, or leave it null")
         _check(self, "train", bool(self.train), "is empty", "name a file or a dataset")
         _positive(self, "max_prompt_tokens", "max_response_tokens", "pairs_per_prompt")
@@ -183,6 +185,7 @@ class RunSettings:
     progress: bool = setting(True, "Show progress bars and sample tables.")
 
     def __post_init__(self) -> None:
+        expand_home(self, "output")
         _check(self, "output", bool(self.output), "is empty", "name a folder, for example runs/my-run")
         _positive(self, "log_every", "keep_last")
         _not_negative(self, "save_every", "keep_best", "seed")

@@ -11,6 +11,7 @@ from torch._guards import detect_fake_mode
 
 from hydra_ppo.data.ends import find_ends
 from hydra_ppo.errors import ConfigError
+from hydra_ppo.model.fingerprint import template_digest
 from hydra_ppo.model.role_model import RoleModel
 
 if TYPE_CHECKING:
@@ -68,5 +69,12 @@ def settle_ends(model: RoleModel, tokenizer: PreTrainedTokenizerBase, ids: Seque
             f"data.end_of_turn: answers end at {names[0]} here, but the reward head was trained at {names[1]}; set it to "
             "that token, or use the tokenizer and chat template of the run that trained it."
         )
-    model.trained_end = turn
+    template = template_digest(tokenizer)
+    if model.template is not None and model.template != template:
+        logger.warning(
+            "%s, and this model was trained with another; put the tokenizer of its run back, or expect other answers and "
+            "scores.",
+            "the tokenizer has no chat template" if template is None else "the chat template has changed",
+        )
+    model.trained_end, model.template = turn, template
     model.causal_lm.generation_config.eos_token_id = list(ids)

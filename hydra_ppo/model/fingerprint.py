@@ -18,13 +18,25 @@ PLACES, BLOCK = 256, 64 * 2**10
 """Of a larger file: how many places are read, and how many bytes at each. 16 MiB of an 8B shard take well under a second."""
 
 
+CONFIGS = ("config.json", "generation_config.json", "hydra.json", "adapter_config.json")
+PLACES_IN_CONFIGS = ("base_model_name_or_path", "_name_or_path", "transformers_version", "peft_version")
+"""What a config says of where things lay, and of what wrote it: it computes nothing, and changes when folders are moved."""
+
+
 def model_digests(folder: Path) -> dict[str, str]:
     """Return a digest of every file of a model that decides what it computes: configs and safetensors, by path."""
-    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*/adapter_model.safetensors")])
-    paths += [
-        path for path in (folder / "config.json", folder / "generation_config.json", folder / "hydra.json") if path.is_file()
-    ]
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*/adapter_model.safetensors")])
+    configs = [folder / name for name in CONFIGS] + sorted(folder.glob("*/adapter_config.json"))
+    found = {path.relative_to(folder).as_posix(): file_digest(path) for path in weights}
+    return found | {path.relative_to(folder).as_posix(): _config_digest(path) for path in configs if path.is_file()}
+
+
+def _config_digest(path: Path) -> str:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return _of({name: value for name, value in content.items() if name not in PLACES_IN_CONFIGS})
+    except (ValueError, AttributeError, RecursionError):  # whoever reads it says what is wrong
+        return file_digest(path)
 
 
 def weights_digest(name_or_path: str) -> str | None:
@@ -75,8 +87,14 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     content: list[Any] = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        content.append({name: rules.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "model")})
+        parts = ("normalizer", "pre_tokenizer", "post_processor", "model", "decoder")
+        content.append({name: rules.get(name) for name in parts})
     return _of(content)
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a digest of a tokenizer's chat template, or of all of them by name; None where it has none."""
+    return _of(tokenizer.chat_template) if tokenizer.chat_template else None
 
 
 def rows_digest(*parts: Iterable[Any]) -> str:

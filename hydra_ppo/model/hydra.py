@@ -29,7 +29,7 @@ from hydra_ppo.model.adapters import (
 )
 from hydra_ppo.model.architecture import disable_dropout, inspect_architecture, keep_quantised_layers_trainable, understand_head
 from hydra_ppo.model.loading import DTYPES, base_from_config, load_base, quantization_of
-from hydra_ppo.model.manifest import MANIFEST, base_folder, check_base, other_quantization, read_manifest
+from hydra_ppo.model.manifest import MANIFEST, base_folder, check_base, held_otherwise, read_manifest
 from hydra_ppo.model.probe import as_one_line, probe, without_values
 from hydra_ppo.model.role_model import RoleModel
 from hydra_ppo.model.roles import Stage, StageName, build_stage
@@ -123,10 +123,12 @@ class HydraModel(RoleModel):
         heads = scalar_heads(architecture.hidden_size, architecture.output_embeddings.weight.device)
         if saved is not None and manifest is not None:
             read_heads(heads, saved, manifest)
-            if (note := other_quantization(manifest, quantization_of(causal_lm))) is not None:
+            computed_in = str(causal_lm.dtype).removeprefix("torch.")
+            if (note := held_otherwise(manifest, quantization_of(causal_lm), computed_in)) is not None:
                 logger.warning("%s: %s", saved, note)
         super().__init__(architecture, base, stage, heads, trunk_layers=trunk_layers, packing=packing, autocast=autocast)
         self.reward_head_trained = bool(manifest and manifest["reward_head_trained"])
+        self.template = manifest.get("template") if manifest else None
         if manifest and manifest.get("end_ids"):
             self.trained_end = manifest["end_ids"][0]
             causal_lm.generation_config.eos_token_id = manifest["end_ids"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.fingerprint import weights_digest
+from hydra_ppo.runtime.files import read_regular
 
 MANIFEST = "hydra.json"
 
@@ -20,17 +22,39 @@ UNTRAINED_HEAD = (
 """What PPO and its dry run say of a base without a trained reward head."""
 
 
+FORMAT = 1
+"""Number of what `hydra.json` says and means; another one is refused."""
+NEEDED = ("base", "roles", "adapters", "heads", "reward_head_trained", "trunk_layers")
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+"""What adapters and heads may be called: they are names of folders and tensors, and a path would lead out of the run."""
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what `hydra.json` of a saved model says; raises ConfigError where it says too little."""
+    """Return what `hydra.json` of a saved model says.
+
+    Raises:
+        ConfigError: where it says too little, something of another kind, or was written by another version.
+    """
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        missing = {"base", "roles", "adapters", "heads", "reward_head_trained", "trunk_layers"} - manifest.keys()
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{folder / MANIFEST} is not a manifest of this program ({error}); save the model again.") from error
-    if missing:
-        raise ConfigError(f"{folder / MANIFEST} lacks {', '.join(sorted(missing))}; save the model again.")
+        manifest = json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not a manifest of this program ({error}); save the model again.") from error
+    if not isinstance(manifest, dict):
+        raise ConfigError(f"{path} is not a manifest of this program ({type(manifest).__name__}); save the model again.")
+    if (found := manifest.get("format", FORMAT)) != FORMAT:
+        raise ConfigError(f"{path}: format={found!r} is not the {FORMAT} that this version reads; use the one that wrote it.")
+    if missing := set(NEEDED) - manifest.keys():
+        raise ConfigError(f"{path} lacks {', '.join(sorted(missing))}; save the model again.")
     if not _is_sound(manifest):
-        raise ConfigError(f"{folder / MANIFEST} holds values of other types than this program writes; save the model again.")
+        raise ConfigError(f"{path} holds values of other types than this program writes; save the model again.")
+    for what in ("adapters", "heads"):
+        for name in manifest[what]:
+            if NAME.fullmatch(name) is None:
+                raise ConfigError(f"{path}: {what} has {name!r}, which is no plain name; save the model again.")
+    for role, spec in manifest["roles"].items():
+        if spec["adapter"] is not None and spec["adapter"] not in manifest["adapters"]:
+            raise ConfigError(f"{path}: role {role!r} uses adapter {spec['adapter']!r}, which it does not list; save it again.")
     return manifest
 
 
@@ -43,10 +67,13 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
         and isinstance(base.get("relative"), bool)
         and isinstance(roles, dict)
         and all(isinstance(role, dict) and role.keys() == {"adapter", "head"} for role in roles.values())
+        and all(isinstance(role["adapter"], str | None) and isinstance(role["head"], str) for role in roles.values())
         and all(isinstance(manifest[name], list) for name in ("adapters", "heads"))
+        and all(isinstance(item, str) for name in ("adapters", "heads") for item in manifest[name])
+        and isinstance(manifest["reward_head_trained"], bool)
         and isinstance(manifest["trunk_layers"], int)
         and _is_list_of_ids(manifest.get("end_ids"))
-        and isinstance(manifest.get("quantization"), str | None)
+        and all(isinstance(manifest.get(name), str | None) for name in ("quantization", "dtype", "template"))
     )
 
 
@@ -74,26 +101,36 @@ def describe_base(name_or_path: str, folder: Path) -> dict[str, Any]:
     return {"name_or_path": name_or_path, "relative": False}
 
 
-def other_quantization(manifest: Mapping[str, Any], held: str | None) -> str | None:
-    """Say that adapters and heads are read on another quantisation than they were trained on; None where they are not.
+def held_otherwise(manifest: Mapping[str, Any], quantization: str | None, dtype: str) -> str | None:
+    """Say that adapters and heads are read on a base held otherwise than while they trained; None where it is the same.
 
     Args:
-        manifest: of the saved model; what was saved before it was written down is not compared.
-        held: quantisation of the base that they are read on.
+        manifest: of the saved model; what was saved before a thing was written down is not compared.
+        quantization: of the base that they are read on.
+        dtype: that it computes in.
     """
-    trained = manifest.get("quantization", held)
+    before = (manifest.get("quantization", quantization), manifest.get("dtype", dtype))
     heads = [name for name in manifest["heads"] if name != "reward" or manifest["reward_head_trained"]]
     used = [f"adapter {name}" for name in manifest["adapters"]] + [f"{name} head" for name in heads]
-    if trained == held or not used:
+    if before == (quantization, dtype) or not used:
         return None
+    wanted = []
+    if before[0] != quantization:
+        wanted.append(f"model.quantization={before[0] or 'null'}")
+    if before[1] != dtype:
+        wanted.append(f"model.dtype={SHORT.get(before[1], before[1])}")
     return (
-        f"trained on {_held(trained)}, read on {_held(held)}: {', '.join(used)}; log-probs and scores differ by the rounding, "
-        f"model.quantization={trained or 'null'} gives those of the training."
+        f"trained on {_held(*before)}, read on {_held(quantization, dtype)}: {', '.join(used)}; log-probs and scores differ by "
+        f"the rounding, {' and '.join(wanted)} gives those of the training."
     )
 
 
-def _held(quantization: str | None) -> str:
-    return "an unquantised base" if quantization is None else f"a base in {quantization}"
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def _held(quantization: str | None, dtype: str) -> str:
+    short = SHORT.get(dtype, dtype)
+    return f"an unquantised base in {short}" if quantization is None else f"a base in {quantization}, computing in {short}"
 
 
 def findable(name_or_path: str | None) -> str:

@@ -51,6 +51,7 @@ class RoleModel(nn.Module):
     Attributes:
         reward_head_trained: whether the reward head says anything yet.
         trained_end: the token that training answers ended in, at which the reward head is read; None where nobody said.
+        template: digest of the chat template that training texts were put into; None where there was none, or nobody said.
         kept: what rooms above this one made for this model and want to find again; no submodule, and never saved.
     """
 
@@ -72,6 +73,7 @@ class RoleModel(nn.Module):
         self.trunk_layers, self.packing, self.autocast_dtype = trunk_layers, packing, autocast
         self.reward_head_trained = False
         self.trained_end: int | None = None
+        self.template: str | None = None
         self.kept: dict[str, Any] = {}
         self.adapters = AdapterSwitch(base)
         has_trunk = trunk_layers > 0 and not stage.tunes_base

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.adapters import read_adapter
 from hydra_ppo.model.fingerprint import weights_digest
+from hydra_ppo.model.for_others import save_for_others
 from hydra_ppo.model.loading import quantization_of
-from hydra_ppo.model.manifest import MANIFEST, describe_base, findable, read_manifest
+from hydra_ppo.model.manifest import FORMAT, MANIFEST, describe_base, findable, read_manifest
 from hydra_ppo.model.role_model import RoleModel
+from hydra_ppo.runtime.files import PARTIAL, write_whole
 
 HEADS = "heads.safetensors"
 
@@ -27,31 +29,22 @@ def write_model(model: RoleModel, folder: Path) -> None:
     """Write adapters, heads, `hydra.json`, and the base to `base/` where it was itself trained.
 
     `hydra.json` names a local base relative to the folder, so that both can be moved together; the adapters' own configs name
-    it absolutely, for PEFT looks from wherever its caller stands.
+    it absolutely, for PEFT looks from wherever its caller stands. It goes first and comes last: a folder that has one is whole,
+    whenever the process died.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    base = _describe_base(model, folder)
+    (folder / MANIFEST).unlink(missing_ok=True)
     adapters = sorted(model.stage.adapters)
     for name in adapters:
-        (folder / name).mkdir(exist_ok=True)
-        state = get_peft_model_state_dict(model.base, adapter_name=name, save_embedding_layers=False)
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / name / "adapter_model.safetensors", {"format": "pt"})
-        config = model.base.peft_config[name]
-        config.base_model_name_or_path = findable(model.causal_lm.name_or_path)
-        config.inference_mode = True
-        config.save_pretrained(str(folder / name))
-        config.inference_mode = False
+        _write_adapter(model, name, folder / name)
     used = sorted({role.head for role in model.roles.values()} - {"lm"})
-    save_file({f"{n}.{k}": v for n in used for k, v in model.heads[n].state_dict().items()}, folder / HEADS)
+    heads = {f"{n}.{k}": v for n in used for k, v in model.heads[n].state_dict().items()}
+    _write_tensors(heads, folder / HEADS)
     if model.stage.tunes_base:
-        model.causal_lm.save_pretrained(folder / "base")
-        base: dict[str, Any] = {"name_or_path": "base", "relative": True}
-    else:
-        name = str(model.causal_lm.name_or_path)
-        base = describe_base(name, folder)
-        if (digest := weights_digest(name)) is not None:
-            base["weights"] = digest
+        save_for_others(model.causal_lm, folder / "base")
     manifest = {
-        "format": 1,
+        "format": FORMAT,
         "base": base,
         "roles": {name: asdict(role) for name, role in model.roles.items()},
         "adapters": adapters,
@@ -60,8 +53,40 @@ def write_model(model: RoleModel, folder: Path) -> None:
         "trunk_layers": model.trunk_layers,
         "end_ids": _end_ids(model),
         "quantization": quantization_of(model.causal_lm),
+        "dtype": str(model.causal_lm.dtype).removeprefix("torch."),
+        "template": model.template,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def _describe_base(model: RoleModel, folder: Path) -> dict[str, Any]:
+    if model.stage.tunes_base:
+        return {"name_or_path": "base", "relative": True}
+    name = str(model.causal_lm.name_or_path)
+    digest = weights_digest(name)
+    return describe_base(name, folder) | ({} if digest is None else {"weights": digest})
+
+
+def _write_adapter(model: RoleModel, name: str, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    config = model.base.peft_config[name]
+    config.base_model_name_or_path = findable(model.causal_lm.name_or_path)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    config.inference_mode = False
+    state = get_peft_model_state_dict(model.base, adapter_name=name, save_embedding_layers=False)
+    _write_tensors(state, folder / "adapter_model.safetensors")
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write safetensors in one move."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"format": "pt"})
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _end_ids(model: RoleModel) -> list[int] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,29 +14,12 @@ from filelock import FileLock, Timeout
 
 from hydra_ppo.config.settings import PPOConfig, RunSettings, SFTConfig
 from hydra_ppo.errors import ConfigError
+from hydra_ppo.runs.contents import CHECKPOINTS, LOCK, STATE
+from hydra_ppo.runtime.files import PARTIAL
 
-CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
-STATE, LOG, SUMMARY = "state.json", "log.txt", "summary.json"
-CHECKPOINTS = "checkpoints"
-LOCK = ".lock"
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "vocab.txt", "normalizer.json", "emoji.json", "bpe.codes", "dict.txt", "byte_maps.json"),
-    *("tokenizer.model", "spiece.model", "spm.model", "spm_char.model", "sentencepiece.model", "sentencepiece.bpe.model"),
-    *("vocab.model", "tiktoken.model", "tekken.json", "prophetnet.tokenizer", "entity_vocab.json", "word_shape.json"),
-    *("vocab-src.json", "vocab-tgt.json", "target_vocab.json", "source.spm", "target.spm", "word_pronunciation.json"),
-)
-TOKENIZER_FOLDER = "additional_chat_templates"
-"""What `save_pretrained` of a tokenizer writes, in transformers 4 and 5: files, and a folder where it has several templates."""
-
-WRITTEN_FILES = (
-    *(CONFIG, METRICS, SAMPLES, STATE, LOG, SUMMARY),
-    *("hydra.json", "heads.safetensors"),
-    *TOKENIZER_FILES,
-)
-WRITTEN_FOLDERS = ("sft", "reward", "actor", "critic", "base", CHECKPOINTS, "plots", "tensorboard", "wandb", TOKENIZER_FOLDER)
+STARTING = "starting"
+"""State of a run that has not begun: what was in its folder may be half removed, and its settings not be written yet."""
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
@@ -90,19 +72,26 @@ def check_output(
     if not folder.exists() or not any(folder.iterdir()):
         return folder
     state = read_state(folder)
-    if state is None and not (folder / STATE).exists():
+    begun = (folder / STATE).exists()
+    if not begun and {path.name for path in folder.iterdir()} - {LOCK, STATE + PARTIAL}:
         raise ConfigError(f"{name} is not empty and holds no run; choose another folder.")
     if is_locked(folder):
         raise ConfigError(f"{name} is being written by {_writer(state)}; wait for it, stop it, or choose another folder.")
+    if not begun:
+        return folder  # of a process that died before it wrote anything
     verdict = (state or {}).get("state")
-    if resume:
+    holds = "a finished run" if verdict == "finished" else f"an unfinished run ({verdict or 'unreadable state'})"
+    if resume and verdict != STARTING:
         other = (state or {}).get("command")
         if other is not None and other != command:
             raise ConfigError(f"{name} holds a run of {other}, not of {command}; choose its own command or another folder.")
         if any((folder / CHECKPOINTS).glob("step-*")):
             return folder  # nothing is cleared
-    elif not settings.overwrite:
-        holds = "a finished run" if verdict == "finished" else f"an unfinished run ({verdict or 'unreadable state'})"
+        if state is None or verdict == "finished" or (folder / "hydra.json").exists():
+            raise ConfigError(
+                f"{name} holds {holds} without a checkpoint to go on from, and is left as it is; choose another folder."
+            )
+    elif not settings.overwrite and verdict != STARTING:
         remedy = "choose another folder, go on with --resume, or pass --run.overwrite true."
         raise ConfigError(f"{name} holds {holds}; {remedy}")
     for setting, source in _sources(config):
@@ -126,7 +115,12 @@ def _lies_in(path: Path, folder: Path) -> bool:
 
 def has_died(folder: Path, state: Mapping[str, Any]) -> bool:
     """Say whether a run that calls itself running has lost its process; not known, so no, of one on another machine."""
-    return state.get("state") == "running" and state.get("host") == socket.gethostname() and not is_locked(folder)
+    return state.get("state") in ("running", STARTING) and state.get("host") == socket.gethostname() and not is_locked(folder)
+
+
+def is_starting(folder: Path) -> bool:
+    """Say whether the run of a folder was cut off before it had begun: nothing in it is to go on from."""
+    return (read_state(folder) or {}).get("state") == STARTING
 
 
 def is_locked(folder: Path) -> bool:
@@ -168,6 +162,8 @@ def _sources(config: SFTConfig | PPOConfig | Mapping[str, Any] | None) -> Iterat
         yield "model.name_or_path", config.model.name_or_path
         if base := _base_beside(Path(config.model.name_or_path)):
             yield "the base of model.name_or_path", base
+        if config.model.adapter is not None:
+            yield "model.adapter", config.model.adapter
         yield "data.train", config.data.train
         if config.data.eval:
             yield "data.eval", config.data.eval
@@ -197,13 +193,3 @@ def _check_trackers(settings: RunSettings) -> None:
                 f"run.trackers=[{tracker}] needs the package {package}, which is not installed; "
                 "run pip install 'hydra-ppo[track]'."
             )
-
-
-def clear(folder: Path) -> None:
-    """Remove what this program writes from a run folder, and nothing else."""
-    for name in (*WRITTEN_FILES, *WRITTEN_FOLDERS):
-        path = folder / name
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        elif path.is_dir() and name in WRITTEN_FOLDERS:
-            shutil.rmtree(path)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hydra_ppo.config.paths import read_settings
 from hydra_ppo.data.sources import exists, local_path
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.runs.folder import CONFIG, STATE, has_died, read_state
+from hydra_ppo.runs.contents import CONFIG, STATE
+from hydra_ppo.runs.folder import has_died, read_state
 from hydra_ppo.runs.plots import read_metrics
 
 MIB = 2**20
@@ -118,10 +119,8 @@ def _show(value: Any) -> str:
 def _highlights(path: Path) -> dict[str, Any] | None:
     """Return the settings worth a line, by full name; None where the file is missing or broken."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    if not isinstance(content, dict):
+        content = read_settings(path)
+    except ConfigError:
         return None
     found = {}
     for name in HIGHLIGHTS:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ppo.errors import DataError
-from hydra_ppo.runs.folder import METRICS
+from hydra_ppo.runs.contents import METRICS
 
 MIB = 2**20
 MEMORY_METRIC = re.compile(r"memory/(.+)_peak_bytes")

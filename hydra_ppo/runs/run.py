@@ -2,10 +2,10 @@
 
 ::
 
-    config.yaml     every setting; loads back as a config
+    config.yaml     every setting; loads back as a config; paths are relative to the folder
     metrics.jsonl   one object per logged step: step, time (seconds since the epoch), metrics (null: not measured)
     samples.jsonl   one object per recorded sample: step and what the trainer gives
-    state.json      command, state (running, finished, failed, interrupted), pid, times, versions, error
+    state.json      command, state (starting, running, finished, failed, interrupted), pid, times, versions, error
     .lock           held by the process that writes the folder
     log.txt         what was printed
     summary.json    written last, by ``finish``
@@ -36,11 +36,13 @@ from rich.table import Table
 from rich.text import Text
 
 from hydra_ppo import __version__
+from hydra_ppo.config.paths import MARK, for_folder
 from hydra_ppo.config.reading import as_values, render_yaml
 from hydra_ppo.config.settings import PPOConfig, RunSettings, SFTConfig
 from hydra_ppo.errors import ConfigError, StorageError
-from hydra_ppo.runs.folder import CONFIG, LOG, METRICS, SAMPLES, STATE, SUMMARY, check_output, clear, lock, read_state
-from hydra_ppo.runtime.files import sync
+from hydra_ppo.runs.contents import CONFIG, LOG, METRICS, SAMPLES, STATE, SUMMARY, clear, set_aside
+from hydra_ppo.runs.folder import STARTING, check_output, lock, read_state
+from hydra_ppo.runtime.files import sync, write_whole
 from hydra_ppo.runtime.interruption import StopRequested
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
@@ -88,23 +90,17 @@ class Run:
         """
         folder = check_output(settings, config, command=command, resume=resume)
         values = config if isinstance(config, dict) else as_values(config)
-        if not isinstance(config, dict):
-            values["run"]["overwrite"] = False  # how the run began; whoever loads this file goes on with it
-        text = (
-            yaml.safe_dump(config, sort_keys=False)
-            if isinstance(config, dict)
-            else render_yaml(type(config), values, comments=False)
-        )
         name = f"run.output={settings.output!r}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held = lock(folder, name)
         except OSError as error:
             raise ConfigError(f"{name} cannot be written ({error.strerror}); choose another folder.") from None
-        before = (read_state(folder) or {}) if resume and done + sampled else {}
+        begins = done + sampled == 0
+        before = (read_state(folder) or {}) if resume and not begins else {}
         state = {
             "command": command,
-            "state": "running",
+            "state": STARTING if begins else "running",
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "started": before.get("started") or _now(),
@@ -118,19 +114,27 @@ class Run:
         }
         run = cls(folder, settings, state, Console(stderr=True))
         run._lock = held
+        # Killed after any of these lines, the folder is one that goes on, or that begins anew without being asked twice.
         try:
-            if done + sampled == 0:
-                clear(folder)
+            aside = set_aside(folder) if begins and resume else None
+            run._write_state()
+            if begins:
+                clear(folder, earlier=settings.overwrite)
             else:
                 (folder / SUMMARY).unlink(missing_ok=True)
                 keep_steps(folder / METRICS, done)
                 keep_steps(folder / SAMPLES, max(done, sampled))
-            run._write_state()
-            (folder / CONFIG).write_text(text, encoding="utf-8")
+            with run.storing(CONFIG):
+                write_whole(folder / CONFIG, _as_text(config, folder))
             run._start_trackers(values, done)
+            if begins:
+                run._state["state"] = "running"
+                run._write_state()
         except BaseException as error:
             run._close("failed", error)
             raise
+        if aside is not None:
+            run.note(f"what was logged before, without coming to a checkpoint, is in {aside}")
         return run
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -188,7 +192,8 @@ class Run:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json`` and mark the run finished."""
-        _write_json(self.folder / SUMMARY, summary)
+        with self.storing(SUMMARY):
+            _write_json(self.folder / SUMMARY, summary)
         self._close("finished", None)
 
     def __enter__(self) -> Run:
@@ -217,14 +222,37 @@ class Run:
         self._write(name, json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=_as_plain) + "\n")
 
     def _write(self, name: str, text: str) -> None:
+        with self.storing(name), (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    @contextmanager
+    def storing(self, name: str) -> Iterator[None]:
+        """Say, where something cannot be written inside the block, what it was and what is safe.
+
+        Args:
+            name: what is written, below the run folder.
+
+        Raises:
+            StorageError: instead of OSError, and of what safetensors raises.
+        """
+        from safetensors import SafetensorError
+
         try:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
+            yield
+        except StorageError:
+            raise
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise StorageError(
-                f"{self.folder / name} cannot be written ({error.strerror}); the last checkpoint is intact: make room or make "
-                "the folder writable, then go on with --resume."
+                f"{self.folder / name} cannot be written ({reason}); {self._safe()}: make room or make the folder writable, "
+                "then go on with --resume."
             ) from error
+
+    def _safe(self) -> str:
+        from hydra_ppo.runs.checkpoint import FOLDER, newest_checkpoint  # which imports torch
+
+        found = newest_checkpoint(self.folder, lambda text: None)
+        return "no checkpoint was written yet" if found is None else f"{FOLDER}/{found.folder.name} is intact"
 
     def flush(self) -> None:
         """See that what was written so far is on the disk."""
@@ -257,6 +285,8 @@ class Run:
 
     def _close(self, state: str, error: BaseException | None) -> None:
         line = None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+        # What was cut off while it began stays so: its folder may be half cleared.
+        state = STARTING if self._state["state"] == STARTING else state
         self._state |= {"state": state, "finished": _now(), "error": line}
         try:
             self._write_state()
@@ -271,7 +301,18 @@ class Run:
                 self._lock.release()
 
     def _write_state(self) -> None:
-        _write_json(self.folder / STATE, self._state)
+        with self.storing(STATE):
+            _write_json(self.folder / STATE, self._state)
+
+
+def _as_text(config: SFTConfig | PPOConfig | dict[str, Any], folder: Path) -> str:
+    """Return the settings as YAML that loads back, wherever the folder lies then."""
+    if isinstance(config, dict):
+        return yaml.safe_dump(config, sort_keys=False)
+    values = for_folder(as_values(config), folder)
+    values["run"]["overwrite"] = False  # how the run began; whoever loads this file goes on with it
+    mark = values.pop(MARK)
+    return f"{MARK}: {mark}\n" + render_yaml(type(config), values, comments=False)
 
 
 def keep_steps(path: Path, last: int) -> None:
@@ -286,17 +327,12 @@ def keep_steps(path: Path, last: int) -> None:
             continue
         if line.endswith(b"\n") and isinstance(record, dict) and record.get("step", 0) <= last:
             kept.append(line)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(b"".join(kept))
-    partial.replace(path)
+    write_whole(path, b"".join(kept))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON in one move, so that a reader never sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=_as_plain)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=_as_plain) + "\n")
 
 
 def _as_plain(value: Any) -> Any:

@@ -492,9 +492,9 @@ CHECKPOINTS = {
     "another rate": resumed("optimizer.learning_rate was 0.003", "Put", argv=["--optimizer.learning_rate", "1e-3"]),
     "another seed": resumed("run.seed was 0, is 1", "Put that back", argv=["--run.seed", "1"]),
     "another model": resumed(
-        "model.name_or_path was 'base', is 'other'",
+        "model model.safetensors changed",
         "Put that back",
-        prepare=[lambda place: shutil.copytree(place.path("base"), place.path("other"))],
+        prepare=[lambda place: shutil.copytree(place.path("base"), place.path("other")), nudge("other/model.safetensors")],
         argv=["--model.name_or_path", "other"],
     ),
     "altered weights": resumed("model model.safetensors changed", "Put that back", prepare=[nudge("base/model.safetensors")]),
@@ -513,12 +513,12 @@ CHECKPOINTS = {
         [*SFT, "--run.output", "run", "--resume"], ("run.output='run'", "a run of ppo, not of sft; choose")
     ),
     "all checkpoints damaged": resumed(
-        "no checkpoint that is whole", "; start again", prepare=[flip("run/checkpoints/*/*.safetensors")]
+        "no checkpoint that is whole", "; put the checkpoint back", prepare=[flip("run/checkpoints/*/*.safetensors")]
     ),
-    "all manifests damaged": resumed("no checkpoint", "; start again", prepare=[flip("run/checkpoints/*/checkpoint.json")]),
+    "all manifests damaged": resumed("no checkpoint", "; put the checkpoint back", prepare=[flip("run/checkpoints/*/checkpoint.json")]),
     "a checkpoint with a pickle": resumed(
         "no checkpoint that is whole",
-        "; start again",
+        "; put the checkpoint back",
         prepare=[put("run/checkpoints/step-000001/x.bin", b"x"), put("run/checkpoints/step-000002/x.bin", b"x")],
     ),
     "to go on and to begin anew": Case([*RESUME, "--run.overwrite"], ("--resume with run.overwrite=true", "; leave one out")),

@@ -16,6 +16,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
@@ -24,10 +28,11 @@ from hydra_ppo.cli.export import copy_tokenizer, export_role
 from hydra_ppo.cli.main import main
 from hydra_ppo.errors import ConfigError, UnsupportedModelError
 from hydra_ppo.experience import Experience
+from hydra_ppo.model.for_others import config_for_both_versions, save_for_others
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rewards.classifier import Classifier
 from hydra_ppo.rollout.scoring import reward_scores
-from hydra_ppo.runs.folder import TOKENIZER_FILES
+from hydra_ppo.runs.contents import TOKENIZER_FILES
 from tests.families import FAMILIES, randomise
 from tests.training import WORDS, llama
 
@@ -35,6 +40,7 @@ SCORE_TOLERANCE = 1e-5
 LOGPROB_TOLERANCE = 1e-3
 EOS = 2
 TEXTS = 64
+SMALL = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SPECIAL = ("<bos>", "<eos>", "<unk>")
 
 
@@ -320,7 +326,9 @@ class TestActor:
 
     def test_adapter_alone_says_where_its_base_would_not_stop(self, tmp_path):
         write_run(tmp_path, llama(), words(), end_ids=(7, EOS))
-        (note,) = export_role(tmp_path / "ppo", tmp_path / "out", adapter_only=True)
+        note, wrote = export_role(tmp_path / "ppo", tmp_path / "out", adapter_only=True)
+        base, out = str(tmp_path / "base"), str(tmp_path / "out")
+        assert wrote.endswith(f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {out!r})")
         assert note == "answers end at token 7, the base's own settings stop at 2: generate with eos_token_id=[7, 2]"
 
     def test_of_a_checkpoint_takes_the_tokenizer_of_its_run(self, tmp_path):
@@ -332,6 +340,88 @@ class TestActor:
         (inside / "hydra.json").write_text(json.dumps(manifest))
         export_role(inside, tmp_path / "out")
         assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == words().get_vocab()
+
+    def test_of_a_run_whose_base_is_not_there_the_adapter_can_be_had(self, tmp_path):
+        for role in ("actor", "reward"):
+            write_run(tmp_path / role, llama(), words())
+            shutil.move(tmp_path / role / "ppo", tmp_path / f"{role}-alone")
+            notes = export_role(tmp_path / f"{role}-alone", tmp_path / f"{role}-out", role=role, adapter_only=True)
+            was = str(tmp_path / role / "base")
+            assert f"the base is not where the run expects it; the adapter names {was!r}, where it was trained" in notes
+            config = json.loads((tmp_path / f"{role}-out/adapter_config.json").read_text())
+            assert config["base_model_name_or_path"] == was
+            with pytest.raises(ConfigError, match="needs its base at"):
+                export_role(tmp_path / f"{role}-alone", tmp_path / "whole", role=role)
+
+    def test_on_a_base_that_is_stored_quantised(self, tmp_path):
+        torch.manual_seed(0)
+        plain = AutoModelForCausalLM.from_config(llama())
+        plain.save_pretrained(tmp_path / "plain")
+        stored = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=stored).save_pretrained(tmp_path / "base")
+        model = HydraModel.from_pretrained(tmp_path / "base")
+        randomise(model, seed=1)
+        model.save_pretrained(tmp_path / "ppo")
+        words().save_pretrained(tmp_path / "ppo")
+        notes = export_role(tmp_path / "ppo", tmp_path / "out")
+        assert "the base is stored as nf4: written are the weights that it stands for, unpacked" in notes
+        out = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert not hasattr(out.config, "quantization_config")
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with torch.no_grad(), model.role("actor"):
+            expected = model.architecture.output_embeddings(model.hidden_states(ids))
+            torch.testing.assert_close(out(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+    def test_nothing_half_made_is_left(self, tmp_path, monkeypatch):
+        write_run(tmp_path, llama(), words())
+
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("hydra_ppo.cli.export.copy_tokenizer", full)
+        with pytest.raises(ConfigError, match=r"output='.*out' cannot be written \(No space left on device\)"):
+            export_role(tmp_path / "ppo", tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "ppo", "sft"]
+
+
+class TestOlderReaders:
+    """transformers 4 has other names for how positions are turned; without them it takes a default, and says nothing."""
+
+    def config(self, kind: type[PretrainedConfig], rope: dict, folder: Path, **more) -> dict:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(kind(**SMALL, **more, rope_parameters=rope)).eval()
+        assert save_for_others(model, folder) == []
+        again = AutoModelForCausalLM.from_pretrained(folder).eval()
+        ids = torch.arange(3, 19)[None]
+        with torch.no_grad():
+            assert torch.equal(again(ids).logits, model(ids).logits)  # what was added changes nothing here
+        return json.loads((folder / "config.json").read_text())
+
+    def test_plain(self, tmp_path):
+        found = self.config(LlamaConfig, {"rope_theta": 500.0, "rope_type": "default"}, tmp_path)
+        assert (found["rope_theta"], found.get("rope_scaling"), found["torch_dtype"]) == (500.0, None, "float32")
+
+    def test_stretched(self, tmp_path):
+        scaling = {"rope_type": "linear", "factor": 4.0}
+        found = self.config(LlamaConfig, {"rope_theta": 500.0, **scaling}, tmp_path)
+        assert (found["rope_theta"], found["rope_scaling"]) == (500.0, scaling)
+
+    def test_names_of_its_own(self, tmp_path):
+        rope = {"rope_theta": 500.0, "rope_type": "default", "partial_rotary_factor": 0.5}
+        found = self.config(GPTNeoXConfig, rope, tmp_path)
+        assert (found["rotary_emb_base"], found["rotary_pct"]) == (500.0, 0.5)
+
+    def test_by_kind_of_layer(self, tmp_path):
+        full, sliding = ({"rope_type": "default", "rope_theta": theta} for theta in (1000.0, 77.0))
+        rope = {"full_attention": full, "sliding_attention": sliding}
+        found = self.config(Gemma3TextConfig, rope, tmp_path, head_dim=32, num_key_value_heads=2)
+        assert (found["rope_theta"], found["rope_local_base_freq"]) == (1000.0, 77.0)
+
+    def test_what_has_no_older_name_is_said(self, tmp_path):
+        config = {"model_type": "other", "rope_parameters": {"a": {"rope_theta": 1.0}, "b": {"rope_theta": 2.0}}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (line,) = config_for_both_versions(tmp_path)
+        assert line.startswith("config.json of other says how positions are turned by kinds of layers")
 
 
 class TestTokenizerFiles:

@@ -331,8 +331,13 @@ def test_dry_run_finds_what_would_stop_the_run(argv, message, capsys, inputs, tm
     )
     (tmp_path / "sharded/a.safetensors").write_bytes(b"")
     (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"")
-    (tmp_path / "saved/hydra.json").write_text(json.dumps({"base": {"name_or_path": "../gone", "relative": True}}))
+    (tmp_path / "saved/hydra.json").write_text(manifest({"name_or_path": "../gone", "relative": True}))
     assert call(capsys, "ppo", *inputs, *argv, "--dry-run") == (2, "", message + "\n")
+
+
+def manifest(base: dict) -> str:
+    lists = {"roles": {}, "adapters": [], "heads": []}
+    return json.dumps({"base": base, **lists, "reward_head_trained": False, "trunk_layers": 0})
 
 
 def test_saved_models_are_followed_to_their_base(inputs, tmp_path):
@@ -341,11 +346,11 @@ def test_saved_models_are_followed_to_their_base(inputs, tmp_path):
         ("far", {"name_or_path": "org/m", "relative": False}),
     ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "hydra.json").write_text(json.dumps({"base": base}))
+        (tmp_path / name / "hydra.json").write_text(manifest(base))
     assert check_model("m", "near") == "saved by this program; base: local folder, 3.0 MiB of weights"
     assert check_model("m", "far").startswith("saved by this program; base org/m: not a local folder")
     (tmp_path / "near/hydra.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"broken hydra\.json"):
+    with pytest.raises(ConfigError, match=r"hydra\.json is not a manifest of this program"):
         check_model("m", "near")
 
 

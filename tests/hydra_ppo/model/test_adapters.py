@@ -130,9 +130,13 @@ def test_run_and_base_can_be_moved_together(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "read", "says"),
     [
-        ("run-nf4", None, "trained on a base in nf4, read on an unquantised base: adapter sft, reward head;"),
-        ("run-nf4", "int8", "trained on a base in nf4, read on a base in int8"),
-        ("run", "nf4", "trained on an unquantised base, read on a base in nf4"),
+        (
+            "run-nf4",
+            None,
+            "in nf4, computing in fp32, read on an unquantised base in fp32: adapter sft, reward head;",
+        ),
+        ("run-nf4", "int8", "trained on a base in nf4, computing in fp32, read on a base in int8"),
+        ("run", "nf4", "trained on an unquantised base in fp32, read on a base in nf4"),
         ("run-nf4", "nf4", None),
         ("run", None, None),
     ],

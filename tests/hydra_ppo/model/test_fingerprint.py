@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -55,7 +56,10 @@ def test_a_model_is_its_config_and_weights(tmp_path):
     assert sorted(before) == ["config.json", "generation_config.json", "model.safetensors"]
     (folder / "README.md").write_text("a model")
     assert model_digests(folder) == before
-    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    moved = json.loads((folder / "config.json").read_text()) | {"_name_or_path": "elsewhere"}
+    (folder / "config.json").write_text(json.dumps(moved))
+    assert model_digests(folder) == before  # where it lay computes nothing
+    (folder / "config.json").write_text(json.dumps(moved | {"rms_norm_eps": 1e-3}))
     after = model_digests(folder)
     assert [name for name in before if before[name] != after[name]] == ["config.json"]
     assert weights_digest(str(folder)) == weights_digest(str(tmp_path / "." / "base"))

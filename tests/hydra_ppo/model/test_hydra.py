@@ -324,13 +324,13 @@ class TestSaving:
 class TestExport:
     @pytest.mark.parametrize("quantization", [None, "nf4"])
     def test_merged_actor_is_a_plain_model(self, tmp_path, quantization):
-        from hydra_ppo.cli.export import export_actor
+        from hydra_ppo.cli.export import export_role
 
         base = write_model(tmp_path / "base", vocab_size=64)
         model = HydraModel.from_pretrained(base, quantization=quantization)
         randomise(model)
         model.save_pretrained(tmp_path / "run")
-        export_actor(tmp_path / "run", tmp_path / "merged")
+        export_role(tmp_path / "run", tmp_path / "merged")
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         assert not any("lora" in name for name, _ in plain.named_parameters())
         whole = HydraModel.from_pretrained(tmp_path / "run")  # the unquantised base with the same adapter
@@ -340,16 +340,16 @@ class TestExport:
             torch.testing.assert_close(plain(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
 
     def test_adapter_alone(self, tmp_path):
-        from hydra_ppo.cli.export import export_actor
+        from hydra_ppo.cli.export import export_role
 
         model = HydraModel.from_pretrained(write_model(tmp_path / "base", vocab_size=64))
         model.save_pretrained(tmp_path / "run")
-        export_actor(tmp_path / "run", tmp_path / "adapter", adapter_only=True)
+        export_role(tmp_path / "run", tmp_path / "adapter", adapter_only=True)
         assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
         with pytest.raises(ConfigError, match="is not empty; choose another folder"):
-            export_actor(tmp_path / "run", tmp_path / "adapter")
+            export_role(tmp_path / "run", tmp_path / "adapter")
         with pytest.raises(ConfigError, match=r"holds no hydra\.json"):
-            export_actor(tmp_path / "base", tmp_path / "new")
+            export_role(tmp_path / "base", tmp_path / "new")
 
 
 class TestRefused:

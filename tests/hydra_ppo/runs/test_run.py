@@ -16,7 +16,9 @@ from hydra_ppo.cli.flags import load_config
 from hydra_ppo.config.rewards import RewardSettings, RewardSource
 from hydra_ppo.config.settings import DataSettings, ModelSettings, PPOConfig, RunSettings, SFTConfig
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.runs.folder import WRITTEN_FILES, WRITTEN_FOLDERS, check_output
+from hydra_ppo.runs.contents import WRITTEN_FILES, WRITTEN_FOLDERS
+from hydra_ppo.runs.folder import check_output
+from hydra_ppo.runs.plots import LINE_PLOTS
 from hydra_ppo.runs.run import Run
 
 
@@ -157,7 +159,7 @@ def test_an_earlier_run_is_kept_unless_overwrite(ending, message, tmp_path):
     folder = tmp_path / "run"
     leave_run(folder, ending)
     (folder / "actor").mkdir()
-    (folder / "actor/adapter.safetensors").write_text("weights")
+    (folder / "actor/adapter_model.safetensors").write_text("weights")
     before = tree(folder)
     with pytest.raises(ConfigError) as error:
         create(make_config(folder))
@@ -183,18 +185,87 @@ def test_overwrite_removes_only_what_this_program_writes(tmp_path):
     (outside / "precious").write_text("kept")
     for name in WRITTEN_FILES:
         (folder / name).write_text((folder / name).read_text() if (folder / name).exists() else "old")
-    for name in WRITTEN_FOLDERS:
-        if name == "plots":
-            (folder / name).symlink_to(outside)  # the link goes, what it points at stays
-        else:
-            (folder / name).mkdir()
-            (folder / name / "old").write_text("old")
+    inside = [
+        *("actor/adapter_model.safetensors", "base/model-00001-of-00002.safetensors", "checkpoints/step-000002/hydra.json"),
+        *("checkpoints/step-000002/actor/adapter_model.safetensors", "checkpoints/.dropping-step-000001/trainer.json"),
+        *("tensorboard/p/events.out.tfevents.1", "wandb/run-1/files/config.yaml", "earlier-1/metrics.jsonl"),
+    ]
+    for name in inside:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("old")
+    (folder / "plots").symlink_to(outside)  # the link goes, what it points at stays
+    own = ["checkpoints/notes.md", "checkpoints/step-000002/why.txt", "sft/mine.safetensors", "tensorboard/p/seen.csv"]
+    for name in own:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
     (folder / "notes.md").write_text("mine")
     (folder / "mine").mkdir()
     (folder / "mine/metrics.jsonl").write_text("mine")
     create(make_config(folder, overwrite=True)).finish({})
-    assert tree(folder) == [".lock", "config.yaml", "mine", "mine/metrics.jsonl", "notes.md", "state.json", "summary.json"]
+    left = {path for path in tree(folder) if (folder / path).is_file()}
+    assert left == {".lock", "config.yaml", "mine/metrics.jsonl", "notes.md", "state.json", "summary.json", *own}
+    assert not (folder / "plots").exists()
     assert (outside / "precious").read_text() == "kept"
+
+
+def test_every_folder_that_is_cleared_is_one_that_is_written():
+    assert {plot.file for plot in LINE_PLOTS} | {"memory.png"} == set(WRITTEN_FOLDERS["plots"])
+
+
+@pytest.mark.parametrize("left", [[], [".lock"], [".lock", "state.json.partial"]])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_process_that_died_before_it_wrote_anything_blocks_nothing(left, resume, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in left:
+        (folder / name).write_text("")
+    config = make_config(folder)
+    Run.create(config.run, config, "ppo", resume=resume).finish({})
+    assert state_of(folder)["state"] == "finished"
+
+
+def test_one_that_was_cut_off_while_it_cleared_begins_anew_without_being_asked_twice(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    leave_run(folder, "finished")
+    (folder / "metrics.jsonl").write_text("{}\n")
+
+    def cut_off(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hydra_ppo.runs.run.clear", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        create(make_config(folder, overwrite=True))
+    assert state_of(folder)["state"] == "starting"
+    monkeypatch.undo()
+    create(make_config(folder)).finish({})
+    assert tree(folder) == [".lock", "config.yaml", "state.json", "summary.json"]
+
+
+@pytest.mark.parametrize("ending", ["finished", "broken"])
+def test_resume_never_clears_what_somebody_could_want(ending, tmp_path):
+    folder = tmp_path / "run"
+    leave_run(folder, ending)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = {name: (folder / name).read_bytes() for name in tree(folder)}
+    config = make_config(folder)
+    with pytest.raises(ConfigError, match=r"without a checkpoint to go on from, and is left as it is; choose another folder\."):
+        Run.create(config.run, config, "ppo", resume=True)
+    assert {name: (folder / name).read_bytes() for name in tree(folder)} == before
+
+
+def test_what_was_logged_without_coming_to_a_checkpoint_is_kept_aside(tmp_path):
+    folder = tmp_path / "run"
+    for number in (1, 2):
+        config = make_config(folder)
+        run = Run.create(config.run, config, "ppo", resume=True)
+        run.log(1, {"number": number})
+        run.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    config = make_config(folder)
+    run = Run.create(config.run, config, "ppo", resume=True)
+    assert [lines_of(folder / f"earlier-{i}/metrics.jsonl")[0]["number"] for i in (1, 2)] == [1, 2]
+    assert not (folder / "metrics.jsonl").exists()
+    assert "is in earlier-2" in (folder / "log.txt").read_text()
+    run.finish({})
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
