@@ -126,13 +126,19 @@ class _Export:
 
     def how_to_load(self, adapter_only: bool) -> str:
         """Say what was written, and the line of Python that loads it."""
-        kind = "AutoModelForCausalLM" if self.role == "actor" else "AutoModelForSequenceClassification"
+        kind = self._causal_class() if self.role == "actor" else "AutoModelForSequenceClassification"
         what = f"Wrote {self.role} to {self.output}"
         if not adapter_only:
             return f"{what}, a model of its own: {kind}.from_pretrained({str(self.output)!r})"
         base = findable(self.base) if self.base is not None else self._base_of_adapter()
         more = "" if self.role == "actor" else f", num_labels=1, pad_token_id={self._padding()[1].id}"
         return f"{what}, an adapter: PeftModel.from_pretrained({kind}.from_pretrained({base!r}{more}), {str(self.output)!r})"
+
+    def _causal_class(self) -> str:
+        """Return the name of the auto class that loads the base, or what stands on it."""
+        from hydra_ppo.model.whole import causal_class, read_config
+
+        return "AutoModelForCausalLM" if self.base is None else str(causal_class(read_config(self.base)).__name__)
 
     # -- the actor -------------------------------------------------------------------------------------------------------
 
@@ -247,19 +253,19 @@ class _Export:
         """
         import torch
         from peft import PeftModel
-        from transformers import AutoModelForCausalLM
 
         from hydra_ppo.compat import dtype_option, stored_dtype
         from hydra_ppo.model.adapters import check_fit
         from hydra_ppo.model.for_others import unquantised
         from hydra_ppo.model.loading import DTYPES
-        from hydra_ppo.model.whole import load_whole, saying_why, tensor_shapes
+        from hydra_ppo.model.whole import causal_class, load_whole, read_config, saying_why, tensor_shapes
 
         wanted = DTYPES.get(dtype)
         options = dtype_option("auto" if wanted is None else wanted)
         assert self.base is not None  # only an adapter alone does without
         with saying_why(self.base):
-            base = load_whole(AutoModelForCausalLM, self.base, f"run={str(self.run)!r}, its base {self.base!r}", **options)
+            kind = causal_class(read_config(self.base))
+            base = load_whole(kind, self.base, f"run={str(self.run)!r}, its base {self.base!r}", **options)
         if getattr(base, "is_quantized", False):
             base = unquantised(base, wanted or stored_dtype(base.config) or torch.bfloat16)
         if self.adapter is None:

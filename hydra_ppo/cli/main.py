@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from hydra_ppo import __version__
+from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedModelError
 from hydra_ppo.runtime.interruption import StopRequested
 
@@ -167,8 +168,8 @@ def _export(arguments: list[str]) -> None:
     from hydra_ppo.cli.choices import EXPORTED_ROLES, EXPORTED_TYPES
 
     parser = Parser("export", "Write a run's actor as a plain Hugging Face model, or its reward or critic as a classifier.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="Run folder of ppo or sft, or a checkpoint.")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="Folder to write to.")
+    parser.add_argument("run", metavar="RUN", type=local_path, help="Run folder of ppo or sft, or a checkpoint.")
+    parser.add_argument("--output", type=local_path, required=True, metavar="DIR", help="Folder to write to.")
     parser.add_argument(
         "--role", choices=EXPORTED_ROLES, default="actor", help="actor is a causal LM, reward and critic sequence classifiers."
     )
@@ -190,9 +191,9 @@ def _export(arguments: list[str]) -> None:
 def _score(arguments: list[str]) -> None:
     flags, rest = _split_settings(arguments)
     parser = Parser("score", "Score preference pairs, or prompts with responses, with the reward head of a run." + RUN_SETTINGS)
-    parser.add_argument("run", metavar="RUN", type=Path, help="Run folder of ppo or sft, or a checkpoint.")
+    parser.add_argument("run", metavar="RUN", type=local_path, help="Run folder of ppo or sft, or a checkpoint.")
     parser.add_argument("data", metavar="DATA", help="File or hub dataset: pairs, or rows of prompt and response(s).")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="Write scores as JSONL, a line for each row.")
+    parser.add_argument("--output", type=local_path, metavar="FILE", help="Write scores as JSONL, a line for each row.")
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="Most texts of one pass.")
     _add_quantization(parser)
     options = parser.parse_args(rest)
@@ -206,7 +207,7 @@ def _score(arguments: list[str]) -> None:
 def _generate(arguments: list[str]) -> None:
     flags, rest = _split_settings(arguments)
     parser = Parser("generate", "Sample answers to prompts from the roles of a run." + RUN_SETTINGS)
-    parser.add_argument("run", metavar="RUN", type=Path, help="Run folder of ppo or sft, or a checkpoint.")
+    parser.add_argument("run", metavar="RUN", type=local_path, help="Run folder of ppo or sft, or a checkpoint.")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompts", metavar="FILE", help="File or hub dataset of prompts, or of preference pairs.")
     prompts.add_argument("--prompt", metavar="TEXT", help="One prompt; a user's message where there is a chat template.")
@@ -218,7 +219,7 @@ def _generate(arguments: list[str]) -> None:
     parser.add_argument("--samples", type=_positive, default=1, metavar="N", help="Answers to each prompt.")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="Seed of the samples.")
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="Answers that are decoded together.")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="Write JSONL, a line for each prompt and sample.")
+    parser.add_argument("--output", type=local_path, metavar="FILE", help="Write JSONL, a line for each prompt and sample.")
     _add_quantization(parser)
     options = parser.parse_args(rest)
     _check_run(options.run)
@@ -286,7 +287,7 @@ def _temperature(text: str) -> float:
 
 def _inspect(arguments: list[str]) -> None:
     parser = Parser("inspect", "Show state, settings, last metrics and checkpoints of a run.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="Run folder.")
+    parser.add_argument("run", metavar="RUN", type=local_path, help="Run folder.")
     parser.add_argument("--json", action="store_true", help="Write JSON; null stands for what was not measured.")
     options = parser.parse_args(arguments)
     from hydra_ppo.cli import commands

@@ -171,6 +171,29 @@ def lora_config(architecture: Architecture, lora: LoraConfig | LoraSettings | No
     return config
 
 
+def unused_settings(asked: LoraConfig | LoraSettings | None, found: LoraConfig, name: str) -> str | None:
+    """Say which settings of new adapters a saved one, which has its own, leaves unused; None where there are none.
+
+    Args:
+        asked: what was set; the defaults ask for nothing.
+        found: of the saved adapter.
+        name: of the saved adapter.
+    """
+    if asked is None or asked == LoraSettings():
+        return None
+    alpha = asked.lora_alpha if isinstance(asked, LoraConfig) else asked.alpha
+    pairs: dict[str, tuple[Any, Any]] = {
+        "r": (asked.r, found.r),
+        "alpha": (alpha, found.lora_alpha),
+        "use_rslora": (asked.use_rslora, found.use_rslora),
+    }
+    if isinstance(asked, LoraSettings) and not isinstance(asked.target_modules, str):
+        ours = {str(target).rsplit(".", 1)[-1] for target in found.target_modules or ()}
+        pairs["target_modules"] = (sorted(asked.target_modules), sorted(ours))
+    other = [f"{option}={was!r} (it has {has!r})" for option, (was, has) in pairs.items() if was != has]
+    return f"model.lora is for new adapters, and {name!r} is a saved one: not used are {', '.join(other)}" if other else None
+
+
 def check_options(config: LoraConfig, where: str, ours: frozenset[str] = frozenset()) -> None:
     """Refuse options of PEFT that a shared base cannot take, or that are not computed here.
 

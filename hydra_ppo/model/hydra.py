@@ -26,6 +26,7 @@ from hydra_ppo.model.adapters import (
     lora_config,
     put_adapter,
     refuse_adapters,
+    unused_settings,
 )
 from hydra_ppo.model.architecture import disable_dropout, inspect_architecture, keep_quantised_layers_trainable, understand_head
 from hydra_ppo.model.loading import DTYPES, base_from_config, load_base, quantization_of
@@ -115,6 +116,11 @@ class HydraModel(RoleModel):
                 architecture = understand_head(architecture)
         folders = {name: saved / name for name in stage.adapters} if saved is not None else {"sft": adapter} if adapter else {}
         base = _with_adapters(causal_lm, stage, lora_config(architecture, lora, trunk_layers), folders)
+        for name in (name for name in folders if isinstance(base, PeftModel) and name in base.peft_config):
+            unused = unused_settings(lora, cast(LoraConfig, base.peft_config[name]), name)
+            if unused is not None and (folders[name] / "adapter_config.json").is_file():
+                logger.warning(unused)
+                break
         if adapter is not None:
             check_trunk_is_free(architecture.layers, trunk_layers)
         use_lean_lora(base)
@@ -221,7 +227,7 @@ class HydraModel(RoleModel):
         The base is written (to `base/`) only where it was itself trained. `PeftModel.from_pretrained(base, folder/actor)`
         loads an adapter without this package.
         """
-        write_model(self, Path(folder))
+        write_model(self, Path(folder).expanduser())
 
 
 def scalar_heads(hidden_size: int, device: torch.device) -> dict[str, nn.Linear]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hydra_ppo.compat import (
     FLASH_IS_BUILT_IN,
@@ -22,7 +22,7 @@ from hydra_ppo.compat import (
 )
 from hydra_ppo.errors import ConfigError, UnsupportedModelError
 from hydra_ppo.model.architecture import inspect_architecture
-from hydra_ppo.model.whole import first_line, load_whole, read_config, saying_why, skeleton
+from hydra_ppo.model.whole import causal_class, first_line, load_whole, read_config, saying_why, skeleton
 
 logger = logging.getLogger("hydra_ppo")
 
@@ -135,7 +135,7 @@ def load_base(
         options["quantization_config"] = wanted
     with saying_why(name_or_path):
         model = load_whole(
-            AutoModelForCausalLM,
+            causal_class(config),
             name_or_path,
             what,
             **dtype_option(compute),
@@ -156,7 +156,7 @@ def base_from_config(
     compute = resolve_dtype(dtype, place, None)
     kernel = _kernel_option(attention, place, compute)
     try:
-        model = AutoModelForCausalLM.from_config(config, **dtype_option(compute), **kernel).to(place)
+        model = causal_class(config).from_config(config, **dtype_option(compute), **kernel).to(place)
     except ValueError as error:
         raise UnsupportedModelError(
             f"config={type(config).__name__} is not of a causal LM that can be built: {first_line(error)[:160]}; "

@@ -179,6 +179,20 @@ class RoleModel(nn.Module):
         """Refuse, as `to` does."""
         self._refuse_type(torch.bfloat16)
 
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse: what a pass computes depends on the role, and on what is wanted of it."""
+        raise RoleError(
+            "forward: the shared base is one model in each role; call logprobs, values, rewards or hidden_states inside "
+            "`with model.role(...)`, or make views (hydra_ppo.views), which are called as models are."
+        )
+
+    def compile(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse: a module's forward pass is compiled, and the passes of roles are methods, so nothing would happen."""
+        raise RoleError(
+            "compile of the whole would change nothing, since the passes of roles are methods of it; compile its layers: "
+            "for layer in model.architecture.layers: layer.compile()."
+        )
+
     # -- roles -------------------------------------------------------------------------------------------------------
 
     @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from hydra_ppo.compat import match_names
 from hydra_ppo.errors import ConfigError, HydraError, UnsupportedModelError
@@ -61,6 +61,18 @@ def saying_why(name_or_path: str) -> Iterator[None]:
             f"{what} holds only parts of some weights, as where one expert lacks a tensor, and none is made up; copy the model "
             "again."
         ) from error
+
+
+def causal_class(config: PretrainedConfig) -> Any:
+    """Return the auto class that builds a model which says the next token.
+
+    Checkpoints for text and images come as one class with the language model inside; where transformers has a causal LM for
+    them at all, it may be the inner one, under other names. It is taken whole, so that names stay those of the checkpoint; no
+    image is ever given to it.
+    """
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    wrapped = config.get_text_config() is not config and type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if wrapped and not own else AutoModelForCausalLM
 
 
 def load_whole(kind: Any, name_or_path: str, what: str, **options: Any) -> PreTrainedModel:
@@ -133,7 +145,7 @@ def skeleton(name_or_path: str, *, trust_remote_code: bool = False) -> PreTraine
     """
     config = read_config(name_or_path, trust_remote_code)
     with saying_why(name_or_path), torch.device("meta"):
-        empty: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        empty: PreTrainedModel = causal_class(config).from_config(config, trust_remote_code=trust_remote_code)
     folder = model_folder(name_or_path)
     files = weight_files(folder) if folder is not None else []
     quantised = getattr(config, "quantization_config", None)

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 
 from hydra_ppo.cli.main import Command, Parser, check_folder
+from hydra_ppo.data.sources import local_path
 
 
 def quickstart(arguments: list[str]) -> None:
     """Run `hydra-ppo quickstart`."""
     parser = Parser("quickstart", "Run the whole pipeline on a tiny model and corpus, in minutes, on a CPU.")
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="Folder to write to.")
+    parser.add_argument("--output", type=local_path, default=Path("runs/quickstart"), metavar="DIR", help="Folder to write to.")
     parser.add_argument("--seed", type=_seed, default=0, help="Seed of every random source.")
     parser.add_argument("--overwrite", action="store_true", help="Replace what an earlier quickstart left there.")
     options = parser.parse_args(arguments)

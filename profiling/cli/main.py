@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from hydra_ppo.cli.main import Parser, check_folder
+from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.profiling.workload import QUANTIZATIONS, Workload
 
@@ -42,8 +42,8 @@ def profile(arguments: list[str]) -> None:
     parser.add_argument("--device", default="auto", help="Of a real run: auto, cpu, cuda or cuda:N.")
     parser.add_argument("--timed-steps", type=int, default=2, help="Of a real run: more steps, for responses per second.")
     parser.add_argument("--json", action="store_true", help="Write numbers as JSON, all in bytes.")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="Also write record.json, pictures and report.html there.")
-    parser.add_argument("--from", dest="record", type=Path, metavar="FILE", help="Draw a saved record.json again.")
+    parser.add_argument("--output", type=local_path, metavar="DIR", help="Also write record.json, pictures, report.html there.")
+    parser.add_argument("--from", dest="record", type=local_path, metavar="FILE", help="Draw a saved record.json again.")
     parser.add_argument(
         "--learning", action="store_true", help="Train all methods on the quickstart's task and judge them; about an hour."
     )
@@ -105,7 +105,10 @@ def plan(arguments: list[str]) -> int:
     parser.add_argument("--count", type=int, default=5, help="Set-ups to show.")
     parser.add_argument("--json", action="store_true", help="Write JSON.")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="Write the best set-up as the YAML of hydra-ppo ppo; never over a file."
+        "--output",
+        type=local_path,
+        metavar="FILE",
+        help="Write the best set-up as YAML of hydra-ppo ppo; never over a file.",
     )
     options = parser.parse_args(arguments)
     if options.gpu_memory is None:

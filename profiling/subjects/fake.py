@@ -16,13 +16,14 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hydra_ppo.compat import VERSION
 from hydra_ppo.compute.kv_cache import last_full
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.experience import Experience
 from hydra_ppo.model.architecture import inspect_architecture, is_linear
+from hydra_ppo.model.whole import causal_class
 from hydra_ppo.rollout.decoder import Decoder
 
 
@@ -133,7 +134,7 @@ def _materialise(module: nn.Module) -> None:
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build a causal LM on the meta device."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        return causal_class(config).from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 def _quantised(linear: nn.Module, quantization: str, compute: torch.dtype) -> nn.Module:

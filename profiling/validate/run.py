@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hydra_ppo.cli.main import BAD_INPUT, DONE, FAILED, set_up_output
+from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError, HydraError
 from hydra_ppo.profiling.measuring.record import versions
 from hydra_ppo.profiling.validate.parts import Budget, Part, described, require, run_parts, say, verdict
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m hydra_ppo.profiling.validate.run", description=__doc__.split("\n\n")[1])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="JSON file; by default docs/measurements/<device>-<date>.json."
+        "--output", type=local_path, metavar="FILE", help="JSON file; by default docs/measurements/<device>-<date>.json."
     )
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"Time to take; {BUDGET:.0f}.")
     options = parser.parse_args(argv)

@@ -515,7 +515,9 @@ CHECKPOINTS = {
     "all checkpoints damaged": resumed(
         "no checkpoint that is whole", "; put the checkpoint back", prepare=[flip("run/checkpoints/*/*.safetensors")]
     ),
-    "all manifests damaged": resumed("no checkpoint", "; put the checkpoint back", prepare=[flip("run/checkpoints/*/checkpoint.json")]),
+    "all manifests damaged": resumed(
+        "no checkpoint", "; put the checkpoint back", prepare=[flip("run/checkpoints/*/checkpoint.json")]
+    ),
     "a checkpoint with a pickle": resumed(
         "no checkpoint that is whole",
         "; put the checkpoint back",

@@ -128,6 +128,22 @@ def test_run_and_base_can_be_moved_together(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (LoraSettings(), None),
+        (LoraSettings(r=8), "model.lora is for new adapters, and 'sft' is a saved one: not used are r=8 (it has 4)"),
+        (LoraSettings(r=4, alpha=8), "not used are alpha=8 (it has 32)"),
+        (LoraSettings(r=4, target_modules=["q_proj"]), "target_modules=['q_proj'] (it has ['down_proj', "),
+    ],
+)
+def test_settings_that_a_saved_adapter_leaves_unused_are_named(asked, says, run, caplog):
+    with caplog.at_level(logging.WARNING, "hydra_ppo"):
+        HydraModel.from_pretrained(run, lora=asked)
+    lines = [record.getMessage() for record in caplog.records if "model.lora" in record.getMessage()]
+    assert [says in line for line in lines] == [True] * (says is not None)
+
+
+@pytest.mark.parametrize(
     ("name", "read", "says"),
     [
         (

@@ -42,6 +42,26 @@ def test_another_thread_is_refused_while_a_role_is_in_force():
     assert in_a_thread() == "critic"
 
 
+def test_layers_can_be_compiled_and_the_whole_says_what_instead():
+    model, plain = HydraModel.from_config(llama()), HydraModel.from_config(llama())
+    for one in (model, plain):
+        randomise(one, seed=1)
+    plain.load_state_dict(model.state_dict())
+    with pytest.raises(RoleError, match=r"compile its layers: for layer in model\.architecture\.layers: layer\.compile\(\)"):
+        model.compile()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with pytest.raises(RoleError, match=r"call logprobs, values, rewards or hidden_states inside"), model.role("actor"):
+        torch.compile(model, backend="eager")(ids)
+    for layer in model.architecture.layers:
+        layer.compile(backend="eager")
+    states = {}
+    for role in (*model.roles, *model.roles):  # back again too
+        with torch.no_grad(), plain.role(role), model.role(role):
+            states[role] = model.hidden_states(ids)
+            assert torch.equal(states[role], plain.hidden_states(ids))
+    assert not torch.equal(states["actor"], states["critic"])
+
+
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
 def test_other_types_are_refused(cast):
     model = HydraModel.from_config(llama())
