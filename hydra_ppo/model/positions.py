@@ -66,18 +66,26 @@ FOLLOWS = {"dynamic", "longrope"}
 
 
 def _check_rope(causal_lm: PreTrainedModel, longest: int, settings: str) -> None:
+    found = rope_limit(causal_lm)
+    if found is not None and longest > found[0]:
+        first, kind = found
+        raise ConfigError(
+            f"{settings} make rows of up to {longest} tokens; beyond {first} the model's rotary embedding ({kind}) is that "
+            f"of the longest row, so that a row's numbers depend on its neighbours; lower them by {longest - first} in all."
+        )
+
+
+def rope_limit(causal_lm: PreTrainedModel) -> tuple[int, str] | None:
+    """Return the length beyond which a rotary embedding is that of the longest row, and its kind; None where it never is."""
     config = causal_lm.config.get_text_config()
+    found = []
     for rope in _ropes(config):
         kind = rope.get("rope_type", rope.get("type"))
-        if kind not in FOLLOWS:
-            continue
         first = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-        first = first or getattr(config, "max_position_embeddings", None) or longest
-        if longest > first:
-            raise ConfigError(
-                f"{settings} make rows of up to {longest} tokens; beyond {first} the model's rotary embedding ({kind}) is that "
-                f"of the longest row, so that a row's numbers depend on its neighbours; lower them by {longest - first} in all."
-            )
+        first = first or getattr(config, "max_position_embeddings", None)
+        if kind in FOLLOWS and first:
+            found.append((int(first), str(kind)))
+    return min(found, default=None)
 
 
 def _ropes(config: Any) -> list[Mapping[str, Any]]:

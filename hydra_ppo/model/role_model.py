@@ -16,10 +16,11 @@ from hydra_ppo.compute.logprobs import TokenLogprobs, token_logprobs
 from hydra_ppo.compute.packing import Packing, States, attention_of, packing_attention
 from hydra_ppo.compute.recompute import enable_recompute
 from hydra_ppo.compute.trunk import Trunk
-from hydra_ppo.errors import RoleError
+from hydra_ppo.errors import RoleError, UnsupportedModelError
 from hydra_ppo.experience import Sequences
 from hydra_ppo.model.adapters import AdapterSwitch, adapter_parameters
 from hydra_ppo.model.architecture import Architecture, keep_quantised_layers_trainable
+from hydra_ppo.model.positions import rope_limit
 from hydra_ppo.model.roles import Role, Stage
 
 _ENTERING = Lock()
@@ -79,6 +80,7 @@ class RoleModel(nn.Module):
         has_trunk = trunk_layers > 0 and not stage.tunes_base
         self.trunk = Trunk(list(architecture.layers), trunk_layers) if has_trunk else None
         self._own_gradients()
+        self.rope_limit = rope_limit(architecture.causal_lm)
         self._role: str | None = None
         self._thread: int | None = None  # that has the role in force
         self.packed_attention = packing_attention(architecture.config, self.device)
@@ -257,6 +259,7 @@ class RoleModel(nn.Module):
         Returns:
             (B, T, H) final hidden states, after the last norm; packed ones (1, N, H).
         """
+        self.check_width(input_ids.shape[1])
         attention: AbstractContextManager[None] = nullcontext()
         if packing is not None:
             assert self.packed_attention is not None
@@ -266,6 +269,19 @@ class RoleModel(nn.Module):
         precision = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype is not None else nullcontext()
         with precision, attention, nullcontext() if self.trunk is None else self.trunk.put(trunk, packing):
             return self.architecture.final_states(input_ids, **options)
+
+    def check_width(self, width: int) -> None:
+        """Refuse a batch so wide that a row's numbers would depend on the others.
+
+        Raises:
+            UnsupportedModelError: where the rotary embedding is that of the longest row, padding included.
+        """
+        if self.rope_limit is not None and width > self.rope_limit[0]:
+            first, kind = self.rope_limit
+            raise UnsupportedModelError(
+                f"batch of width {width}: beyond {first} the model's rotary embedding ({kind}) is that of the longest row, so "
+                "that a row's numbers depend on its neighbours; give shorter rows."
+            )
 
     def logprobs(self, sequences: Sequences, temperature: float = 1.0, entropy_grad: bool = False) -> TokenLogprobs:
         """Compute log-probs and entropy of the response tokens in the current role, which must have the lm head.

@@ -53,6 +53,7 @@ class Decoder:
         device = model.device
         different, sources = _distinct(prompts)
         ids, mask = pad_rows(different, 0, "right", device)  # (U, P)
+        model.check_width(ids.shape[1] + steps)
         self.cache = new_cache(ids.shape[1] + steps - 1)  # the last token is not fed
         hidden = model.hidden_states(ids, past_key_values=self.cache)
         ends = mask.sum(dim=1)

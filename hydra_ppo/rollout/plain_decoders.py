@@ -17,6 +17,7 @@ class _PlainDecoder(Decoder):
     """Keeps the rows that have ended where they are; what it returns of the others is the same."""
 
     def _begin(self, model: HydraModel, prompts: Sequence[Sequence[int]], steps: int) -> None:
+        model.check_width(max(map(len, prompts)) + steps)
         self.model, self.prompts, self.steps = model, prompts, steps
         self.head = model.architecture.lm_head()
         self.rows = list(range(len(prompts)))

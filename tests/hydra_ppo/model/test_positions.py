@@ -6,8 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, CodeGenConfig, GPTJConfig, LlamaConfig
 
-from hydra_ppo.errors import ConfigError
+from hydra_ppo.errors import ConfigError, UnsupportedModelError
+from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.positions import check_length
+from hydra_ppo.rollout.decoder import Decoder
+from hydra_ppo.rollout.plain_decoders import ModelCacheDecoder, RecomputingDecoder
 from tests.families import COMMON, FAMILIES
 from tests.training import llama
 
@@ -59,6 +62,14 @@ def test_a_rotary_embedding_that_follows_the_longest_row(rope):
         **COMMON | {"max_position_embeddings": 128 if "short_factor" in rope else 32},
         rope_parameters=rope | {"rope_theta": 1e4},
     )
+    model = HydraModel.from_config(config)
+    with torch.no_grad(), model.role("actor"):
+        model.hidden_states(torch.ones(2, 32, dtype=torch.long))
+        with pytest.raises(UnsupportedModelError, match=r"batch of width 33: beyond 32 the model's rotary embedding"):
+            model.hidden_states(torch.ones(2, 33, dtype=torch.long))
+        for decoder in (Decoder, ModelCacheDecoder, RecomputingDecoder):
+            with pytest.raises(UnsupportedModelError, match=r"batch of width 33: beyond 32"):
+                decoder(model, [[5] * 30, [6] * 3], 3)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert check_length(model, 32, "settings") is None
