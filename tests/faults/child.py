@@ -26,7 +26,13 @@ PHASES = {
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 
 Point = tuple[str, int]
-"""Where a process kills itself: a phase or "write", and the how-manieth micro-step or touch of a checkpoint's files."""
+"""Where a process kills itself: a phase, "write" or a folder, and the how-manieth micro-step, touch of a checkpoint's files or
+change below that folder."""
+
+
+EVENTS = "changes of files: "
+"""What a run that lived says of how many there were."""
+_seen = {"count": 0}
 
 
 def context() -> multiprocessing.context.ForkServerContext:
@@ -57,18 +63,26 @@ def run(arguments: list[str], log: str, point: Point | None = None, limit: dict[
         if limit is not None:
             _limit(limit["file_bytes"])
         code = main(arguments)
+        if point is not None and point[0].startswith("/"):
+            print(f"{EVENTS}{_seen['count']}")
         file.flush()
         os._exit(code)
 
 
 def _die_at(where: str, number: int) -> None:
-    seen = {"count": 0}
-
     def count() -> None:
-        seen["count"] += 1
-        if seen["count"] == number:
+        _seen["count"] += 1
+        if _seen["count"] == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    if where.startswith("/"):
+
+        def hear_all(event: str, arguments: tuple) -> None:
+            if event in FILE_EVENTS and _changes(event, arguments) and where in f"{arguments[0]}/":
+                count()
+
+        sys.addaudithook(hear_all)
+        return
     if where == "write":
 
         def hear(event: str, arguments: tuple) -> None:
@@ -86,6 +100,11 @@ def _die_at(where: str, number: int) -> None:
     import importlib
 
     importlib.import_module(f"hydra_ppo.{PHASES[where]}").check_stop = counting
+
+
+def _changes(event: str, arguments: tuple) -> bool:
+    """Say whether an event changes a file: opening one to read does not."""
+    return event != "open" or bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
 
 def _limit(size: int) -> None:
