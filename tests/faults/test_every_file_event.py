@@ -1,4 +1,4 @@
-"""A run is killed before every single change of a file; whatever is left goes on, or begins anew, and ends with the same bits."""
+"""A run is killed before every change of a file; whatever is left goes on, or begins anew, and ends with the same bits."""
 
 from __future__ import annotations
 
@@ -81,11 +81,9 @@ def kill_at_each(command, project, folder, *, overwrite, every, limit):
     [
         pytest.param("ppo", False, 23, 4, id="some"),
         *(
-            pytest.param(
-                command, overwrite, 1, None, id=f"{command}{'-over-another' if overwrite else ''}", marks=pytest.mark.long
-            )
+            pytest.param(command, overwrite, 1, None, id=command + over, marks=pytest.mark.long)
             for command in ("ppo", "sft")
-            for overwrite in (False, True)
+            for overwrite, over in ((False, ""), (True, "-over-another"))
         ),
     ],
 )
