@@ -77,7 +77,7 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
     with _stoppable(folder, "ppo"):
         with stopping_at_once():
             for source in config.reward.sources:
-                check_source(source)  # what is wrong with it is known before a weight is read
+                check_source(source, config.reward.isolation)  # what is wrong with it is known before a weight is read
             loaded = _load(config, load_prompts, "ppo", resume)
             if loaded is None:
                 return folder
@@ -139,6 +139,10 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
     elif resume:
         notes.append(f"{folder} holds no checkpoint yet; the run starts at the first step")
     notes += what_to_know(config)
+    if isinstance(config, PPOConfig):
+        from hydra_ppo.rewards.scorer import check_columns
+
+        check_columns(config.reward, [row.columns for row in rows])
     model = load_model(config.model, train=stage)
     notes += check_lengths(config, model.causal_lm)
     identity = describe_run(config, tokenizer, rows, eval_rows) | {"begun": begun.isoformat()}
@@ -149,10 +153,11 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
 def _open(config: SFTConfig | PPOConfig, command: str, trainer: PPOTrainer | JointSFTTrainer, loaded: _Loaded) -> Iterator[Run]:
     """Open the run folder and let the trainer write to it."""
     from hydra_ppo.data.tokenizer_files import save_tokenizer
-    from hydra_ppo.runs.checkpoint import save_checkpoint
+    from hydra_ppo.runs.checkpoint import FOLDER, drop_leftovers, save_checkpoint
 
     done, _ = trainer.position
     with Run.create(config.run, config, command, resume=loaded.resume, done=done, sampled=trainer.sampled) as run:
+        drop_leftovers(run.folder / FOLDER)
         for note in loaded.notes:
             run.note(note)
         with run.storing("tokenizer_config.json"):

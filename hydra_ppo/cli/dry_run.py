@@ -125,9 +125,9 @@ def _check_reward_sources(config: PPOConfig) -> list[tuple[str, str]]:
                 )
             found.append((name, check_model(name, source.target)))
             check_reachable(name, source.target)
-            check_source(source)
+            check_source(source, config.reward.isolation)
         elif source.kind == "http" and source.target:
-            check_source(source)
+            check_source(source, config.reward.isolation)
             found.append((name, "address of a server; it is not asked"))
         elif source.kind == "function" and source.target:
             package = source.target.split(":")[0].split(".")[0]
@@ -136,7 +136,7 @@ def _check_reward_sources(config: PPOConfig) -> list[tuple[str, str]]:
                 raise ConfigError(
                     f"{name}={source.target!r} names no installed package {package!r}; correct the module's name."
                 )
-            check_source(source)
+            check_source(source, config.reward.isolation)
             found.append((name, "function found; it is not called"))
     return found
 

@@ -84,6 +84,11 @@ class RewardSettings:
         0.0, "Subtracted from the score of a response that does not end with the end-of-sequence token."
     )
     time_limit: float | None = setting(600.0, "Seconds that a reward source may take over one batch; null waits for ever.")
+    isolation: Literal["process", "thread"] = setting(
+        "process",
+        "Where functions run: a process of their own, which can be ended whatever they do, or that of the training, which they "
+        "can then take down.",
+    )
 
     def __post_init__(self) -> None:
         check(self, "sources", len(self.sources) > 0, "names no source", "give at least one")

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Awaitable, Callable, Collection
 from inspect import Parameter
@@ -16,8 +17,27 @@ from typing import Any
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.rewards.responses import Responses, columns_in_words, columns_of
 
+OURS = str(Path(__file__).parents[1])
 KNOWN = ("prompts", "responses", "messages", "columns", "ended")
 """Names of parameters that say what they want; any other name is a column of the rows."""
+
+
+def what_it_said(error: BaseException) -> str:
+    """Return what a function did, for the sentence that begins with its name."""
+    if isinstance(error, SystemExit):
+        return f"called sys.exit({'' if error.code is None else repr(error.code)})"
+    return f"raised {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def place_of(error: BaseException) -> str:
+    """Say where in foreign code an error arose: file, line and function; nothing where it arose in ours."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(OURS)]
+    if not frames:
+        return ""
+    # The innermost frame of the user's own code says more than one deep inside a library.
+    own = [frame for frame in frames if "site-packages" not in frame.filename and not frame.filename.startswith(sys.prefix)]
+    frame = (own or frames)[-1]
+    return f" ({Path(frame.filename).name}, line {frame.lineno}, in {frame.name})"
 
 
 def load_function(target: str) -> Callable[..., Any]:
@@ -37,9 +57,40 @@ def load_function(target: str) -> Callable[..., Any]:
             f"reward target={target!r} cannot be imported ({type(error).__name__}: {error}); check module and function name, "
             "and run from the folder that holds the module."
         ) from error
+    if isinstance(function, type):
+        return _made(target, function)
     if not callable(function):
         raise ConfigError(f"reward target={target!r} is not callable; name a function over (prompts, responses).")
     return function
+
+
+class Unsendable:
+    """Stands for a value that no list of numbers is made of, and may not survive the way between two processes.
+
+    Attributes:
+        kind: name of its type.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+
+def _made(target: str, kind: type) -> Callable[..., Any]:
+    """Make the one object of a class, whose `__call__` is the function.
+
+    Raises:
+        ConfigError: where it takes arguments, or cannot be called.
+    """
+    if "__call__" not in dir(kind):
+        raise ConfigError(f"reward target={target!r} is a class without __call__; name a function over (prompts, responses).")
+    try:
+        made: Callable[..., Any] = kind()
+    except Exception as error:
+        raise ConfigError(
+            f"reward target={target!r} is a class that cannot be made without arguments ({type(error).__name__}: {error}); "
+            "name an object of it, or a function."
+        ) from error
+    return made
 
 
 class FunctionSource:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,19 +20,21 @@ def checked_numbers(values: Any, count: int, name: str, where: str) -> list[floa
     """Return what a source gave as floats, one for each of `count` responses.
 
     Args:
-        values: a list, a tuple, an array or tensor of as many elements, or what else is gone through in order.
+        values: a list, a tuple, an array or tensor of as many elements, or what else has a length and an order.
         name: of the source, for errors.
         where: step and phase, for errors.
 
     Raises:
-        RewardError: where it is anything else; text, which is gone through letter by letter, and sets, which have no order.
+        RewardError: where it is anything else; text, which is gone through letter by letter, sets, which have no order, and
+            generators, which may have no end.
         NonFiniteError: where a number is NaN or infinite.
     """
     rule = "it must return one number per response"
-    if callable(getattr(values, "reshape", None)) and callable(getattr(values, "tolist", None)):  # tensors, arrays
-        values = values.reshape(-1).tolist()
-    if isinstance(values, (*_TEXT, *_UNORDERED)) or not isinstance(values, Iterable):
-        raise RewardError(f"{where}: {name} returned {type(values).__name__}; {rule}.")
+    if callable(getattr(values, "tolist", None)):  # tensors, arrays, columns of a table
+        values = values.reshape(-1).tolist() if hasattr(values, "reshape") else values.tolist()
+    in_order = hasattr(values, "__len__") and hasattr(values, "__getitem__")  # a generator may never end
+    if isinstance(values, (*_TEXT, *_UNORDERED)) or not in_order:
+        raise RewardError(f"{where}: {name} returned {getattr(values, 'kind', type(values).__name__)}; {rule}, in a list.")
     given: Sequence[Any] = list(values)
     numbers = [_number(value) for value in given]
     bad = next((row for row, number in enumerate(numbers) if number is None), None)

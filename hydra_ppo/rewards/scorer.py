@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -13,12 +13,15 @@ from hydra_ppo.config.rewards import RewardSettings, RewardSource
 from hydra_ppo.errors import HydraError, RewardError
 from hydra_ppo.rewards.classifier import Classifier as _Classifier
 from hydra_ppo.rewards.classifier import check_classifier
-from hydra_ppo.rewards.functions import FunctionSource
+from hydra_ppo.rewards.functions import FunctionSource, place_of, what_it_said
+from hydra_ppo.rewards.isolated import FunctionFailed, IsolatedFunction
 from hydra_ppo.rewards.numbers import checked_numbers
 from hydra_ppo.rewards.responses import Responses, columns_of
 from hydra_ppo.rewards.server import Server
-from hydra_ppo.runtime.interruption import stopping_at_once
+from hydra_ppo.runtime.interruption import StopRequested, stopping_at_once
 from hydra_ppo.runtime.time_limit import TimeLimitExceeded, time_limit
+
+Isolation = Literal["process", "thread"]
 
 
 class Source(Protocol):
@@ -96,7 +99,7 @@ class Scorer:
         self.settings = settings
         self.moments = RunningMoments()
         self.names = settings.names
-        self._sources = [_load(source, device) for source in settings.sources]
+        self._sources = [_load(source, device, settings.isolation) for source in settings.sources]
 
     @property
     def needs_head(self) -> bool:
@@ -149,8 +152,11 @@ class Scorer:
     def _asked(self, source: Source, name: str, responses: Responses, where: str) -> Any:
         limit = self.settings.time_limit
         try:
-            with stopping_at_once(), time_limit(limit):
-                return source(responses)
+            with stopping_at_once():
+                if isinstance(source, IsolatedFunction):
+                    return source(responses, limit)
+                with time_limit(limit):
+                    return source(responses)
         except TimeLimitExceeded:
             raise RewardError(
                 f"{where}: {name} took over reward.time_limit={limit:g} s; {source.remedy} or raise the limit, then go on with "
@@ -158,9 +164,12 @@ class Scorer:
             ) from None
         except HydraError as error:
             raise type(error)(f"{where}: {error}") from error
-        except Exception as error:
-            said = " ".join(str(error).split())
-            raise RewardError(f"{where}: {name} raised {type(error).__name__}: {said}; {source.remedy}.") from error
+        except FunctionFailed as error:
+            raise RewardError(f"{where}: {name} {error}; {source.remedy}.") from error
+        except (KeyboardInterrupt, StopRequested):
+            raise
+        except BaseException as error:  # sys.exit() too, which would end the run as if all were well
+            raise RewardError(f"{where}: {name} {what_it_said(error)}{place_of(error)}; {source.remedy}.") from error
 
     def shape(self, raw: Sequence[float], ended: Sequence[bool]) -> list[float]:
         """Return the scores that PPO sees: normalised, clipped, then penalised where the end token is missing."""
@@ -174,8 +183,12 @@ class Scorer:
         return [s if done else s - penalty for s, done in zip(scores, ended, strict=True)]
 
 
-def check_source(source: RewardSource) -> None:
+def check_source(source: RewardSource, isolation: Isolation = "process") -> None:
     """Refuse a source that cannot be used, before a weight is read and anything is asked.
+
+    Args:
+        source: the source.
+        isolation: where functions run.
 
     Raises:
         ConfigError: as `Scorer` would.
@@ -183,7 +196,24 @@ def check_source(source: RewardSource) -> None:
     if source.kind == "classifier":
         check_classifier(source)
     else:
-        _load(source, torch.device("cpu"))
+        _load(source, torch.device("cpu"), isolation)
+
+
+def check_columns(settings: RewardSettings, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse rows that lack a column which a function or server takes, before a weight is read.
+
+    Args:
+        settings: the sources.
+        rows: the columns of each beside prompt and answers; none at all is nothing to check.
+
+    Raises:
+        ConfigError: naming source and column.
+    """
+    for source in settings.sources if rows else ():
+        if source.kind in ("function", "http"):
+            made = _load(source, torch.device("cpu"), settings.isolation)
+            assert made is not None  # only the head is none
+            made.check(columns_of(rows))
 
 
 def _described(source: RewardSource) -> str:
@@ -204,11 +234,13 @@ def _summed(found: Any, count: int, name: str, where: str) -> tuple[list[float],
     return [math.fsum(numbers) for numbers in zip(*pieces.values(), strict=True)], pieces
 
 
-def _load(source: RewardSource, device: torch.device) -> Source | None:
+def _load(source: RewardSource, device: torch.device, isolation: Isolation) -> Source | None:
     """Return a source, None for the reward head."""
     if source.kind == "head":
         return None
     assert source.target is not None
     if source.kind == "classifier":
         return _Classifier(source.target, device, source)
-    return Server(source) if source.kind == "http" else FunctionSource(source.target)
+    if source.kind == "http":
+        return Server(source)
+    return IsolatedFunction(source.target) if isolation == "process" else FunctionSource(source.target)

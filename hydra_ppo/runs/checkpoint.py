@@ -203,6 +203,11 @@ def prune(root: Path, position: Position, keep_last: int, keep_best: int) -> Non
             # A folder that is half removed must not look like a checkpoint.
             doomed = root / f".dropping-{folder.name}"
             os.replace(folder, doomed)
+    drop_leftovers(root)
+
+
+def drop_leftovers(root: Path) -> None:
+    """Remove what was half written or half removed when a process died. Only for who holds the run folder."""
     for pattern in (".dropping-*", ".writing-*"):
         for left in root.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)

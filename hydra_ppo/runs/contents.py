@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from hydra_ppo.runtime.files import PARTIAL, write_whole
 
 CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
 STATE, LOG, SUMMARY = "state.json", "log.txt", "summary.json"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 EARLIER = "earlier-"
-"""Begins the names of folders that hold what runs logged which came to no checkpoint and were begun anew."""
+"""Begins the names of folders that hold what is left of runs which came to no checkpoint and were begun anew."""
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -23,42 +27,39 @@ TOKENIZER_FILES = (
 TOKENIZER_FOLDER = "additional_chat_templates"
 """What `save_pretrained` of a tokenizer writes, in transformers 4 and 5: files, and a folder where it has several templates."""
 
-MODEL_FILES = ("hydra.json", "heads.safetensors")
+MANIFEST, BASE = "hydra.json", "base"
+MODEL_FILES = (MANIFEST, "heads.safetensors")
+ADAPTERS = ("sft", "reward", "actor", "critic")
 WRITTEN_FILES = (*MODEL_FILES, CONFIG, METRICS, SAMPLES, LOG, SUMMARY, *TOKENIZER_FILES)
 """The model goes first: what is left of a folder that is being cleared must not look like one that holds a model."""
 
 _CHECKPOINT = ("step-", ".writing-", ".dropping-")
 WRITTEN_FOLDERS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("sft", "reward", "actor", "critic"), ("adapter_config.json", "adapter_model.safetensors")),
-    "base": ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    **dict.fromkeys(ADAPTERS, ("adapter_config.json", "adapter_model.safetensors")),
+    BASE: ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     CHECKPOINTS: tuple(f"{begin}*/**/*.{kind}" for begin in _CHECKPOINT for kind in ("json", "safetensors")),
     "plots": tuple(f"{name}.png" for name in ("reward", "kl", "length", "loss", "perplexity", "pair_accuracy", "memory")),
     "tensorboard": ("**/events.out.tfevents.*", "**/hparams.yml"),
     "wandb": ("*run*", "debug*.log"),
     TOKENIZER_FOLDER: ("*.jinja",),
-    f"{EARLIER}*": (METRICS, SAMPLES, LOG),
 }
 """Folders, and what is written into them; whatever else lies there is somebody's own."""
 
 
-def clear(folder: Path, *, earlier: bool = True) -> None:
-    """Remove what this program writes from a run folder but its state and its lock, and nothing else.
-
-    Args:
-        earlier: what `set_aside` kept too.
-    """
+def clear(folder: Path) -> None:
+    """Remove what this program writes from a run folder, and nothing else; its state, its lock and what was set aside stay."""
     for name in WRITTEN_FILES:
-        for path in (folder / name, folder / f"{name}.partial"):
+        for path in (folder / name, folder / f"{name}{PARTIAL}"):
             if path.is_symlink() or path.is_file():
                 path.unlink()
+    for left in folder.glob(f".writing-{EARLIER}*"):
+        shutil.rmtree(left)
     for name, patterns in WRITTEN_FOLDERS.items():
-        if name == f"{EARLIER}*" and not earlier:
-            continue
-        for place in sorted(folder.glob(name)):
-            if place.is_symlink():
-                place.unlink()  # what it leads to stays
-            elif place.is_dir():
-                _clear(place, patterns)
+        place = folder / name
+        if place.is_symlink():
+            place.unlink()  # what it leads to stays
+        elif place.is_dir():
+            _clear(place, patterns)
 
 
 def _clear(folder: Path, patterns: tuple[str, ...]) -> None:
@@ -78,15 +79,50 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def set_aside(folder: Path) -> str | None:
-    """Move what a run logged that came to no checkpoint into a folder of its own; return its name, None where nothing was."""
-    found = [folder / name for name in (METRICS, SAMPLES, LOG) if (folder / name).is_file() and (folder / name).stat().st_size]
-    if all(path.name == LOG for path in found):
+    """Keep what a run left that came to no checkpoint in a folder of its own: metrics, samples, log, a model if it saved one.
+
+    Nothing is removed: `clear` does that, once all of it is kept.
+
+    Returns:
+        Its name; None where nothing was worth it.
+    """
+    model = (folder / MANIFEST).is_file()
+    logged = [name for name in (METRICS, SAMPLES) if (folder / name).is_file() and (folder / name).stat().st_size]
+    if not model and not logged:
         return None
     number = 1
     while (folder / f"{EARLIER}{number}").exists():
         number += 1
-    aside = folder / f"{EARLIER}{number}"
-    aside.mkdir()
-    for path in found:
-        path.replace(aside / path.name)
+    partial, aside = folder / f".writing-{EARLIER}{number}", folder / f"{EARLIER}{number}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for name in (*logged, LOG, *((*MODEL_FILES[1:], *TOKENIZER_FILES) if model else ())):
+        if (folder / name).is_file():
+            _link(folder / name, partial / name)
+    if model:
+        for name in (*ADAPTERS, BASE, TOKENIZER_FOLDER):
+            if (folder / name).is_dir():
+                shutil.copytree(folder / name, partial / name, copy_function=_link)
+        write_whole(partial / MANIFEST, _one_deeper((folder / MANIFEST).read_text(encoding="utf-8")))
+    partial.replace(aside)
     return aside.name
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the disk has only one for each."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _one_deeper(manifest: str) -> str:
+    """Name a base from one folder further down."""
+    try:
+        content = json.loads(manifest)
+        base = content["base"]
+        if base["relative"] and base["name_or_path"] != BASE:
+            base["name_or_path"] = os.path.join("..", base["name_or_path"])
+        return json.dumps(content, indent=2) + "\n"
+    except (ValueError, KeyError, TypeError):  # not ours: as it is
+        return manifest

@@ -87,7 +87,7 @@ def check_output(
             raise ConfigError(f"{name} holds a run of {other}, not of {command}; choose its own command or another folder.")
         if any((folder / CHECKPOINTS).glob("step-*")):
             return folder  # nothing is cleared
-        if state is None or verdict == "finished" or (folder / "hydra.json").exists():
+        if state is None or verdict == "finished":
             raise ConfigError(
                 f"{name} holds {holds} without a checkpoint to go on from, and is left as it is; choose another folder."
             )

@@ -41,7 +41,7 @@ from hydra_ppo.config.reading import as_values, render_yaml
 from hydra_ppo.config.settings import PPOConfig, RunSettings, SFTConfig
 from hydra_ppo.errors import ConfigError, StorageError
 from hydra_ppo.runs.contents import CONFIG, LOG, METRICS, SAMPLES, STATE, SUMMARY, clear, set_aside
-from hydra_ppo.runs.folder import STARTING, check_output, lock, read_state
+from hydra_ppo.runs.folder import STARTING, check_output, is_starting, lock, read_state
 from hydra_ppo.runtime.files import sync, write_whole
 from hydra_ppo.runtime.interruption import StopRequested
 
@@ -116,10 +116,10 @@ class Run:
         run._lock = held
         # Killed after any of these lines, the folder is one that goes on, or that begins anew without being asked twice.
         try:
-            aside = set_aside(folder) if begins and resume else None
+            aside = set_aside(folder) if begins and resume and not is_starting(folder) else None
             run._write_state()
             if begins:
-                clear(folder, earlier=settings.overwrite)
+                clear(folder)
             else:
                 (folder / SUMMARY).unlink(missing_ok=True)
                 keep_steps(folder / METRICS, done)
@@ -134,7 +134,7 @@ class Run:
             run._close("failed", error)
             raise
         if aside is not None:
-            run.note(f"what was logged before, without coming to a checkpoint, is in {aside}")
+            run.note(f"what was there before, without coming to a checkpoint, is in {aside}")
         return run
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:

@@ -35,7 +35,7 @@ def ppo_settings(folder: Path, output: str = "run", **changes: Any) -> dict[str,
         "run": {"output": str(folder / output), "progress": False, "save_every": 2, "keep_last": 2, "memory": "never"},
         "rollout": {"batch_size": 8, "max_new_tokens": 5, "score_batch_size": 3},
         "reward": {
-            "sources": [{"kind": "function", "target": "tests.faults.rewards:noisy"}],
+            "sources": [{"kind": "function", "target": "tests.faults.light:noisy"}],
             "score_normalization": True,
         },
         "kl": {"adaptive": True, "horizon": 50},

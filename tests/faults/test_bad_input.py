@@ -304,10 +304,10 @@ CONFIG = {
         [*PPO, "--reward.sources", "[{kind: function, target: 'no_such:f'}]"], "no_such", "; correct the module's name"
     ),
     "a reward function that is not there": config(
-        [*PPO, "--reward.sources", "[{kind: function, target: 'tests.faults.rewards:gone'}]"], "rewards:gone", "; check"
+        [*PPO, "--reward.sources", "[{kind: function, target: 'tests.faults.light:gone'}]"], "light:gone", "; check"
     ),
     "a reward function that is no function": config(
-        [*PPO, "--reward.sources", "[{kind: function, target: 'tests.faults.rewards:random'}]"], "not callable; name"
+        [*PPO, "--reward.sources", "[{kind: function, target: 'tests.faults.light:LOW'}]"], "not callable; name"
     ),
     "a reward module that does not run": Case(
         [*PPO, "--reward.sources", "[{kind: function, target: 'broken_judge:f'}]"],

@@ -35,6 +35,7 @@ def settings(project, output, function=NOISY, **changes):
     common = {"steps": 4, "run": {"save_every": 1}, "eval_every": 0}
     # One name, whatever the function: runs are compared metric by metric.
     reward = {"sources": [{"kind": "function", "target": function, "name": "judge"}], "time_limit": 1.0}
+    reward["isolation"] = "thread"  # so that a test can count its calls
     made = ppo_settings(project, str(output), **merge(common, changes))
     made["reward"] |= reward
     made["run"]["output"] = str(project / output)

@@ -166,17 +166,20 @@ def test_sft_alone_leaves_no_reward_head_to_ppo(project, tmp_path, capsys):
     assert main(["ppo", write(tmp_path / "ppo.yaml", ppo_settings(tmp_path))]) == 2
     assert "this model's was never trained" in capsys.readouterr().err
     assert not (tmp_path / "ppo").exists()
-    sources = [{"kind": "function", "target": "tests.training:count_low_tokens"}]
-    assert main(["ppo", write(tmp_path / "ppo.yaml", ppo_settings(tmp_path, reward={"sources": sources}))]) == 0
+    reward = {"sources": [{"kind": "function", "target": "tests.training:count_low_tokens"}], "isolation": "thread"}
+    assert main(["ppo", write(tmp_path / "ppo.yaml", ppo_settings(tmp_path, reward=reward))]) == 0
 
 
 def test_a_failing_reward_function_ends_with_1_and_leaves_the_checkpoint(project, tmp_path, capsys):
     for name in ("base", "pairs.jsonl"):
         (tmp_path / name).symlink_to(project / name)
     assert main(["sft", write(tmp_path / "sft.yaml", sft_settings(tmp_path))]) == 0
-    sources = [{"kind": "function", "target": "tests.hydra_ppo.test_end_to_end:fails_the_third_time"}]
+    reward = {
+        "sources": [{"kind": "function", "target": "tests.hydra_ppo.test_end_to_end:fails_the_third_time"}],
+        "isolation": "thread",
+    }
     calls.clear()
-    assert main(["ppo", write(tmp_path / "ppo.yaml", ppo_settings(tmp_path, reward={"sources": sources}))]) == 1
+    assert main(["ppo", write(tmp_path / "ppo.yaml", ppo_settings(tmp_path, reward=reward))]) == 1
     assert "step=2 phase=score: function" in capsys.readouterr().err
     assert json.loads((tmp_path / "ppo" / "state.json").read_text())["state"] == "failed"
     from hydra_ppo.model.hydra import HydraModel

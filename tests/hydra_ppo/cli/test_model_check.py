@@ -20,7 +20,7 @@ from hydra_ppo.model.hydra import HydraModel
 from tests.families import IDS
 from tests.training import llama, tokenizer, write_model
 
-FUNCTION = ["--reward.sources", "[{kind: function, target: 'tests.training:count_low_tokens'}]"]
+FUNCTION = ["--reward.sources", "[{kind: function, target: 'tests.faults.light:noisy'}]"]
 SHORT = ["--data.max_prompt_tokens", "16", "--rollout.max_new_tokens", "16"]
 LONG = ["--data.max_prompt_tokens", "24", "--rollout.max_new_tokens", "41"]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import collections
 import functools
+import itertools
 import math
 import time
 from decimal import Decimal
@@ -36,7 +39,7 @@ def responses(columns=({"answer": "4", "id": 1}, {"answer": "9"})) -> Responses:
 
 
 def scorer(name: str, **settings) -> Scorer:
-    return Scorer(RewardSettings(sources=[RewardSource("function", f"{HERE}:{name}")], **settings), CPU)
+    return Scorer(RewardSettings(isolation="thread", sources=[RewardSource("function", f"{HERE}:{name}")], **settings), CPU)
 
 
 def score(name: str, given: Responses | None = None, **settings):
@@ -214,8 +217,8 @@ def returned(prompts, responses):
         torch.tensor([1, 0.5], dtype=torch.bfloat16),
         [numpy.float32(1), torch.tensor(0.5)],
         [True, Decimal("0.5")],
-        (float(x) for x in (1, 0.5)),
-        {1: 1.0, 0.5: 0.5}.values(),
+        collections.deque([1, 0.5]),
+        array.array("d", [1, 0.5]),
     ],
 )
 def test_numbers_in_any_form(value):
@@ -231,6 +234,9 @@ def test_numbers_in_any_form(value):
         ({1.0, 2.0}, "returned set; it must"),
         (frozenset({1.0, 2.0}), "returned frozenset; it must"),
         (1.0, "returned float; it must"),
+        ((float(x) for x in (1, 0.5)), "returned generator; it must return one number per response, in a list"),
+        (itertools.repeat(1.0), "returned repeat; it must"),
+        ({1: 1.0, 0.5: 0.5}.values(), "returned dict_values; it must"),
         (["1", "2"], "returned list; it must return one number per response, and response 0 got '1'"),
         ([1.0, None], "and response 1 got None"),
         ([[1.0], [2.0]], r"and response 0 got \[1.0\]"),
@@ -263,7 +269,7 @@ def test_numbers_that_no_score_can_be(value):
 def test_parts_are_summed_and_kept_apart():
     GIVEN["value"] = {"format": [1.0, 0.0], "right": torch.tensor([2.0, -0.5])}
     source = RewardSource("function", f"{HERE}:returned", 3.0)
-    found = Scorer(RewardSettings(sources=[source]), CPU).score([], responses(), WHERE)
+    found = Scorer(RewardSettings(isolation="thread", sources=[source]), CPU).score([], responses(), WHERE)
     assert found.total == [9.0, -1.5]  # 3 * (1 + 2), 3 * (0 - 0.5)
     assert found.parts == {"returned": [3.0, -0.5], "returned/format": [1.0, 0.0], "returned/right": [2.0, -0.5]}
     assert found.rows()[1] == {"returned": -0.5, "returned/format": 0.0, "returned/right": -0.5}
@@ -314,7 +320,10 @@ def test_clients_that_belong_to_a_loop_live_on():
 
 
 def test_an_async_function_that_fails_is_named():
-    with pytest.raises(RewardError, match=f"{WHERE}: function .*:fails raised KeyError: 'gone'; mend the function"):
+    with pytest.raises(
+        RewardError,
+        match=f"{WHERE}: function .*:fails raised KeyError: 'gone' .*, in fails.; mend the function",
+    ):
         score("fails")
 
 

@@ -51,7 +51,7 @@ NUMBER = 3
 
 
 def scorer(*sources: RewardSource, **settings) -> Scorer:
-    return Scorer(RewardSettings(sources=list(sources) or [RewardSource()], **settings), CPU)
+    return Scorer(RewardSettings(isolation="thread", sources=list(sources) or [RewardSource()], **settings), CPU)
 
 
 def function(name: str, weight: float = 1.0) -> RewardSource:
@@ -80,7 +80,11 @@ def test_a_tensor_is_as_good_as_a_list():
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("raises", RewardError, r"step=7 phase=score: function .*:raises raised KeyError: 'gone'; mend the function"),
+        (
+            "raises",
+            RewardError,
+            r"step=7 phase=score: function .*:raises raised KeyError: 'gone' .*, in raises.; mend",
+        ),
         ("too_few", RewardError, r"returned 1 numbers for 2 responses; it must return one for each"),
         ("nothing", RewardError, r"returned NoneType; it must return one number per response"),
         ("text", RewardError, r"returned list; it must return one number per response"),
@@ -143,12 +147,12 @@ def test_names_are_given_or_of_the_kind_and_no_two_alike():
         *(RewardSource("http", "http://x"), RewardSource("function", "c:judge", name="judge-2")),
     ]
     named = ["head", "judge", "judge-3", "classifier", "safe", "classifier-2", "http", "judge-2"]
-    assert RewardSettings(sources=sources).names == named
+    assert RewardSettings(isolation="thread", sources=sources).names == named
 
 
 def test_one_name_for_two_sources_is_refused():
     with pytest.raises(ConfigError, match="name='a' is given to 2 of them; choose another for each"):
-        RewardSettings(sources=[RewardSource(name="a"), RewardSource("function", "m:f", name="a")])
+        RewardSettings(isolation="thread", sources=[RewardSource(name="a"), RewardSource("function", "m:f", name="a")])
 
 
 @pytest.mark.parametrize(

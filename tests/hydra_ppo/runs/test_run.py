@@ -188,13 +188,19 @@ def test_overwrite_removes_only_what_this_program_writes(tmp_path):
     inside = [
         *("actor/adapter_model.safetensors", "base/model-00001-of-00002.safetensors", "checkpoints/step-000002/hydra.json"),
         *("checkpoints/step-000002/actor/adapter_model.safetensors", "checkpoints/.dropping-step-000001/trainer.json"),
-        *("tensorboard/p/events.out.tfevents.1", "wandb/run-1/files/config.yaml", "earlier-1/metrics.jsonl"),
+        *("tensorboard/p/events.out.tfevents.1", "wandb/run-1/files/config.yaml"),
     ]
     for name in inside:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("old")
     (folder / "plots").symlink_to(outside)  # the link goes, what it points at stays
-    own = ["checkpoints/notes.md", "checkpoints/step-000002/why.txt", "sft/mine.safetensors", "tensorboard/p/seen.csv"]
+    own = [
+        "earlier-1/metrics.jsonl",
+        "checkpoints/notes.md",
+        "checkpoints/step-000002/why.txt",
+        "sft/mine.safetensors",
+        "tensorboard/p/seen.csv",
+    ]
     for name in own:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("mine")
@@ -251,6 +257,20 @@ def test_resume_never_clears_what_somebody_could_want(ending, tmp_path):
     with pytest.raises(ConfigError, match=r"without a checkpoint to go on from, and is left as it is; choose another folder\."):
         Run.create(config.run, config, "ppo", resume=True)
     assert {name: (folder / name).read_bytes() for name in tree(folder)} == before
+
+
+def test_a_model_that_was_saved_without_coming_to_a_checkpoint_is_kept_aside(tmp_path):
+    folder = tmp_path / "run"
+    leave_run(folder, "failed")
+    (folder / "sft").mkdir()
+    (folder / "sft/adapter_model.safetensors").write_text("weights")
+    (folder / "hydra.json").write_text(json.dumps({"base": {"name_or_path": "../base", "relative": True}}))
+    config = make_config(folder)
+    Run.create(config.run, config, "ppo", resume=True).finish({})
+    assert (folder / "earlier-1/sft/adapter_model.safetensors").read_text() == "weights"
+    assert json.loads((folder / "earlier-1/hydra.json").read_text())["base"]["name_or_path"] == "../../base"
+    assert not (folder / "hydra.json").exists()
+    assert not (folder / "sft").exists()
 
 
 def test_what_was_logged_without_coming_to_a_checkpoint_is_kept_aside(tmp_path):

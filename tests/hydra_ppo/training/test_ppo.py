@@ -20,7 +20,7 @@ from tests.families import randomise
 from tests.hydra_ppo.training.test_joint_sft import Memo
 from tests.training import count_low_tokens, hydra, ppo_config, prompts, tokenizer
 
-LOW_WORDS = RewardSettings(sources=[RewardSource("function", "tests.training:count_low_tokens")])
+LOW_WORDS = RewardSettings(isolation="thread", sources=[RewardSource("function", "tests.training:count_low_tokens")])
 METRICS = {
     "objective/scores",
     "objective/scores_std",
@@ -240,7 +240,7 @@ def test_every_reward_source_is_logged_by_itself():
     ]
     memo, rows = Memo(), []
     memo.samples = lambda step, found: rows.extend(found)
-    config = ppo_config(reward=RewardSettings(sources=sources), steps=1, minibatch_size=8)
+    config = ppo_config(reward=RewardSettings(isolation="thread", sources=sources), steps=1, minibatch_size=8)
     given = [replace(row, messages=[{"role": "user", "content": row.text}], columns={"done": True}) for row in prompts()]
     PPOTrainer(hydra(), tokenizer(), config, given[:12], given[12:], run=memo).train()
     (_, metrics), names = memo.steps[0], ["both", "both/low", "both/right", "count_low_tokens"]
@@ -265,7 +265,7 @@ def test_prompts_without_the_column_that_a_reward_wants_are_refused():
     source = RewardSource("function", "tests.hydra_ppo.training.test_ppo:parts")
     wants = RewardSource("function", "tests.hydra_ppo.training.test_ppo:gold")
     rows = [replace(row, columns={"answer": "w1"}) for row in prompts()]
-    config = ppo_config(reward=RewardSettings(sources=[source, wants]))
+    config = ppo_config(reward=RewardSettings(isolation="thread", sources=[source, wants]))
     PPOTrainer(hydra(), tokenizer(), config, rows)
     for train, held_out in ((prompts(), rows), (rows, prompts())):
         with pytest.raises(ConfigError, match=r"takes 'answer', which is none of .* and the data has no other columns"):
@@ -282,7 +282,7 @@ def test_a_server_is_given_what_the_tokens_spell(monkeypatch):
     monkeypatch.setattr(Server, "__call__", lambda self, given: seen.append(given) or [0.0] * len(given))
     sources = [RewardSource("http", "http://localhost:1")]
     rollout = RolloutSettings(batch_size=8, max_new_tokens=20)
-    config = ppo_config(reward=RewardSettings(sources=sources), rollout=rollout, steps=1)
+    config = ppo_config(reward=RewardSettings(isolation="thread", sources=sources), rollout=rollout, steps=1)
     PPOTrainer(hydra(), tokenizer(), config, [replace(row, ids=(1, *row.ids)) for row in prompts()]).step(1)
     (given,) = seen
     for query, prompt, text, ended in zip(given.queries, given.prompts, given.texts, given.ended, strict=True):
