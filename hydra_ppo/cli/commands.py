@@ -44,12 +44,12 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
         StopRequested: on SIGTERM or SIGINT, after a checkpoint was written.
     """
     folder = check_output(config.run, config, command="sft", resume=resume)
-    from hydra_ppo.data.rows import ensure_pad_token, load_preferences
-    from hydra_ppo.model.answers import end_tokens, settle_ends
-    from hydra_ppo.training.joint_sft import JointSFTTrainer
-
     with _stoppable(folder, "sft"):
         with stopping_at_once():
+            from hydra_ppo.data.rows import ensure_pad_token, load_preferences
+            from hydra_ppo.model.answers import end_tokens, settle_ends
+            from hydra_ppo.training.joint_sft import JointSFTTrainer
+
             loaded = _load(config, load_preferences, config.stage, resume)
             if loaded is None:
                 return folder
@@ -70,12 +70,12 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
 def ppo(config: PPOConfig, resume: bool = False) -> Path:
     """Train actor and critic with PPO; return the run folder. Arguments and errors as of `sft`."""
     folder = check_output(config.run, config, command="ppo", resume=resume)
-    from hydra_ppo.data.rows import load_prompts
-    from hydra_ppo.rewards.scorer import check_source
-    from hydra_ppo.training.ppo import PPOTrainer
-
     with _stoppable(folder, "ppo"):
         with stopping_at_once():
+            from hydra_ppo.data.rows import load_prompts
+            from hydra_ppo.rewards.scorer import check_source
+            from hydra_ppo.training.ppo import PPOTrainer
+
             for source in config.reward.sources:
                 check_source(source, config.reward.isolation)  # what is wrong with it is known before a weight is read
             loaded = _load(config, load_prompts, "ppo", resume)

@@ -17,6 +17,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING, NoReturn
 from hydra_ppo import __version__
 from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedModelError
-from hydra_ppo.runtime.interruption import StopRequested
+from hydra_ppo.runtime.interruption import StopRequested, stopping_at_once, stopping_on_signals
+from hydra_ppo.runtime.output import finish, losing_output, settle_output
 
 if TYPE_CHECKING:
     from hydra_ppo.config.settings import PPOConfig, SFTConfig
@@ -70,6 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; None takes them from ``sys.argv``.
     """
     set_up_output()
+    settle_output()
+    code = _run(argv)
+    lost = finish(sys.stdout)
+    finish(sys.stderr)
+    if lost is None or isinstance(lost, BrokenPipeError) or code != DONE:
+        return code
+    return _complain(lost, FAILED, f"standard output cannot be written ({lost.strerror}); nothing else is wrong.", False)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments or os.environ.get("HYDRA_TRACEBACK", "") not in ("", "0")
     try:
@@ -85,9 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _complain(error, INTERRUPTED, "interrupted", show_traceback)
     except BrokenPipeError:
-        # Whoever read stdout has gone (`| head`); point it elsewhere so that the flush at exit does not fail too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return DONE  # whoever read standard output has gone (`| head`)
     except Exception as error:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         hint = "" if show_traceback else " (--traceback shows where)"
@@ -95,9 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: BaseException, code: int, text: str, show_traceback: bool) -> int:
-    if show_traceback:
-        traceback.print_exception(error)
-    print(" ".join(text.split()), file=sys.stderr)
+    with suppress(OSError):  # a terminal that is gone
+        if show_traceback:
+            traceback.print_exception(error)
+        print(" ".join(text.split()), file=sys.stderr)
     return code
 
 
@@ -160,8 +171,14 @@ def _train(command: str, config_class: type[SFTConfig | PPOConfig], arguments: l
         from hydra_ppo.cli.dry_run import check_files
 
         request.check_place(request.config.run.output)
-        check_files(request.config)
-        getattr(commands, command)(request.config, resume="--resume" in request.options)
+        with losing_output(), stopping_on_signals():
+            try:
+                with stopping_at_once():
+                    check_files(request.config)
+            except StopRequested:
+                print("Stopped; nothing was begun.")
+                raise
+            getattr(commands, command)(request.config, resume="--resume" in request.options)
 
 
 def _export(arguments: list[str]) -> None:

@@ -1,15 +1,21 @@
-"""Stops a run where nothing is lost: the first SIGTERM or SIGINT is heard at the next safe place, the second at once."""
+"""Stops a run where nothing is lost: the first SIGTERM, SIGINT or SIGHUP is heard at the next safe place, a second at once."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+TOGETHER = 1.0
+"""Seconds within which signals are one: a terminal that closes, a scheduler and `timeout` send several."""
 
 
 class StopRequested(BaseException):
@@ -22,12 +28,16 @@ class _Request:
     def __init__(self) -> None:
         self.made = False
         self.at_once = 0
+        self.when = 0.0
+        self.depth = 0
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         """Take in a signal."""
         if self.made:
+            if time.monotonic() - self.when < TOGETHER:
+                return
             raise KeyboardInterrupt
-        self.made = True
+        self.made, self.when = True, time.monotonic()
         if self.at_once:
             raise StopRequested(signal.Signals(number).name)
 
@@ -35,20 +45,50 @@ class _Request:
 _request = _Request()
 
 
+def _forget_in_child() -> None:
+    """Give a forked child the signals that every process has: ours would let it live on, and whoever ends it wait for ever."""
+    for number in SIGNALS:
+        if signal.getsignal(number) == _request.hear:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _request.made, _request.at_once, _request.depth = False, 0, 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def _without_a_word(before: Callable[[Any], Any], what: Any) -> None:
+    """Say nothing of a stop that came while Python was clearing up an object, where it cannot go further; it is not forgotten."""
+    if not issubclass(what.exc_type, StopRequested | KeyboardInterrupt):
+        before(what)
+
+
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGINT inside the block ask for a stop; outside the main thread, which alone gets signals, nothing."""
+    """Let SIGTERM, SIGINT and SIGHUP inside the block ask for a stop; outside the main thread, which alone gets them, nothing.
+
+    A signal that is ignored stays so: `nohup` ignores SIGHUP.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _request.made = False
-    before: dict[int, Any] = {number: signal.signal(number, _request.hear) for number in SIGNALS}
+    outermost = _request.depth == 0
+    if outermost:
+        _request.made = False
+    _request.depth += 1
+    unraisable = sys.unraisablehook
+    sys.unraisablehook = partial(_without_a_word, unraisable)
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before: dict[int, Any] = {number: signal.signal(number, _request.hear) for number in heard}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _request.made = False
+        sys.unraisablehook = unraisable
+        _request.depth -= 1
+        if outermost:
+            _request.made = False
 
 
 @contextmanager
@@ -60,6 +100,7 @@ def stopping_at_once() -> Iterator[None]:
         yield
     finally:
         _request.at_once -= 1
+    check_stop()  # one that was lost on the way
 
 
 def check_stop() -> None:

@@ -152,6 +152,7 @@ def test_a_second_signal_stops_at_once(project, run, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("hydra_ppo.rollout.decoder.check_stop", stop)
+    monkeypatch.setattr("hydra_ppo.runtime.interruption.TOGETHER", 0.0)
     assert go_on(project, run) == 130
     monkeypatch.undo()
     assert go_on(project, run) == 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.runtime import random_sources
+from hydra_ppo.runtime import interruption, random_sources
 from hydra_ppo.runtime.interruption import StopRequested, check_stop, stopping_at_once, stopping_on_signals
 from hydra_ppo.runtime.time_limit import TimeLimitExceeded, time_limit
 
@@ -31,11 +31,48 @@ def test_the_first_signal_is_heard_where_it_is_asked_for():
     check_stop()  # outside nothing is left of it
 
 
-def test_the_second_signal_stops_at_once():
+def test_the_second_signal_stops_at_once(monkeypatch):
+    monkeypatch.setattr(interruption, "TOGETHER", 0.0)
     with stopping_on_signals():
         send(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
+
+
+def test_signals_that_come_together_are_one():
+    with stopping_on_signals():
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+            send(number)
+        with pytest.raises(StopRequested):
+            check_stop()
+
+
+def test_a_block_inside_another_forgets_no_signal():
+    with stopping_on_signals():
+        send(signal.SIGHUP)
+        with stopping_on_signals(), pytest.raises(StopRequested):
+            check_stop()
+        with pytest.raises(StopRequested):
+            check_stop()
+
+
+def test_what_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with stopping_on_signals():
+            send(signal.SIGHUP)
+            check_stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_forked_child_has_the_signals_of_every_process():
+    with stopping_on_signals():
+        child = os.fork()
+        if child == 0:
+            defaults = (signal.SIG_DFL, signal.default_int_handler, signal.SIG_DFL)
+            os._exit(tuple(signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)) != defaults)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_waiting_is_cut_short():
