@@ -59,7 +59,7 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
             )
             ends = end_tokens(loaded.model, loaded.tokenizer, config.data.end_of_turn)
             settle_ends(loaded.model, loaded.tokenizer, ends, reads_head=False)
-            loaded.bring(trainer)
+            loaded.bring(trainer, config)
         with _open(config, "sft", trainer, loaded) as run:
             # Called whenever the held-out loss is the best so far; a save at the end would undo that.
             trainer.save_best = lambda: _save(run, loaded.model)
@@ -82,7 +82,7 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
             if loaded is None:
                 return folder
             trainer = PPOTrainer(loaded.model, loaded.tokenizer, config, loaded.rows, loaded.eval_rows)
-            loaded.bring(trainer)
+            loaded.bring(trainer, config)
         with _open(config, "ppo", trainer, loaded) as run:
             summary = trainer.train()
             _save(run, loaded.model)
@@ -103,13 +103,24 @@ class _Loaded:
     notes: list[str]
     resume: bool
 
-    def bring(self, trainer: PPOTrainer | JointSFTTrainer) -> None:
-        """Bring model and trainer to where the checkpoint was written."""
-        if self.checkpoint is not None:
-            from hydra_ppo.model.saving import read_trained
+    def bring(self, trainer: PPOTrainer | JointSFTTrainer, config: SFTConfig | PPOConfig) -> None:
+        """Bring model and trainer to where the checkpoint was written; where it cannot be read, to the one before it.
 
-            read_trained(self.model, self.checkpoint.folder)
-            trainer.load(self.checkpoint.state())
+        Raises:
+            ConfigError: where none can be read.
+        """
+        from hydra_ppo.cli.resume import check_unchanged, find_checkpoint, why_unreadable
+
+        like = trainer.state().values if self.checkpoint is not None else {}
+        while (checkpoint := self.checkpoint) is not None:
+            problem = why_unreadable(checkpoint, self.model, trainer, like)
+            if problem is None:
+                self.notes.append(f"goes on from {checkpoint.folder.name}")
+                return
+            folder = checkpoint.folder.parent.parent
+            self.checkpoint = find_checkpoint(folder, self.notes.append, checkpoint.position, problem)
+            if self.checkpoint is not None:
+                check_unchanged(self.checkpoint, config, self.identity)
 
 
 def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage: StageName, resume: bool) -> _Loaded | None:
@@ -135,7 +146,6 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
             longer = "steps" if isinstance(config, PPOConfig) else "epochs or max_steps"
             print(f"{folder} is finished, with {steps} steps; raise {longer} to go on.")
             return None
-        notes.append(f"goes on from {checkpoint.folder.name}")
     elif resume:
         notes.append(f"{folder} holds no checkpoint yet; the run starts at the first step")
     notes += what_to_know(config)

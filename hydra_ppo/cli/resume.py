@@ -17,13 +17,17 @@ from hydra_ppo.data.ends import find_ends
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.fingerprint import model_digests, model_folder, rows_digest, tokenizer_digest
 from hydra_ppo.model.manifest import MANIFEST, base_folder
-from hydra_ppo.runs.checkpoint import Checkpoint, newest_checkpoint
+from hydra_ppo.runs.checkpoint import Checkpoint, Position, newest_checkpoint, why_unlike
 from hydra_ppo.training.joint_sft import total_steps
 from hydra_ppo.training.optim import rates_until
 from hydra_ppo.training.ppo_update import optimizer_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from hydra_ppo.model.hydra import HydraModel
+    from hydra_ppo.training.joint_sft import JointSFTTrainer
+    from hydra_ppo.training.ppo import PPOTrainer
 
 PACKAGES = ("hydra-ppo", "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "numpy")
 LENGTHS = ("steps", "epochs", "max_steps")
@@ -39,14 +43,22 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def find_checkpoint(folder: Path, note: Callable[[str], None]) -> Checkpoint | None:
+def find_checkpoint(
+    folder: Path, note: Callable[[str], None], before: Position | None = None, why: str | None = None
+) -> Checkpoint | None:
     """Return the newest whole checkpoint of a run folder; None where it holds none at all, and the run begins anew.
+
+    Args:
+        folder: of the run.
+        note: gets a line on each that is passed over.
+        before: only those of earlier positions.
+        why: what was wrong with the one at that position.
 
     Raises:
         ConfigError: there are some, and none is whole.
     """
-    damaged: list[str] = []
-    found = newest_checkpoint(folder, damaged.append)
+    damaged = [] if why is None else [why]
+    found = newest_checkpoint(folder, damaged.append, before)
     for line in damaged:
         note(f"{line}; the one before it is used")
     if damaged and found is None:
@@ -55,6 +67,33 @@ def find_checkpoint(folder: Path, note: Callable[[str], None]) -> Checkpoint | N
             "it is left as it is; put the checkpoint back, or start again in another folder."
         )
     return found
+
+
+def why_unreadable(
+    checkpoint: Checkpoint, model: HydraModel, trainer: PPOTrainer | JointSFTTrainer, like: Mapping[str, Any]
+) -> str | None:
+    """Bring model and trainer to a checkpoint; say what is wrong with it where that fails, whatever its seal says.
+
+    Args:
+        like: what a trainer that has not begun would save.
+    """
+    from safetensors import SafetensorError
+
+    from hydra_ppo.model.saving import read_trained
+
+    try:
+        state = checkpoint.state()
+        problem = why_unlike(state.values, like)
+        if problem is None:
+            read_trained(model, checkpoint.folder)
+            trainer.load(state)
+            if trainer.position != checkpoint.position:
+                problem = f"its trainer has come to {trainer.position}"
+    except (ConfigError, OSError, SafetensorError) as error:
+        problem = str(error)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError, AssertionError) as error:
+        problem = f"its state cannot be taken over ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+    return None if problem is None else f"checkpoints/{checkpoint.folder.name} is damaged: {problem.rstrip('.')}"
 
 
 def describe_run(
@@ -108,13 +147,14 @@ def _without_known_paths(values: Mapping[str, Any], digests: Mapping[str, str]) 
     """Return settings without the paths of what digests tell apart: where it lies, and how it is named, is free."""
     known = {name.split(" ")[0] for name in digests}
     changed = deepcopy(dict(values))
-    for setting, what in (("name_or_path", "model"), ("adapter", "adapter")):
-        if what in known:
-            changed["model"][setting] = None
-    if "data" in known:
-        changed["data"] |= {"train": None, "eval": None}
-    for index, source in enumerate(changed.get("reward", {}).get("sources", [])):
-        if _source(index) in known:
+    told_apart = {"model.name_or_path": "model", "model.adapter": "adapter", "data.train": "data", "data.eval": "data"}
+    for name, what in told_apart.items():
+        group, _, setting = name.partition(".")
+        if what in known and isinstance(inner := changed.get(group), dict):
+            inner[setting] = None
+    sources = _at(changed, "reward.sources")
+    for index, source in enumerate(sources if isinstance(sources, list) else []):
+        if _source(index) in known and isinstance(source, dict):
             source["target"] = None
     return changed
 

@@ -21,6 +21,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,17 @@ def _write(folder: Path, position: Position, state: TrainerState, run: Mapping[s
             sync(path)
 
 
-def newest_checkpoint(run_folder: Path, note: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, None where there is none; `note` gets a line on each that is passed over."""
+def newest_checkpoint(run_folder: Path, note: Callable[[str], None], before: Position | None = None) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, None where there is none.
+
+    Args:
+        run_folder: of the run.
+        note: gets a line on each that is passed over.
+        before: only those of earlier positions.
+    """
     for position, folder in sorted(_named(run_folder / FOLDER), reverse=True):
+        if before is not None and position >= before:
+            continue
         problem = why_unusable(folder)
         if problem is None:
             return Checkpoint(folder, position, _content(folder)["run"])
@@ -158,6 +167,8 @@ def why_unusable(folder: Path) -> str | None:
     """Check names, sizes and checksums of all files; return what is wrong, None where nothing is."""
     try:
         content = _content(folder)
+        if (problem := _why_unsound(content, folder.name)) is not None:
+            return problem
         listed = content["files"]
         there = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
         if content["format"] != FORMAT:
@@ -173,9 +184,53 @@ def why_unusable(folder: Path) -> str | None:
                 return f"{name} has {(folder / name).stat().st_size:,} bytes, not {entry['bytes']:,}"
             if _digest(folder / name) != entry["sha256"]:
                 return f"{name} was altered (its checksum differs)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return str(error) if isinstance(error, _Broken) else f"{MANIFEST} cannot be read ({type(error).__name__})"
     return None
+
+
+def _why_unsound(content: Any, name: str) -> str | None:
+    """Say what of a manifest is not as this program writes it, whatever its seal; None where all is."""
+    run = content.get("run")
+    if not isinstance(run, dict) or not all(isinstance(run.get(part), dict) for part in ("config", "digests")):
+        return f"{MANIFEST} does not say what the run is"
+    if not isinstance(run.get("optimizer_steps"), int) or not isinstance(run.get("begun"), str):
+        return f"{MANIFEST} does not say how long the run is and when it began"
+    try:
+        datetime.fromisoformat(run["begun"])
+    except ValueError:
+        return f"{MANIFEST} says begun={run['begun']!r}"
+    position, score = content.get("position"), content.get("score")
+    if not isinstance(position, list) or [type(part) for part in position] != [int, int]:
+        return f"{MANIFEST} says position={position!r}"
+    if checkpoint_name((position[0], position[1])) != name:
+        return f"it was written as {checkpoint_name((position[0], position[1]))}"
+    if not isinstance(score, int | float | None):
+        return f"{MANIFEST} says score={score!r}"
+    return None
+
+
+def why_unlike(found: Any, like: Any, where: str = VALUES) -> str | None:
+    """Say where saved values are of another form than those of a trainer that has not begun; None where they are not.
+
+    Args:
+        found: what was saved: plain values.
+        like: what a fresh trainer would save. Where it holds nothing yet (None, or no entries), anything will do.
+        where: name of the values, for the answer.
+    """
+    if like is None or found is None:
+        return None
+    if isinstance(like, Mapping):
+        if not isinstance(found, Mapping):
+            return f"{where} is {type(found).__name__}"
+        missing = sorted(str(name) for name in like.keys() - found.keys())
+        if missing:
+            return f"{where} lacks {missing[0]}"
+        return next((problem for name in like if (problem := why_unlike(found[name], like[name], f"{where}.{name}"))), None)
+    if isinstance(like, list | tuple):
+        return None if isinstance(found, list | tuple) else f"{where} is {type(found).__name__}"
+    numbers = isinstance(like, int | float) and isinstance(found, int | float)
+    return None if numbers or type(found) is type(like) else f"{where} is {type(found).__name__}, not {type(like).__name__}"
 
 
 class _Broken(ValueError):

@@ -26,7 +26,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     """Return ``state.json`` of a run folder, or None where there is none or it cannot be read."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return state if isinstance(state, dict) else None
 

@@ -74,7 +74,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)
@@ -110,8 +110,9 @@ def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float
     values: list[float] = []
     for record in records:
         value = record.get(name)
-        if isinstance(value, int | float) and math.isfinite(value):
-            steps.append(record.get("step", len(steps)))
+        step = record.get("step", len(steps))
+        if isinstance(value, int | float) and math.isfinite(value) and isinstance(step, int | float):
+            steps.append(step)
             values.append(value)
     return steps, values
 

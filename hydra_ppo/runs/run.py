@@ -104,7 +104,7 @@ class Run:
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "started": before.get("started") or _now(),
-            "resumed": [*before.get("resumed", []), {"time": _now(), "step": done}] if before else [],
+            "resumed": [*_list(before.get("resumed")), {"time": _now(), "step": done}] if before else [],
             "finished": None,
             "error": None,
             "version": __version__,
@@ -315,6 +315,10 @@ def _as_text(config: SFTConfig | PPOConfig | dict[str, Any], folder: Path) -> st
     return f"{MARK}: {mark}\n" + render_yaml(type(config), values, comments=False)
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def keep_steps(path: Path, last: int) -> None:
     """Drop records of later steps than `last`, and a line that was half written, from a file of JSON lines."""
     if not path.exists():
@@ -323,9 +327,10 @@ def keep_steps(path: Path, last: int) -> None:
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if line.endswith(b"\n") and isinstance(record, dict) and record.get("step", 0) <= last:
+        step = record.get("step", 0) if isinstance(record, dict) else None
+        if line.endswith(b"\n") and isinstance(step, int) and step <= last:
             kept.append(line)
     write_whole(path, b"".join(kept))
 

@@ -58,7 +58,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _without_a_word(before: Callable[[Any], Any], what: Any) -> None:
-    """Say nothing of a stop that came while Python was clearing up an object, where it cannot go further; it is not forgotten."""
+    """Say nothing of a stop that came while Python cleared up an object, where it can go no further; it is not forgotten."""
     if not issubclass(what.exc_type, StopRequested | KeyboardInterrupt):
         before(what)
 

@@ -104,7 +104,11 @@ def load_optimizer(
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Any],
 ) -> None:
-    """Bring a fresh optimizer and schedule to what `save_optimizer` returned."""
+    """Bring a fresh optimizer and schedule to what `save_optimizer` returned.
+
+    Raises:
+        ValueError: where moments are of another shape than their parameter.
+    """
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, kind = key.rpartition(".")
@@ -112,6 +116,11 @@ def load_optimizer(
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if found := states.get(names[id(parameter)]):  # a parameter that never had a gradient has no state
+                wrong = next((kind for kind, value in found.items() if value.ndim and value.shape != parameter.shape), None)
+                if wrong is not None:
+                    raise ValueError(
+                        f"{names[id(parameter)]}.{wrong} is {list(found[wrong].shape)}, not {list(parameter.shape)}"
+                    )
                 optimizer.state[parameter] = {kind: value.to(parameter.device, copy=True) for kind, value in found.items()}
     for group, rate in zip(optimizer.param_groups, values["rates"], strict=True):
         group["lr"] = rate

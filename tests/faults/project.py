@@ -88,7 +88,7 @@ def quick_first(names: Iterable[str], quick: int) -> list[Any]:
 def weights(run: Path) -> dict[str, bytes]:
     """Return every tensor that a run left, adapters, heads and a tuned base, as bytes."""
     found = {}
-    for path in sorted([*run.glob("*.safetensors"), *run.glob("*/*.safetensors")]):
+    for path in sorted([*run.glob("*.safetensors"), *run.glob("[!e]*/*.safetensors")]):  # none that was set aside: earlier-1
         for name, tensor in load_file(path).items():
             found[f"{path.relative_to(run)}:{name}"] = tensor.numpy().tobytes()
     return found

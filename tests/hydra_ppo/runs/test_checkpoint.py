@@ -22,6 +22,9 @@ from hydra_ppo.runs.checkpoint import (
 STATE = TrainerState({"optimizer.a.exp_avg": torch.tensor([0.1, 0.2]), "random.torch": torch.get_rng_state()}, {"x": 0.1 + 0.2})
 
 
+RUN = {"config": {"a": 1}, "digests": {}, "optimizer_steps": 4, "begun": "2026-01-02T03:04:05"}
+
+
 def write_model(folder: Path) -> None:
     (folder / "actor").mkdir(parents=True)
     (folder / "actor" / "adapter_config.json").write_text("{}")
@@ -30,7 +33,7 @@ def write_model(folder: Path) -> None:
 
 def save(run: Path, *position: int, **options) -> Path:
     step, part = (*position, 0)[:2]
-    return save_checkpoint(run, (step, part), options.pop("write", write_model), STATE, {"config": {"a": 1}}, **options)
+    return save_checkpoint(run, (step, part), options.pop("write", write_model), STATE, RUN, **options)
 
 
 def names(run: Path) -> list[str]:
@@ -46,7 +49,7 @@ def newest(run: Path) -> tuple[str | None, list[str]]:
 def test_what_was_saved_comes_back(tmp_path):
     folder = save(tmp_path, 3, 2)
     found = newest_checkpoint(tmp_path, print)
-    assert (found.folder, found.position, found.run) == (folder, (3, 2), {"config": {"a": 1}})
+    assert (found.folder, found.position, found.run) == (folder, (3, 2), RUN)
     state = found.state()
     assert state.values == STATE.values
     assert state.tensors.keys() == STATE.tensors.keys()
