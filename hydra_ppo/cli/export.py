@@ -228,7 +228,7 @@ class _Export:
         from transformers import AutoConfig
 
         if self.base is not None:
-            return int(AutoConfig.from_pretrained(self.base).get_text_config().vocab_size)
+            return int(AutoConfig.from_pretrained(self.base, trust_remote_code=False).get_text_config().vocab_size)
         folder = tokenizer_folder(self.run)
         return len(load_tokenizer_of(folder)) if folder is not None else 0
 
@@ -255,6 +255,7 @@ class _Export:
         from peft import PeftModel
 
         from hydra_ppo.compat import dtype_option, stored_dtype
+        from hydra_ppo.model.adapter_options import saved_options
         from hydra_ppo.model.adapters import check_fit
         from hydra_ppo.model.for_others import unquantised
         from hydra_ppo.model.loading import DTYPES
@@ -271,7 +272,8 @@ class _Export:
         if self.adapter is None:
             return base
         folder = self.run / self.adapter
-        adapted = PeftModel.from_pretrained(base, folder)  # which would leave fresh what the folder lacks
+        # PEFT would leave fresh what the folder lacks, and read any option that its config names.
+        adapted = PeftModel.from_pretrained(base, folder, config=saved_options(folder))
         check_fit(adapted, "default", folder, tensor_shapes(folder / "adapter_model.safetensors"))
         merged: PreTrainedModel = adapted.merge_and_unload()
         return merged
@@ -373,7 +375,7 @@ def load_tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"run={str(folder)!r} gives no tokenizer: {reason}; copy the tokenizer's files into it.") from error

@@ -26,7 +26,7 @@ from hydra_ppo import __version__
 from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedModelError
 from hydra_ppo.runtime.interruption import StopRequested, stopping_at_once, stopping_on_signals
-from hydra_ppo.runtime.output import finish, losing_output, settle_output
+from hydra_ppo.runtime.output import finish, losing_output, settle_output, without_input
 
 if TYPE_CHECKING:
     from hydra_ppo.config.settings import PPOConfig, SFTConfig
@@ -85,7 +85,8 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments or os.environ.get("HYDRA_TRACEBACK", "") not in ("", "0")
     try:
-        return _dispatch(arguments)
+        with without_input():
+            return _dispatch(arguments)
     except SystemExit as stop:  # argparse, after it has printed its help
         return int(stop.code or DONE)
     except (ConfigError, DataError, UnsupportedModelError) as error:

@@ -57,9 +57,8 @@ def _check_brought(empty: PreTrainedModel, name: str, saved: Path | None) -> Non
     Raises:
         ConfigError: where it does not fit, or a run of this program is the base.
     """
-    from peft import PeftConfig
-
-    from hydra_ppo.model.adapters import adapter_folder, check_fit, check_saved_options, put_adapter
+    from hydra_ppo.model.adapter_options import adapter_folder, saved_options
+    from hydra_ppo.model.adapters import check_fit, put_adapter
     from hydra_ppo.model.whole import tensor_shapes
 
     folder = adapter_folder(name)
@@ -67,9 +66,7 @@ def _check_brought(empty: PreTrainedModel, name: str, saved: Path | None) -> Non
         raise ConfigError(
             f"model.adapter={name!r} does not go with a run of this program, which brings its own; name the plain base."
         )
-    config = PeftConfig.from_pretrained(str(folder))
-    check_saved_options(config, folder)
-    base = put_adapter(empty, "sft", config, None)
+    base = put_adapter(empty, "sft", saved_options(folder), None)
     check_fit(base, "sft", folder, tensor_shapes(folder / "adapter_model.safetensors"))
 
 
@@ -79,8 +76,9 @@ def _check_saved(empty: PreTrainedModel, saved: Path, manifest: dict[str, Any]) 
     Raises:
         ConfigError: where one lacks something, or belongs to another base.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
+    from hydra_ppo.model.adapter_options import saved_options
     from hydra_ppo.model.adapters import check_fit, put_adapter
     from hydra_ppo.model.architecture import inspect_architecture
     from hydra_ppo.model.hydra import scalar_heads
@@ -93,7 +91,7 @@ def _check_saved(empty: PreTrainedModel, saved: Path, manifest: dict[str, Any]) 
     base: PreTrainedModel | PeftModel = empty
     for adapter in manifest["adapters"]:
         folder = saved / adapter
-        base = put_adapter(base, adapter, PeftConfig.from_pretrained(str(folder)), None)
+        base = put_adapter(base, adapter, saved_options(folder), None)
         check_fit(base, adapter, folder, tensor_shapes(folder / "adapter_model.safetensors"))
 
 

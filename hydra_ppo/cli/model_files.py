@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.manifest import read_manifest
+from hydra_ppo.runtime.files import irregular
 
 MIB = 2**20
 LONGEST_HEADER = 100_000_000
@@ -34,6 +35,8 @@ def check_model(setting: str, name_or_path: str) -> str:
     if not path.is_dir():
         _check_hub_form(name, name_or_path)
         return NOT_CHECKED
+    if (strange := irregular(path)) is not None:
+        raise ConfigError(f"{name}: {strange} is not a regular file; copy the model again.")
     if (path / "hydra.json").is_file():
         return _check_saved_model(name, path)
     if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
@@ -136,6 +139,8 @@ def check_adapters(name: str, path: Path) -> dict[str, Any]:
 
 
 def _check_adapter(name: str, path: Path, adapter: str) -> None:
+    if (path / adapter).is_dir() and (strange := irregular(path / adapter)) is not None:
+        raise ConfigError(f"{name}: {adapter}/{strange} is not a regular file; save the model again.")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (path / adapter / file).is_file():
             raise ConfigError(f"{name} lacks {adapter}/{file}; save the model again.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hydra_ppo.errors import ConfigError
+from hydra_ppo.runtime.time_limit import rendering_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,11 +93,7 @@ def template_end(tokenizer: PreTrainedTokenizerBase, special: set[int] | None = 
         return None
     special = special_ids(tokenizer) if special is None else special
     for messages in _conversations():
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-        except Exception:  # a template is a program of its own and may refuse anything; the next conversation may do
-            continue
-        _, found, rest = str(text).rpartition(_CONTENT)
+        _, found, rest = _rendered(tokenizer, messages).rpartition(_CONTENT)
         if found:
             ids: Sequence[int] = tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"]
             return next((i for i in ids if i in special), None)
@@ -122,10 +119,11 @@ def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except Exception:  # a template is a program of its own and may refuse anything
-        return ""
+    with rendering_limit():
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+        except Exception:  # a template is a program of its own and may refuse anything; the next conversation may do
+            return ""
 
 
 def _conversations() -> list[list[dict[str, Any]]]:

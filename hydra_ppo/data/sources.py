@@ -60,6 +60,8 @@ def open_source(source: DataSource, split: str) -> Source:
         return Source(name, "row", enumerate(_read_dataset(name, hub_path, config or None, split), 1))
     if path.is_dir():
         return Source(name, "row", enumerate(_read_dataset(name, str(path), None, split), 1))
+    if not path.is_file():
+        raise DataError(f"{name}: is not a regular file; write the rows into one.")
     if path.suffix == ".jsonl":
         return Source(name, "line", _read_jsonl(name, path))
     if path.suffix == ".csv":

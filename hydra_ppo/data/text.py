@@ -18,6 +18,7 @@ from hydra_ppo.data.ends import Ends, answer_header, find_ends, takes_parts
 from hydra_ppo.data.formats import Conversation, Messages, checked_unicode
 from hydra_ppo.data.sources import Rejected, one_line
 from hydra_ppo.errors import DataError
+from hydra_ppo.runtime.time_limit import rendering_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -247,11 +248,12 @@ class Codec:
         handed |= {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         if self._takes_parts:
             messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        try:
-            with template_clock(self.now):
-                text = self.tokenizer.apply_chat_template(messages, **handed)
-        except Exception as error:  # a template is a program of its own and may raise anything
-            raise Rejected(f"the chat template refuses the messages ({one_line(error)})") from error
+        with rendering_limit():
+            try:
+                with template_clock(self.now):
+                    text = self.tokenizer.apply_chat_template(messages, **handed)
+            except Exception as error:  # a template is a program of its own and may raise anything
+                raise Rejected(f"the chat template refuses the messages ({one_line(error)})") from error
         return cast(str, text)  # its type says what there can be with tokenize=True, too
 
     def _ids(self, name: str, text: str, special: bool) -> list[int]:

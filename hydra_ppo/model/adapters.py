@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -22,34 +20,10 @@ from transformers import PreTrainedModel
 from hydra_ppo.compat import experts_of, refused_targets
 from hydra_ppo.config.settings import LoraSettings
 from hydra_ppo.errors import ConfigError, RoleError, UnsupportedModelError
+from hydra_ppo.model.adapter_options import check_options, saved_options
 from hydra_ppo.model.architecture import Architecture
 
 logger = logging.getLogger("hydra_ppo")
-
-REFUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
-    "lora_dropout": ((0.0,), "would add noise to the ratio of PPO", "set lora_dropout=0"),
-    "modules_to_save": ((None, []), "would train a copy of base layers", "leave it out"),
-    "bias": (("none",), "would train biases of the base that all roles share", "use bias='none'"),
-    "init_lora_weights": (
-        (True, "gaussian"),
-        "changes the base that all roles share, or gives the actor a start other than the reference",
-        "use True or 'gaussian'",
-    ),
-    "use_dora": ((False,), "rounds, so that the actor would not start as the reference to the last bit", "leave it out"),
-    "layers_to_transform": ((None, []), "is what trunk_layers sets", "use trunk_layers"),
-    "layer_replication": ((None, []), "would give each role a depth of its own", "leave it out"),
-    "trainable_token_indices": ((None, []), "would train embeddings that all roles share", "leave it out"),
-    "target_parameters": ((None, []), "is not supported", "use target_modules"),
-}
-"""PEFT options that a shared base cannot take: values that are fine, the rule that others break, what to do."""
-
-TAKEN = {
-    *("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
-    *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
-    *("layers_pattern", "loftq_config", "eva_config", "corda_config", "megatron_core", "runtime_config"),
-}
-"""PEFT options that are computed here, or that compute nothing by themselves. Of all others the default is taken, and no other
-value: PEFT gets new ones with every version, and our forward pass would leave them out without a word."""
 
 
 class AdapterSwitch:
@@ -171,50 +145,6 @@ def lora_config(architecture: Architecture, lora: LoraConfig | LoraSettings | No
     return config
 
 
-def unused_settings(asked: LoraConfig | LoraSettings | None, found: LoraConfig, name: str) -> str | None:
-    """Say which settings of new adapters a saved one, which has its own, leaves unused; None where there are none.
-
-    Args:
-        asked: what was set; the defaults ask for nothing.
-        found: of the saved adapter.
-        name: of the saved adapter.
-    """
-    if asked is None or asked == LoraSettings():
-        return None
-    alpha = asked.lora_alpha if isinstance(asked, LoraConfig) else asked.alpha
-    pairs: dict[str, tuple[Any, Any]] = {
-        "r": (asked.r, found.r),
-        "alpha": (alpha, found.lora_alpha),
-        "use_rslora": (asked.use_rslora, found.use_rslora),
-    }
-    if isinstance(asked, LoraSettings) and not isinstance(asked.target_modules, str):
-        ours = {str(target).rsplit(".", 1)[-1] for target in found.target_modules or ()}
-        pairs["target_modules"] = (sorted(asked.target_modules), sorted(ours))
-    other = [f"{option}={was!r} (it has {has!r})" for option, (was, has) in pairs.items() if was != has]
-    return f"model.lora is for new adapters, and {name!r} is a saved one: not used are {', '.join(other)}" if other else None
-
-
-def check_options(config: LoraConfig, where: str, ours: frozenset[str] = frozenset()) -> None:
-    """Refuse options of PEFT that a shared base cannot take, or that are not computed here.
-
-    Args:
-        where: begins the error.
-        ours: options that are set by this project itself.
-
-    Raises:
-        ConfigError: naming the first.
-    """
-    for name, (allowed, why, remedy) in REFUSED.items():
-        value = getattr(config, name, allowed[0])
-        if name not in ours and value not in allowed:
-            raise ConfigError(f"{where}{name}={value!r} {why}; {remedy}.")
-    plain = LoraConfig()
-    for name in (field.name for field in fields(config)):
-        value = getattr(config, name)
-        if name not in TAKEN | REFUSED.keys() | ours and value != getattr(plain, name, None):
-            raise ConfigError(f"{where}{name}={value!r} is not computed here, and would be left out silently; leave it out.")
-
-
 def _targets(architecture: Architecture, asked: Any, trunk_layers: int) -> tuple[set[str], bool]:
     """Return what PEFT is to adapt, and whether it is said by last names alone; else by full names, the trunk left out.
 
@@ -268,50 +198,21 @@ def put_adapter(base: PreTrainedModel | PeftModel, name: str, shape: LoraConfig,
     Raises:
         ConfigError: when the folder has no safetensors, or does not fit the base.
     """
-    config: Any = deepcopy(shape) if folder is None else PeftConfig.from_pretrained(str(folder))
-    if folder is not None:
-        check_saved_options(config, folder)
+    config = deepcopy(shape) if folder is None else saved_options(folder)
     config.inference_mode = False
-    if isinstance(base, PeftModel):
-        base.add_adapter(name, config)
-    else:
-        base = PeftModel(base, config, adapter_name=name)
+    try:
+        if isinstance(base, PeftModel):
+            base.add_adapter(name, config)
+        else:
+            base = PeftModel(base, config, adapter_name=name)
+    except ValueError as error:  # no such layers
+        raise ConfigError(f"adapter {str(folder or name)!r} does not fit this base ({error}); use its own base.") from error
     # In bf16 a small step of the optimizer rounds to nothing. PEFT 0.18 casts the first adapter only.
     for parameter in adapter_parameters(base, name).values():
         parameter.data = parameter.data.float()
     if folder is not None:
         read_adapter(base, name, folder)
     return base
-
-
-def check_saved_options(config: PeftConfig, folder: Path) -> None:
-    """Refuse a saved adapter whose options cannot be taken; its dropout is set to 0.
-
-    Raises:
-        ConfigError: naming the first.
-    """
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"adapter {str(folder)!r} is of kind {config.peft_type}; only LoRA adapters can be taken.")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ConfigError(f"adapter {str(folder)!r} lacks adapter_model.safetensors; save it again, as safetensors.")
-    if config.lora_dropout:
-        logger.info("%s was trained with lora_dropout=%s, which is 0 here", folder, config.lora_dropout)
-        config.lora_dropout = 0.0
-    check_options(config, f"adapter {str(folder)!r}: ", ours=frozenset({"layers_to_transform", "init_lora_weights"}))
-
-
-def adapter_folder(name: str | os.PathLike[str]) -> Path:
-    """Return the folder of an adapter that somebody names.
-
-    Raises:
-        ConfigError: where it is none.
-    """
-    folder = Path(name).expanduser()
-    if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"model.adapter={str(name)!r} holds no adapter_config.json; name a folder that PEFT's save_pretrained wrote."
-        )
-    return folder
 
 
 def check_trunk_is_free(layers: nn.ModuleList, trunk_layers: int) -> None:

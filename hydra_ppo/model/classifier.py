@@ -50,7 +50,7 @@ def as_classifier(causal_lm: PreTrainedModel, head: Tensor, pad_id: int, end_id:
     config.id2label, config.label2id = {0: label}, {label: 0}
     try:
         with torch.device("meta"):
-            classifier: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+            classifier: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except ValueError:
         raise _refusal(causal_lm, "transformers has no sequence classifier of its family") from None
     prefix = classifier.base_model_prefix

@@ -19,14 +19,13 @@ from hydra_ppo.compute.lora import use_lean_linear, use_lean_lora
 from hydra_ppo.compute.recompute import disable_native_checkpointing
 from hydra_ppo.config.settings import LoraSettings
 from hydra_ppo.errors import ConfigError
+from hydra_ppo.model.adapter_options import adapter_folder, unused_settings
 from hydra_ppo.model.adapters import (
-    adapter_folder,
     check_trunk_is_free,
     copy_adapter,
     lora_config,
     put_adapter,
     refuse_adapters,
-    unused_settings,
 )
 from hydra_ppo.model.architecture import disable_dropout, inspect_architecture, keep_quantised_layers_trainable, understand_head
 from hydra_ppo.model.loading import DTYPES, base_from_config, load_base, quantization_of

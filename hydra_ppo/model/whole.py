@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from hydra_ppo.compat import match_names
 from hydra_ppo.errors import ConfigError, HydraError, UnsupportedModelError
 from hydra_ppo.model.fingerprint import model_folder
+from hydra_ppo.runtime.files import irregular
 
 logger = logging.getLogger("hydra_ppo")
 
@@ -90,6 +91,7 @@ def load_whole(kind: Any, name_or_path: str, what: str, **options: Any) -> PreTr
         ConfigError: when weights are missing, or of another shape than the config says; the first by name, and how many.
     """
     # Weights of another shape are to be named with both shapes, not raised at; nothing that lacks some leaves this function.
+    options = {"trust_remote_code": False} | options  # where nothing is said, transformers asks on standard input
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
     model, found = kind.from_pretrained(name_or_path, **options)
     refuse_incomplete(what, found)
@@ -129,8 +131,21 @@ def _counted(names: list[str], noun: str) -> str:
     return f"{noun} {names[0]}" if len(names) == 1 else f"{len(names)} {noun}s ({names[0]} the first)"
 
 
+def refuse_irregular(what: str, name_or_path: str) -> None:
+    """Refuse a model folder that holds what is no file, as a pipe.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    folder = Path(name_or_path)
+    found = irregular(folder) if folder.is_dir() else None
+    if found is not None:
+        raise ConfigError(f"{what}: {found} is not a regular file; copy the model again.")
+
+
 def read_config(name_or_path: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """Read the config of a causal LM; errors as of `saying_why`."""
+    refuse_irregular(f"model.name_or_path={name_or_path!r}", name_or_path)
     with saying_why(name_or_path):
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
 

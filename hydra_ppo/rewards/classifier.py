@@ -47,7 +47,7 @@ class Classifier:
         self.target = target
         self.source = source or RewardSource("classifier", target)
         with _saying_why(target):
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(target)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
         self.model: Any = _load(target, device, self.source)
         self.text = ClassifierText(self.tokenizer, self.model, self.source.max_tokens)
         self.label = _label(self.model.config, self.source)
@@ -147,9 +147,9 @@ def _empty(target: str) -> tuple[Any, Any]:
     """Return a classifier's config, and the classifier without its weights."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    config = AutoConfig.from_pretrained(target)
+    config = AutoConfig.from_pretrained(target, trust_remote_code=False)
     with torch.device("meta"):
-        return config, AutoModelForSequenceClassification.from_config(config)
+        return config, AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
 
 
 def _label(config: Any, source: RewardSource) -> int | None:

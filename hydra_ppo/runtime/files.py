@@ -35,6 +35,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def irregular(folder: Path) -> str | None:
+    """Return the name of a folder's first entry that is neither file nor folder: reading a pipe or device may never end."""
+    for path in sorted(folder.iterdir()):
+        try:
+            mode = path.stat().st_mode
+        except OSError:  # a link to nothing, which whoever reads it says
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            return path.name
+    return None
+
+
 LONGEST_TEXT = 64 * 2**20
 """Bytes of a config or manifest that are read: real ones have some thousand, tokenizers some million."""
 

@@ -39,6 +39,18 @@ class _Lossy:
 
 
 @contextmanager
+def without_input() -> Iterator[None]:
+    """Let nothing inside the block wait for somebody to type: libraries ask whether to run code that comes with a model."""
+    before = sys.stdin
+    with open(os.devnull, encoding="utf-8") as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = before
+
+
+@contextmanager
 def losing_output() -> Iterator[None]:
     """Let no write to standard output or error raise inside the block, nor when the process ends after it."""
     before = sys.stdout, sys.stderr
