@@ -190,6 +190,12 @@ def _open(config: SFTConfig | PPOConfig, command: str, trainer: PPOTrainer | Joi
         yield run
 
 
+def as_typed(path: Path) -> str:
+    """Return a path as a shell and this program read it: quoted, and not like an option."""
+    name = str(path)
+    return shlex.quote(f"./{name}" if name.startswith("-") else name)
+
+
 @contextmanager
 def _stoppable(folder: Path, command: str) -> Iterator[None]:
     """Let SIGTERM and SIGINT stop the run where nothing is lost, and say how to go on."""
@@ -198,7 +204,7 @@ def _stoppable(folder: Path, command: str) -> Iterator[None]:
             yield
         except StopRequested:
             known = folder / CONFIG
-            again = f"hydra-ppo {command} {shlex.quote(str(known))} --resume" if known.exists() else "the same command"
+            again = f"hydra-ppo {command} {as_typed(known)} --resume" if known.exists() else "the same command"
             print(f"Stopped. Go on with: {again}", flush=True)
             raise
 
@@ -329,7 +335,11 @@ def _seed(seed: int) -> None:
 
 def _save(run: Run, model: HydraModel) -> None:
     with run.storing("hydra.json"):
-        model.save_pretrained(run.folder)
+        _model_to(run.folder, model)
+
+
+def _model_to(folder: Path, model: HydraModel) -> None:
+    model.save_pretrained(folder)
 
 
 def _finish(run: Run, summary: dict[str, Any]) -> None:
@@ -339,4 +349,4 @@ def _finish(run: Run, summary: dict[str, Any]) -> None:
     with run.storing("plots"):
         plot_run(run.folder)
     run.finish(summary)
-    print(f"Saved in {run.folder}; hydra-ppo inspect {run.folder} shows the numbers.")
+    print(f"Saved in {run.folder}; hydra-ppo inspect {as_typed(run.folder)} shows the numbers.")

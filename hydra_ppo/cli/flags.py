@@ -207,6 +207,8 @@ def _split(
                 else:
                     raise ConfigError(f"--{name} has no value; give {describe(setting.hint)}.")
             flags.append((name, value))
+        elif token.startswith("-") and Path(token).exists():
+            raise ConfigError(f"{token} is read as an option, for it begins with -; write ./{token}.")
         elif token.startswith("-"):
             raise ConfigError(f"{token} is not an option; write settings in full, for example --run.seed 1.")
         elif path is None:

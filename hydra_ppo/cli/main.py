@@ -353,6 +353,8 @@ class Parser(argparse.ArgumentParser):
             option = argument.split("=", 1)[0]
             if option.startswith("-") and not option[1:].isdecimal() and option not in known:
                 guess = difflib.get_close_matches(option, known, n=1)
+                if Path(argument).exists():
+                    raise ConfigError(f"{argument} is read as an option, for it begins with -; write ./{argument}.")
                 raise ConfigError(
                     f"{option} is not an option; "
                     + (f"did you mean {guess[0]}?" if guess else f"{self.prog} --help lists all options.")

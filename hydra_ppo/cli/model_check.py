@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
 from hydra_ppo.errors import ConfigError
+from hydra_ppo.runs.folder import has_died, is_locked, read_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,4 +116,27 @@ def check_lengths(config: SFTConfig | PPOConfig, causal_lm: PreTrainedModel) -> 
 def what_to_know(config: SFTConfig | PPOConfig) -> list[str]:
     """Return lines on what a run does otherwise than its settings may seem to say."""
     silent = isinstance(config, SFTConfig) and config.stage == "reward" and config.adapter == "sft"
-    return [OWN_ADAPTER] if silent else []
+    unfinished = _unfinished(config.model.name_or_path)
+    return ([OWN_ADAPTER] if silent else []) + ([] if unfinished is None else [unfinished])
+
+
+def _unfinished(name_or_path: str) -> str | None:
+    """Say that a model is what a run has come to that is not finished; None where it is no run, or a finished one.
+
+    Raises:
+        ConfigError: where the run is going on: what is read now is something else in a moment.
+    """
+    folder = Path(name_or_path)
+    state = read_state(folder) if folder.is_dir() else None
+    if state is None or state.get("state") == "finished":
+        return None
+    if is_locked(folder):
+        raise ConfigError(
+            f"model.name_or_path={name_or_path!r} is being written by process {state.get('pid')}; wait for it, or name one of "
+            "its checkpoints."
+        )
+    verdict = "interrupted" if has_died(folder, state) else state.get("state")
+    return (
+        f"model.name_or_path={name_or_path!r} is a run that is not finished ({verdict}): taken is what it saved last; "
+        f"hydra-ppo {state.get('command')} {folder / 'config.yaml'} --resume ends it."
+    )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -64,7 +65,7 @@ def main(output: str | Path, seed: int = 0, overwrite: bool = False) -> dict[str
     folder = Path(output)
     _prepare(folder, overwrite)
     console = Console(stderr=True)
-    console.print(f"[bold]1/4[/bold] Corpus, tokenizer and a small Llama in {folder}", highlight=False)
+    console.print(f"[bold]1/4[/bold] Corpus, tokenizer and a small Llama in {escape(str(folder))}", highlight=False)
     texts = write_inputs(folder, seed)
     console.print("[bold]2/4[/bold] Joint SFT and reward modelling", highlight=False)
     commands.sft(sft_config(folder, seed))

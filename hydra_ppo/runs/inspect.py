@@ -80,7 +80,8 @@ def inspect_run(folder: Path) -> dict[str, Any]:
 def print_inspection(report: dict[str, Any], console: Console | None = None) -> None:
     """Print what ``inspect_run`` found; "-" stands for what was not measured."""
     console = console or Console()
-    state = Table(title=f"{report['folder']}: {report['command']}, {report['state']}", title_justify="left", show_header=False)
+    title = Text(f"{report['folder']}: {report['command']}, {report['state']}")  # a folder's name is no markup
+    state = Table(title=title, title_justify="left", show_header=False)
     for name in ("error", "started", "finished", "version", "last_step"):
         state.add_row(name, Text(_show(report[name])))
     for name, value in (report["config"] or {}).items():

@@ -131,5 +131,6 @@ def plan(workload: Workload, memory: int, margin: int | None, count: int, output
         print_plans(found, count, Console())
     if plans and output is not None:
         write_yaml(plans[0], output)
-        console.print(f"Written to {output}; fill in model, data and output, then: hydra-ppo ppo {output}", highlight=False)
+        line = f"Written to {output}; fill in model, data and output, then: hydra-ppo ppo {output}"
+        console.print(line, highlight=False, markup=False)
     return 0 if plans else 3

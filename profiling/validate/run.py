@@ -153,7 +153,7 @@ def validate(device: str, output: Path | None, seconds: float) -> int:
     parts = run_parts(make_parts(place), budget, keep, clean=lambda: free(place))
     console = Console()
     console.print(results_table(parts))
-    console.print(f"{machine['name']}, {budget.used:.0f} s. Written to {path}.", highlight=False, soft_wrap=True)
+    console.print(f"{machine['name']}, {budget.used:.0f} s. Written to {path}.", highlight=False, markup=False, soft_wrap=True)
     return DONE if _passed(parts) else FAILED
 
 
