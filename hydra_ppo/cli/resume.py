@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("hydra-ppo", "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "numpy")
 LENGTHS = ("steps", "epochs", "max_steps")
-FREE = (*LENGTHS, "sample_every", "eval_every", "reward.time_limit")
+FREE = (*LENGTHS, "sample_every", "eval_every", "reward.time_limit", "reward.isolation")
 """Settings that may change between two parts of a run, besides those of `run` other than its seed."""
 
 

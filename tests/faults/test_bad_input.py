@@ -795,7 +795,7 @@ def test_bad_input(name, project, tmp_path, monkeypatch, capsys, fault):
         if case.weights == "never":
             monkeypatch.setattr(commands, "load_model", forbid("a model was loaded"))
         if case.weights != "read":
-            monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", forbid("weights were read"))
+            monkeypatch.setattr(loading, "load_whole", forbid("weights were read"))
         capsys.readouterr()
         code = main(case.argv)
         out, err = capsys.readouterr()

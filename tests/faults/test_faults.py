@@ -61,7 +61,7 @@ def go_on_and_compare(project, output, whole, monkeypatch, function=NOISY):
 
 
 REWARDS = {
-    "raises": "raised OSError: the judge is down; mend the function",
+    "raises": "raised OSError: the judge is down (rewards.py, line 36, in raises); mend the function",
     "sleeps": "took over reward.time_limit=1 s",
     "spins": "took over reward.time_limit=1 s",
     "too_few": "returned 7 numbers for 8 responses",

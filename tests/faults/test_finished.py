@@ -32,10 +32,7 @@ ASKED = {
         ["export", "{run}", "--output", "{run}"],
         ["export", "{run}", "--output", "{run}/plots"],
     ],
-    "score": [
-        ["score", "{run}", "{data}", "--output", "{out}/scores.jsonl"],
-        ["score", "{run}", "{data}", "--output", "{run}/m"],
-    ],
+    "score": [["score", "{run}", "{data}", "--output", f"{{{place}}}/metrics.jsonl"] for place in ("out", "run")],
     "generate": [
         ["generate", "{run}", "--prompt", "w1 w2", "--role", "reference", *SAMPLES],
         ["generate", "{run}", "--prompts", "{data}", "--role", "base", "--output", "{run}/metrics.jsonl", *SAMPLES],
