@@ -67,6 +67,19 @@ def test_rows_that_mix():
     refused(model, "a row depends on the rows beside it")
 
 
+def test_rows_that_mix_a_little_by_batch_are_said_and_taken(caplog):
+    """As int8 does on a GPU."""
+    model = llama()
+    wrap(model.architecture.layers[1].mlp, lambda out, *_: out + 0.02 * out.mean(dim=0, keepdim=True))
+    with caplog.at_level("WARNING", "hydra_ppo"):
+        probe(model, "fast", quantised=True)
+    assert "a row's numbers depend on the rows beside it: by 0." in caplog.text
+    assert "model.quantization=nf4 has no such effect" in caplog.text
+    caplog.clear()
+    probe(llama(), "fast", quantised=True)
+    assert not caplog.text
+
+
 def test_an_adapter_that_does_more_than_lora():
     model = llama()
     layer = next(part for part in model.base.modules() if isinstance(part, LoraLayer))
