@@ -4,6 +4,7 @@ read alike."""
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,16 @@ def _can_be_undone(step: Any) -> bool:
 
 
 def _make_valid(settings: Any) -> None:
-    """Let a generation config be written that names a temperature and does not sample, as old models' do."""
-    try:
-        settings.validate(**({"strict": True} if "strict" in settings.validate.__code__.co_varnames else {}))
-    except ValueError:
+    """Let a generation config be written that names a temperature and does not sample, as old models' do.
+
+    Every version refuses it, and each in its own way: as an error, or up to 4.47 as warnings that are errors on saving.
+    """
+    options = {"strict": True} if "strict" in settings.validate.__code__.co_varnames else {}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            settings.validate(**options)
+        except ValueError:
+            settings.do_sample = True
+    if said:
         settings.do_sample = True
