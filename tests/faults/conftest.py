@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-FAULTS = pytest.StashKey[list[tuple[str, str, str]]]()
+NAME = "fault"
 
 
 @pytest.fixture
@@ -14,15 +14,17 @@ def fault(request: pytest.FixtureRequest) -> Callable[[str, str, str], None]:
     """Take in what was injected, how it was survived and what the result equals; called at the end of a test."""
 
     def report(injected: str, survived: str, compared: str) -> None:
-        request.config.stash.setdefault(FAULTS, []).append((injected, survived, compared))
+        # A property of the test, and no state of the process: with xdist another one prints the table.
+        request.node.user_properties.append((NAME, f"injected: {injected} | survived: {survived} | compared: {compared}"))
 
     return report
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the table."""
-    lines = config.stash.get(FAULTS, [])
+    reports = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    lines = [line for report in reports for name, line in report.user_properties if name == NAME]
     if lines:
         terminalreporter.section("faults")
-    for injected, survived, compared in lines:
-        terminalreporter.write_line(f"injected: {injected} | survived: {survived} | compared: {compared}")
+    for line in lines:
+        terminalreporter.write_line(line)

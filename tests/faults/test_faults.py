@@ -237,7 +237,7 @@ def test_a_disk_that_is_full_for_the_metrics(project, whole, monkeypatch, capsys
         patch.setattr(Run, "_write_state", no_state)
         patch.setattr("hydra_ppo.runs.run.keep_steps", lambda *a: None)
         assert go(project, "metrics", "--resume") == 1
-    assert "metrics.jsonl cannot be written (No space left on device); the last checkpoint is intact" in last_line(capsys)
+    assert "metrics.jsonl cannot be written (No space left on device); checkpoints/step-000002 is intact" in last_line(capsys)
     full.unlink()
     (project / "kept").rename(full)
     go_on_and_compare(project, "metrics", whole, monkeypatch)

@@ -28,7 +28,8 @@ def whole(project):
 
 
 def begin(project, output, *flags, shell="", **options):
-    settings = ppo_settings(project, output, steps=3, eval_every=0, run={"save_every": 1, "progress": True})
+    reward = {"sources": [{"kind": "function", "target": "tests.faults.light:slow", "name": "judge"}]}
+    settings = ppo_settings(project, output, steps=3, eval_every=0, run={"save_every": 1, "progress": True}, reward=reward)
     command = [sys.executable, "-m", "hydra_ppo.cli", "ppo", write(project / f"{output}.yaml", settings), *flags]
     if shell:
         command = ["bash", "-c", f'set -o pipefail; "$@" {shell}', "bash", *command]
