@@ -29,11 +29,16 @@ def wrong_values(hint) -> list[str]:
     return ["word", "[1, 2]", "true"] if int in kinds or float in kinds else ["word", "[word]", "3"]
 
 
+SHARE = [pytest.param(9, id="some"), pytest.param(1, id="all", marks=pytest.mark.long)]
+"""Every how-manieth setting is tried."""
+
+
+@pytest.mark.parametrize("every", SHARE)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_setting_refuses_what_it_cannot_be(command, tmp_path, monkeypatch, capsys, fault):
+def test_every_setting_refuses_what_it_cannot_be(command, every, tmp_path, monkeypatch, capsys, fault):
     monkeypatch.chdir(tmp_path)
     count = 0
-    for name, setting in settings_of(COMMANDS[command]).items():
+    for name, setting in list(settings_of(COMMANDS[command]).items())[::every]:
         for value in wrong_values(setting.hint):
             assert main([command, *REQUIRED, f"--{name}", value]) == 2, (name, value)
             line = capsys.readouterr().err.strip()
@@ -51,12 +56,13 @@ def test_every_setting_refuses_what_it_cannot_be(command, tmp_path, monkeypatch,
     fault(f"{count} settings of {command} that are none, or are of another type", "one line with the name each, exit 2", "-")
 
 
+@pytest.mark.parametrize("every", SHARE)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_setting_in_yaml_too(command, tmp_path, monkeypatch, capsys, fault):
+def test_every_setting_in_yaml_too(command, every, tmp_path, monkeypatch, capsys, fault):
     monkeypatch.chdir(tmp_path)
     count = 0
     required = {"model": {"name_or_path": "base"}, "data": {"train": "rows.jsonl"}, "run": {"output": "run"}}
-    for name, setting in settings_of(COMMANDS[command]).items():
+    for name, setting in list(settings_of(COMMANDS[command]).items())[::every]:
         wrong = {"no": {"such": 1}} if get_origin(setting.hint) is not dict else [1]
         settings = {group: dict(values) for group, values in required.items()}
         node = settings

@@ -123,7 +123,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", quick_first(CHANGES, 4))
+@pytest.mark.parametrize("name", quick_first(CHANGES, 2))
 def test_what_it_stands_on_has_changed(name, home, capsys, monkeypatch, fault):
     monkeypatch.setattr("hydra_ppo.cli.commands.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     path, words, named = CHANGES[name]

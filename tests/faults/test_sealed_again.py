@@ -118,7 +118,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", quick_first(DAMAGES, 4))
+@pytest.mark.parametrize("name", quick_first(DAMAGES, 2))
 def test_named_and_the_one_before_it_used(name, project, newest, capsys, fault):
     DAMAGES[name](newest)
     run = newest.parent.parent
@@ -141,7 +141,7 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("name", quick_first(LINES, 2))
+@pytest.mark.parametrize("name", quick_first(LINES, 1))
 def test_lines_that_no_run_wrote(name, project, newest, capsys):
     run = newest.parent.parent
     shutil.rmtree(newest)

@@ -49,7 +49,8 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] if i else []) for i, n in enumerate(OUTPUTS)])
+@pytest.mark.long  # tests/hydra_ppo/runtime/test_output.py is the quick half
+@pytest.mark.parametrize("name", OUTPUTS)
 def test_output_that_cannot_be_written(name, project, whole, fault):
     output = "out" + "".join(c for c in name if c.isalpha())
     done = begin(project, output, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **OUTPUTS[name]})

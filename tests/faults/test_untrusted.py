@@ -147,7 +147,7 @@ CASES = {
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", quick_first(CASES, 7))
+@pytest.mark.parametrize("name", quick_first(CASES, 6))
 def test_one_line_and_nothing_of_theirs(name, home, monkeypatch, capsys, fault):
     spoil, changes, says = CASES[name]
     spoil(home)

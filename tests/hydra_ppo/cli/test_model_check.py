@@ -154,7 +154,7 @@ def test_stages_of_reward_training():
     ("sources", "says"),
     [
         ("{kind: function, target: 'nowhere:f'}", "names no installed package 'nowhere'"),
-        ("{kind: function, target: 'tests.training:no_such'}", "cannot be imported (AttributeError"),
+        ("{kind: function, target: 'tests.faults.light:no_such'}", "cannot be imported (AttributeError"),
         ("{kind: function, target: 'broken:f'}", "cannot be imported (ZeroDivisionError"),
         ("{kind: classifier, target: gone/judge}", "names no such folder, nor a model in the hub's cache"),
         ("{kind: classifier, target: trained}", "is a run of this program, not a classifier"),
