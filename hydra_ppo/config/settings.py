@@ -47,6 +47,11 @@ class LoraSettings:
     target_modules: str | list[str] = setting(
         "all-linear", "Names of the linear layers to adapt, or all-linear for every one but the output head."
     )
+    target_parameters: list[str] = setting(
+        list,
+        "Parameters of fused experts to adapt too, such as mlp.experts.down_proj; in a pass one layer's experts are then made "
+        "anew, base and adapter added.",
+    )
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
 
     def __post_init__(self) -> None:

@@ -30,12 +30,22 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "layers_to_transform": ((None, []), "is what trunk_layers sets", "use trunk_layers"),
     "layer_replication": ((None, []), "would give each role a depth of its own", "leave it out"),
     "trainable_token_indices": ((None, []), "would train embeddings that all roles share", "leave it out"),
-    "target_parameters": ((None, []), "is not supported", "use target_modules"),
 }
 """PEFT options that a shared base cannot take: values that are fine, the rule that others break, what to do."""
 
 TAKEN = {
-    *("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    "target_parameters",
+    *(
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+    ),
     *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
     *("layers_pattern", "loftq_config", "eva_config", "corda_config", "runtime_config"),
 }
@@ -48,6 +58,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "use_rslora": (bool,),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
     "target_modules": (list, str, type(None)),
+    "target_parameters": (list, type(None)),
 }
 """What options of a saved adapter must be, which PEFT takes as they come."""
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -73,6 +84,20 @@ def check_options(config: LoraConfig, where: str, ours: frozenset[str] = frozens
         value = getattr(config, name)
         if name not in TAKEN | REFUSED.keys() | ours and value != getattr(plain, name, None):
             raise ConfigError(f"{where}{name}={value!r} is not computed here, and would be left out silently; leave it out.")
+
+
+def new_config(**options: Any) -> LoraConfig:
+    """Make a LoRA config.
+
+    Raises:
+        ConfigError: where this PEFT does not know an option.
+    """
+    known = {field.name for field in fields(LoraConfig)}
+    if unknown := sorted(options.keys() - known):
+        raise ConfigError(
+            f"lora.{unknown[0]}={options[unknown[0]]!r} is no option of this version of PEFT; update it, or leave it out."
+        )
+    return LoraConfig(**options)
 
 
 def saved_options(folder: Path) -> LoraConfig:

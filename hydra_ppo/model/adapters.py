@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hydra_ppo.compat import experts_of, refused_targets
 from hydra_ppo.config.settings import LoraSettings
 from hydra_ppo.errors import ConfigError, RoleError, UnsupportedModelError
-from hydra_ppo.model.adapter_options import check_options, saved_options
+from hydra_ppo.model.adapter_options import check_options, new_config, saved_options
 from hydra_ppo.model.architecture import Architecture
 
 logger = logging.getLogger("hydra_ppo")
@@ -117,8 +117,14 @@ def lora_config(architecture: Architecture, lora: LoraConfig | LoraSettings | No
         config = deepcopy(lora)
     else:
         lora = lora or LoraSettings()
-        config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, use_rslora=lora.use_rslora)
+        options: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.alpha, "use_rslora": lora.use_rslora}
+        if lora.target_parameters:  # which older versions of PEFT do not know
+            options["target_parameters"] = list(lora.target_parameters)
+        config = new_config(target_modules=lora.target_modules, **options)
     check_options(config, "lora.")
+    experts = _experts(architecture, getattr(config, "target_parameters", None) or (), trunk_layers)
+    if experts:
+        config.target_parameters = None  # until PEFT was asked what it makes of the modules
     names = isinstance(asked := config.target_modules, str | type(None)) and asked in (None, "all-linear")
     targets, by_name = _targets(architecture, asked, trunk_layers)
     causal_lm = architecture.causal_lm
@@ -135,6 +141,15 @@ def lora_config(architecture: Architecture, lora: LoraConfig | LoraSettings | No
     if not targets:
         raise UnsupportedModelError(
             f"model={type(causal_lm).__name__} has no linear layer that an adapter could sit on; use another model."
+        )
+    offered = _short(architecture.expert_paths())
+    if experts:
+        config.target_parameters = experts
+    elif offered and names:
+        logger.info(
+            "adapters sit on %s; the experts are no linear layers here, and have none: lora.target_parameters puts adapters on "
+            "them too (%s)",
+            *(_few(targets), ", ".join(offered)),
         )
     config.target_modules = targets  # type: ignore[assignment]  # PEFT says list, and makes a set of one itself
     config.fan_in_fan_out = architecture.config.model_type == "gpt2"
@@ -176,6 +191,27 @@ def _targets(architecture: Architecture, asked: Any, trunk_layers: int) -> tuple
     if not isinstance(asked, str) and set(asked) <= set(available) - elsewhere:
         return set(asked), True
     return found & set(architecture.linear_paths(trunk_layers)), False
+
+
+def _experts(architecture: Architecture, asked: Iterable[str], trunk_layers: int) -> list[str]:
+    """Return the full names of the experts' parameters that are asked for by the ends of their names, the trunk left out.
+
+    Raises:
+        ConfigError: where there are no such parameters.
+    """
+    everywhere = list(architecture.expert_paths())
+    for name in asked:
+        if not any(path == name or path.endswith(f".{name}") for path in everywhere):
+            known = _short(everywhere)
+            remedy = f"choose among {', '.join(known)}" if known else "this model has none, leave it out"
+            raise ConfigError(f"lora.target_parameters={name!r} is no parameter of experts; {remedy}.")
+    ends = tuple(asked)
+    return [path for path in architecture.expert_paths(trunk_layers) if any(path == n or path.endswith(f".{n}") for n in ends)]
+
+
+def _short(paths: Iterable[str]) -> list[str]:
+    """Return the last three parts of full names, each once: what says a parameter of experts in any layer."""
+    return sorted({".".join(path.split(".")[-3:]) for path in paths})
 
 
 def _few(names: Iterable[str]) -> str:

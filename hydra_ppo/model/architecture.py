@@ -84,6 +84,11 @@ class Architecture:
         inside = {id(module) for layer in list(self.layers)[first_layer:] for module in layer.modules() if is_linear(module)}
         yield from (name for name, module in self.causal_lm.named_modules() if id(module) in inside)
 
+    def expert_paths(self, first_layer: int = 0) -> Iterator[str]:
+        """Yield the full names of the parameters that hold all experts of a layer at once, (E, ., .) each."""
+        inside = {id(p) for layer in list(self.layers)[first_layer:] for p in layer.parameters() if p.ndim == 3}
+        yield from (name for name, parameter in self.causal_lm.named_parameters() if id(parameter) in inside)
+
     @property
     def layer_types(self) -> list[str]:
         """`full_attention` or `sliding_attention`, of each decoder layer."""
