@@ -22,7 +22,7 @@ import trl.experimental.ppo.ppo_trainer as trl_ppo  # noqa: E402
 from swift.pipelines.train.rlhf import SwiftRLHF  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from hydra_ppo import recompute  # noqa: E402
+from hydra_ppo.compute import recompute  # noqa: E402
 from hydra_ppo.model.hydra import HydraModel  # noqa: E402
 from hydra_ppo.patches import swift as patch  # noqa: E402
 from hydra_ppo.views.view import View  # noqa: E402
