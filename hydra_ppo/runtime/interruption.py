@@ -98,6 +98,10 @@ def stopping_at_once() -> Iterator[None]:
     _request.at_once += 1
     try:
         yield
+    except Exception as error:
+        if _request.made:  # a stop that came in the middle of an import may leave it as another error
+            raise StopRequested from error
+        raise
     finally:
         _request.at_once -= 1
     check_stop()  # one that was lost on the way

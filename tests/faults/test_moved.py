@@ -148,7 +148,7 @@ def test_another_library_or_number_of_threads_is_said(home, monkeypatch, capsys)
     assert "since step-000002: the rest may differ in the last bits" in err
 
 
-def test_a_run_writes_paths_from_where_it_lies(home, tmp_path):
+def test_a_run_writes_paths_from_where_it_lies(home, tmp_path, capsys):
     written = yaml.safe_load((home / "runs/run/config.yaml").read_text())
     assert next(iter(written)) == "paths_are_relative_to"
     assert written["run"]["output"] == "."
@@ -156,6 +156,10 @@ def test_a_run_writes_paths_from_where_it_lies(home, tmp_path):
     assert written["reward"]["sources"][0]["target"] == "../../judge"
     found = load_config(PPOConfig, home / "runs/run/config.yaml")
     assert (found.run.output, found.model.name_or_path) == (str(home / "runs/run"), str(home / "sft"))
+    assert main(["ppo", str(home / "runs/run/config.yaml"), "--print-config"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert "paths_are_relative_to" not in shown
+    assert (shown["run"]["output"], shown["data"]["train"]) == (str(home / "runs/run"), str(home / "pairs.jsonl"))
     written["paths_are_relative_to"] = "the moon"
     (tmp_path / "odd.yaml").write_text(yaml.safe_dump(written))
     with pytest.raises(ConfigError, match="paths_are_relative_to='the moon' is not 'this file'"):

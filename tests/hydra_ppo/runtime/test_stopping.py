@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from contextlib import suppress
 
 import numpy
 import pytest
@@ -79,6 +80,29 @@ def test_waiting_is_cut_short():
     threading.Timer(0.2, send).start()
     with stopping_on_signals(), pytest.raises(StopRequested, match="SIGTERM"), stopping_at_once():
         time.sleep(30)
+
+
+def made_into_another_error():
+    try:
+        send()
+    except StopRequested:
+        raise ImportError("cannot load module more than once per process") from None
+
+
+def swallowed():
+    with suppress(BaseException):
+        send()
+
+
+@pytest.mark.parametrize("foreign", [made_into_another_error, swallowed])
+def test_whatever_foreign_code_makes_of_a_stop_it_is_one(foreign):
+    with stopping_on_signals(), pytest.raises(StopRequested), stopping_at_once():
+        foreign()
+
+
+def test_errors_of_its_own_stay_such():
+    with stopping_on_signals(), pytest.raises(ImportError), stopping_at_once():
+        raise ImportError("of its own")
 
 
 def test_handlers_come_back_also_after_an_error():
