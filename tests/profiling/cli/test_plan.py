@@ -52,6 +52,7 @@ def few_choices(monkeypatch):
     monkeypatch.setattr(plan, "HOLDS", (None, "nf4"))
     monkeypatch.setattr(plan, "ROLLOUT_BATCHES", (4, 8))
     monkeypatch.setattr(plan, "MICROBATCHES", (1, 2, 4))
+    monkeypatch.setattr(plan, "RANKS", (8, 64))
 
 
 @pytest.fixture(scope="module")
