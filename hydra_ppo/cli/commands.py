@@ -41,7 +41,7 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
         resume: go on with the run that the folder holds; begin where it holds none.
 
     Raises:
-        StopRequested: on SIGTERM or SIGINT, after a checkpoint was written.
+        StopRequested: on SIGTERM, SIGINT or SIGHUP, after a checkpoint was written.
     """
     folder = check_output(config.run, config, command="sft", resume=resume)
     with _stoppable(folder, "sft"):
@@ -198,7 +198,7 @@ def as_typed(path: Path) -> str:
 
 @contextmanager
 def _stoppable(folder: Path, command: str) -> Iterator[None]:
-    """Let SIGTERM and SIGINT stop the run where nothing is lost, and say how to go on."""
+    """Let SIGTERM, SIGINT and SIGHUP stop the run where nothing is lost, and say how to go on."""
     with stopping_on_signals():
         try:
             yield

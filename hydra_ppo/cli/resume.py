@@ -6,8 +6,6 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as _installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,9 @@ from hydra_ppo.data.ends import find_ends
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.fingerprint import model_digests, model_folder, rows_digest, tokenizer_digest
 from hydra_ppo.model.manifest import MANIFEST, base_folder
+from hydra_ppo.rewards.isolated import file_of
 from hydra_ppo.runs.checkpoint import Checkpoint, Position, newest_checkpoint, why_unlike
+from hydra_ppo.runs.run import PACKAGES, version
 from hydra_ppo.training.joint_sft import total_steps
 from hydra_ppo.training.optim import rates_until
 from hydra_ppo.training.ppo_update import optimizer_steps
@@ -29,18 +29,9 @@ if TYPE_CHECKING:
     from hydra_ppo.training.joint_sft import JointSFTTrainer
     from hydra_ppo.training.ppo import PPOTrainer
 
-PACKAGES = ("hydra-ppo", "torch", "transformers", "tokenizers", "peft", "bitsandbytes", "numpy")
 LENGTHS = ("steps", "epochs", "max_steps")
 FREE = (*LENGTHS, "sample_every", "eval_every", "reward.time_limit", "reward.isolation")
 """Settings that may change between two parts of a run, besides those of `run` other than its seed."""
-
-
-def version(package: str) -> str:
-    """Return the version of a package that is installed, or that it is not."""
-    try:
-        return _installed(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def find_checkpoint(
@@ -127,7 +118,7 @@ def _surroundings() -> dict[str, str]:
     """Return what sums are rounded by, besides the run: versions of libraries, threads, GPU."""
     import torch
 
-    found = {name: version(name) for name in PACKAGES}
+    found = {name: version(name) or "not installed" for name in ("hydra-ppo", *PACKAGES)}
     found["threads"] = str(torch.get_num_threads())
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return found
@@ -164,7 +155,10 @@ def _reward_functions(config: PPOConfig) -> dict[str, str]:
     targets = [source.target for source in config.reward.sources if source.kind == "function" and source.target]
     found = {}
     for target in targets:
-        source = getattr(sys.modules.get(target.split(":")[0]), "__file__", None)
+        if config.reward.isolation == "process":  # which imports it, and this process does not
+            source = file_of(target)
+        else:
+            source = getattr(sys.modules.get(target.split(":")[0]), "__file__", None)
         if source is not None:
             found[target] = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:32]
     return found

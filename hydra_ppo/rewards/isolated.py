@@ -80,6 +80,11 @@ class IsolatedFunction:
         return value
 
 
+def file_of(target: str) -> str | None:
+    """Return the file that a function's module was read from; None where it has none."""
+    return _worker(target).file
+
+
 _workers: dict[str, _Worker] = {}
 
 
@@ -119,7 +124,7 @@ class _Worker:
         theirs.close()
         self._connection: Connection = ours
         try:
-            self.ask(("load", target, [str(Path.cwd()), *sys.path]), LOADING)
+            self.file: str | None = self.ask(("load", target, [str(Path.cwd()), *sys.path]), LOADING)[1]
         except TimeLimitExceeded:
             raise ConfigError(
                 f"reward target={target!r} takes over {LOADING:g} s to import; do such work when the function is called."

@@ -3,7 +3,7 @@
 It imports neither torch nor anything else that the function's module does not, answers one request after the other, and ends
 with the process that started it. What is asked and answered are pickled tuples, the first word says what:
 
-    load target path          -> loaded, or refused message
+    load target path          -> loaded file, or refused message
     check columns             -> checked, or refused message
     call responses states     -> returned value states, or raised ...
 """
@@ -62,7 +62,7 @@ def _end_with_parent() -> None:
 
 def _load(target: str) -> tuple[FunctionSource | None, tuple[Any, ...]]:
     try:
-        return FunctionSource(target), ("loaded",)
+        return FunctionSource(target), ("loaded", getattr(sys.modules.get(target.split(":")[0]), "__file__", None))
     except ConfigError as error:
         return None, ("refused", str(error))
     except BaseException as error:  # a module may end the process that imports it

@@ -45,7 +45,7 @@ from hydra_ppo.runs.folder import STARTING, check_output, is_starting, lock, rea
 from hydra_ppo.runtime.files import sync, write_whole
 from hydra_ppo.runtime.interruption import StopRequested
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "numpy")
 SAMPLE_ROWS_SHOWN = 4
 
 
@@ -109,7 +109,7 @@ class Run:
             "error": None,
             "version": __version__,
             "python": sys.version.split()[0],
-            "packages": {name: _version(name) for name in PACKAGES},
+            "packages": {name: version(name) for name in PACKAGES},
             "tracking_id": before.get("tracking_id") or uuid.uuid4().hex,
         }
         run = cls(folder, settings, state, Console(stderr=True))
@@ -369,7 +369,8 @@ def _shorten(value: object, limit: int = 400) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Return the version of an installed package; None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -148,6 +148,19 @@ def test_another_library_or_number_of_threads_is_said(home, monkeypatch, capsys)
     assert "since step-000002: the rest may differ in the last bits" in err
 
 
+def test_a_reward_function_that_has_changed_is_said(project, tmp_path, monkeypatch, capsys):
+    """It runs in a process of its own, and this one never imports it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_judge.py").write_text("def judge(responses):\n    return [float(len(text)) for text in responses]\n")
+    sources = [{"kind": "function", "target": "own_judge:judge"}]
+    settings = ppo_settings(project, "x", steps=1, eval_every=0, reward={"sources": sources})
+    settings["run"]["output"] = str(tmp_path / "run")
+    assert main(["ppo", write(tmp_path / "a.yaml", settings)]) == 0
+    (tmp_path / "own_judge.py").write_text("def judge(responses):\n    return [1.0 * len(text) for text in responses]\n")
+    assert main(["ppo", write(tmp_path / "a.yaml", settings), "--resume", "--steps", "2"]) == 0
+    assert "the module of the reward function own_judge:judge has changed since step-000001" in capsys.readouterr().err
+
+
 def test_a_run_writes_paths_from_where_it_lies(home, tmp_path, capsys):
     written = yaml.safe_load((home / "runs/run/config.yaml").read_text())
     assert next(iter(written)) == "paths_are_relative_to"
