@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+HOST = "host memory"
+"""The kind of what `host_tensors` makes: it is no part of what the device holds."""
+
 _kinds: list[str] = []
 
 

@@ -12,12 +12,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hydra_ppo.runtime.announce import HOST, allocated_kind
+from hydra_ppo.runtime.host_tensors import is_on_host
+
 CPU_STEPS = 2
 """Steps measured on a CPU with memory="auto"; counting every tensor costs time there, nothing on a GPU."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensor storages that are alive: each once, from its first use until it dies."""
+    """Counts the bytes of the tensor storages that are alive: each once, from its first use until it dies.
+
+    What is kept in host memory (`host_tensors`) is left out, as it is on a GPU.
+    """
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
@@ -41,6 +47,8 @@ class LiveBytes(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage not in self._known:
             self._known.add(storage)
+            if allocated_kind() == HOST or is_on_host(tensor):
+                return
             size = storage.nbytes()
             self.bytes += size
             weakref.finalize(storage, self._forget, size)

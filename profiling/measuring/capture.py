@@ -127,6 +127,7 @@ def capture(
         allocator={phase: peaks for phase, peaks in allocator.peaks.items() if phase != WARM_UP} or None,
         responses_per_second=rate,
         seconds=seconds,
+        host_bytes=tracker.host_peak,
     )
 
 

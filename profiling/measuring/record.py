@@ -114,6 +114,7 @@ class Profile:
         allocator: on CUDA, `max_memory_allocated` and `max_memory_reserved` by phase; else None.
         responses_per_second: of real runs, measured without the tracker; else None.
         seconds: that the capture took.
+        host_bytes: most bytes that were kept in the host's memory to spare the device; no part of the phases.
     """
 
     method: str
@@ -127,6 +128,7 @@ class Profile:
     allocator: dict[str, dict[str, int]] | None = None
     responses_per_second: float | None = None
     seconds: float = 0.0
+    host_bytes: int = 0
 
     @property
     def peak_phase(self) -> str:
@@ -151,6 +153,7 @@ class Profile:
             "peak_phase": self.peak_phase,
             "floor_bytes": self.floor_bytes,
             "static_bytes": self.static_bytes,
+            "host_bytes": self.host_bytes,
             "phases": {phase: peak.bytes for phase, peak in self.phases.items()},
             "kinds": self.peak.kinds,
             "roles": {role: sum(kinds.values()) for role, kinds in self.peak.by_role.items()},

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra_ppo.profiling.measuring.record import KINDS, SHARED, LiveTensor, Peak, Timeline
-from hydra_ppo.runtime.announce import allocated_kind
+from hydra_ppo.runtime.announce import HOST, allocated_kind
+from hydra_ppo.runtime.host_tensors import is_on_host
 
 LARGEST = 8
 SAMPLES = 1500
@@ -41,6 +42,9 @@ class Tracker(TorchDispatchMode):
     Args:
         role: asked for the role in force whenever something is allocated.
 
+    Attributes:
+        host_bytes, host_peak: live bytes now, and the most there were, of what `host_tensors` made; no part of the rest.
+
     Memory: about 300 bytes per allocation, on the host.
     """
 
@@ -50,6 +54,8 @@ class Tracker(TorchDispatchMode):
         self.storages: list[Storage] = []
         self.events: list[int] = []  # +n: storage n-1 was born; -n: it died
         self.phases: list[tuple[str, int]] = []  # phase and the number of events before it
+        self.host_bytes = self.host_peak = 0
+        self._on_host: weakref.WeakSet[Any] = weakref.WeakSet()
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._phase = "load"
         self._hooks: list[Any] = []
@@ -91,7 +97,10 @@ class Tracker(TorchDispatchMode):
         if tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
-        if storage in self._numbers:
+        if storage in self._numbers or storage in self._on_host:
+            return
+        if allocated_kind() == HOST or is_on_host(tensor):
+            self._keep_on_host(storage)
             return
         role = self.role()
         number = self._born(storage.nbytes(), tuple(tensor.shape), tensor.dtype, self._kind(func, role), func)
@@ -106,6 +115,16 @@ class Tracker(TorchDispatchMode):
         self.storages.append(Storage(size, shape, dtype, kind, owner, self._phase, operation))
         self.events.append(number + 1)
         return number
+
+    def _keep_on_host(self, storage: Any) -> None:
+        size = storage.nbytes()
+        self._on_host.add(storage)
+        self.host_bytes += size
+        self.host_peak = max(self.host_peak, self.host_bytes)
+        weakref.finalize(storage, self._left_host, size)
+
+    def _left_host(self, size: int) -> None:
+        self.host_bytes -= size
 
     def _died(self, number: int) -> None:
         self.events.append(-number - 1)
@@ -124,8 +143,8 @@ class Tracker(TorchDispatchMode):
         """Say what these tensors are for; those not seen before are alive from now on."""
         for tensor in tensors:
             self._see(tensor, None)
-            storage = self.storages[self._numbers[tensor.untyped_storage()]]
-            storage.kind, storage.role = kind, role
+            if (number := self._numbers.get(tensor.untyped_storage())) is not None:  # None: it is the host's
+                self.storages[number].kind, self.storages[number].role = kind, role
 
     def watch(self, parameters: dict[str, Iterable[nn.Parameter]]) -> None:
         """Label gradients of parameters, by role, as they arise; a parameter of several roles counts for the first."""

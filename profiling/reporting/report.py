@@ -60,12 +60,13 @@ def kinds_at_peak(profile: Profile, phase: str) -> dict[str, int]:
 
 
 def summary_line(profile: Profile) -> str:
-    """Return one sentence: peak, floor and static memory with units, and responses per second where measured."""
+    """Return one sentence: peak, floor and static memory, what the host keeps if anything, responses per second if measured."""
     ratio = f"{profile.peak_bytes / profile.floor_bytes:.2f} times the floor" if profile.floor_bytes else "floor"
     speed = "" if profile.responses_per_second is None else f"; {profile.responses_per_second:,.2f} responses/s"
+    host = f"; {format_bytes(profile.host_bytes)} in host memory" if profile.host_bytes else ""
     return (
         f"{profile.method}, {source(profile)}: peak {format_bytes(profile.peak_bytes)} in {profile.peak_phase}, "
-        f"{ratio} of {format_bytes(profile.floor_bytes)}; static {format_bytes(profile.static_bytes)}{speed}."
+        f"{ratio} of {format_bytes(profile.floor_bytes)}; static {format_bytes(profile.static_bytes)}{host}{speed}."
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hydra_ppo.config.settings import OptimizerSettings
+from hydra_ppo.runtime.host_tensors import is_on_host, to_host
 from hydra_ppo.runtime.memory import LiveBytes, PhaseMemory
 from hydra_ppo.training.optim import build_optimizer, clip_gradients
 
@@ -34,6 +35,18 @@ def test_a_tensor_counts_once_even_when_seen_late():
         early.mean()
         assert live.bytes == 400 + 0
     assert live.peak == 400 + 4 + 0
+
+
+def test_what_the_host_keeps_is_left_out():
+    device = torch.arange(100.0)
+    with LiveBytes() as live:
+        kept = to_host(device)
+        assert live.bytes == 400  # what was copied, not the copy
+    with LiveBytes() as live:  # one that did not see it made
+        kept[:50].add_(1)
+        assert live.bytes == 0
+    assert kept.tolist() == [*range(1, 51), *range(50, 100)]
+    assert not is_on_host(kept + 1)
 
 
 def test_phases_have_their_own_peaks():

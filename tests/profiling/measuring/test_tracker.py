@@ -8,6 +8,7 @@ from hydra_ppo.profiling.measuring import record
 from hydra_ppo.profiling.measuring.record import SHARED
 from hydra_ppo.profiling.measuring.tracker import Tracker
 from hydra_ppo.runtime.announce import allocating
+from hydra_ppo.runtime.host_tensors import to_host
 
 KIB = 1024
 
@@ -29,6 +30,20 @@ def test_a_storage_counts_once_and_until_it_dies():
         del b
         assert tracker.bytes == 0
     assert tracker.peaks()["load"].bytes == 8 * KIB
+
+
+def test_what_the_host_keeps_is_counted_apart():
+    with Tracker() as tracker:
+        on_device = kib(4)
+        kept = to_host(on_device)
+        del on_device
+        assert (tracker.bytes, tracker.host_bytes) == (0, 4 * KIB)
+        tracker.label([kept], "optimizer")  # which does not move it
+        back = kib(4).copy_(kept)
+        assert (tracker.bytes, tracker.host_bytes) == (4 * KIB, 4 * KIB)
+        del kept, back
+        assert (tracker.bytes, tracker.host_bytes, tracker.host_peak) == (0, 0, 4 * KIB)
+    assert tracker.peaks()["load"].bytes == 4 * KIB
 
 
 def test_what_was_there_before_counts_from_its_first_use():
