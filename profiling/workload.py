@@ -26,6 +26,7 @@ class Workload:
         score_batch: responses per scoring pass.
         trunk_layers: adapters sit on the layers above this many.
         checkpointing: recompute activations in the backward pass.
+        quantize_embeddings: how embeddings and output head are held; None keeps them in the compute type.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Workload:
     score_batch: int = 1
     trunk_layers: int = 0
     checkpointing: bool = True
+    quantize_embeddings: Literal["int8", "nf4"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("rank", "prompt", "response", "rollout_batch", "minibatch", "microbatch", "score_batch"):
@@ -60,6 +62,11 @@ class Workload:
 
     def check_method(self, method: str) -> None:
         """Raise ConfigError where the method cannot be had with this workload."""
+        if method == "full" and self.quantize_embeddings is not None:
+            raise ConfigError(
+                f"quantize_embeddings={self.quantize_embeddings!r} leaves embeddings that the method 'full' could not train; "
+                "leave 'full' out of methods, or quantize_embeddings."
+            )
         if method == "full" and self.quantization is not None:
             raise ConfigError(
                 f"quantization={self.quantization!r} leaves no weights that the method 'full' could train; leave 'full' out of "

@@ -279,6 +279,7 @@ def load_model(settings: ModelSettings, train: StageName) -> HydraModel:
     model = HydraModel.from_pretrained(
         settings.name_or_path,
         quantization=settings.quantization,
+        quantize_embeddings=settings.quantize_embeddings,
         lora=settings.lora,
         attention=settings.attention,
         dtype=settings.dtype,

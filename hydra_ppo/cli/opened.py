@@ -69,6 +69,7 @@ def open_model(run: Path, config: PPOConfig | SFTConfig, tokenizer: PreTrainedTo
     model = HydraModel.from_pretrained(
         run,
         quantization=settings.quantization,
+        quantize_embeddings=settings.quantize_embeddings,
         attention=settings.attention,
         dtype=settings.dtype,
         packing=settings.packing,

@@ -23,13 +23,14 @@ small gradient of a probable token would drown in rounding, with a half-precisio
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hydra_ppo.compute.products import linear, times
+from hydra_ppo.compute.lm_head import LMHead
+from hydra_ppo.compute.products import times
+from hydra_ppo.compute.quantized_rows import QuantizedRows
 from hydra_ppo.runtime.announce import allocating
 
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
@@ -62,55 +63,6 @@ class TokenLogprobs(NamedTuple):
     log_norm: Tensor
 
 
-@dataclass(frozen=True)
-class LMHead:
-    """What turns hidden states into logits: logits = softcap * tanh(scale * (W h + b) / softcap), softcap None is plain.
-
-    Attributes:
-        weight: (V, H).
-        bias: (V,) or None.
-        softcap: bound of the logits (`final_logit_softcapping` in Hugging Face configs) or None.
-        scale: what the model multiplies its logits with (`logit_scale` of Cohere, one over `logits_scaling` of Granite).
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
-
-    def unscaled(self, temperature: float) -> tuple[LMHead, float]:
-        """Return a head without a scale, and the temperature at which it gives the same: s r / T is r / (T / s), and a cap of
-        c on s r one of c / s on r."""
-        if self.scale == 1.0:
-            return self, temperature
-        softcap = None if self.softcap is None else self.softcap / self.scale
-        return LMHead(self.weight, self.bias, softcap), temperature / self.scale
-
-    @torch.no_grad()
-    @allocating("log-probs")
-    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return fp32 logits (..., V) divided by `temperature`, without a graph. Memory: all of them; for few rows only."""
-        raw = linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
-        head, temperature = self.unscaled(temperature)
-        if head.softcap is not None:
-            raw = raw.div_(head.softcap).tanh_().mul_(head.softcap)
-        return raw.div_(temperature) if temperature != 1.0 else raw
-
-    def block(self, columns: slice) -> LMHead:
-        """Return the head of these words of the vocabulary only, without a copy."""
-        return LMHead(self.weight[columns], None if self.bias is None else self.bias[columns], self.softcap, self.scale)
-
-    def slope(self, logits: Tensor, temperature: float) -> Tensor | None:
-        """Return d(temperature * logits) / d(raw logits), of the shape of `logits`; None where it is 1 throughout."""
-        if self.softcap is None:
-            return None
-        return (logits * (temperature / self.softcap)).square_().neg_().add_(1.0)  # tanh' = 1 - tanh²
-
-    def to_hidden(self, gradient: Tensor) -> Tensor:
-        """Carry a gradient (n, V) with respect to raw logits over to the hidden states, (n, H) fp32."""
-        return times(gradient.to(self.weight.dtype), self.weight).float()
-
-
 def token_logprobs(
     hidden: Tensor,
     tokens: Tensor,
@@ -137,7 +89,8 @@ def token_logprobs(
         IndexError: a token outside of [0, V); on a GPU the error is the device's own.
 
     Memory: saves N x H with a frozen head (2 N x H with `entropy_grad`), recomputes nothing; saves the N x H input
-    and recomputes the logits by block with a trained one. `chunk_bytes` besides, whatever V is. Without a gradient
+    and recomputes the logits by block with a trained one. `chunk_bytes` besides, whatever V is; of a quantised head as much
+    again, a block in the compute type. Without a gradient
     there is one matrix product and nothing of size N x H.
     """
     head, temperature = head.unscaled(temperature)
@@ -155,7 +108,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | QuantizedRows,
         bias: Tensor | None,
         tokens: Tensor,
         softcap: float | None,
@@ -164,14 +117,16 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = LMHead(weight, bias, softcap)
-        weight[:, 0].gather(0, tokens)  # raises where a token is in none of the blocks
+        head.check(tokens)
         logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         entropy, log_norm = torch.empty_like(logprobs), torch.empty_like(logprobs)
         train_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         keep = ctx.needs_input_grad[0] and not train_head
         d_logprob = torch.empty_like(hidden) if keep else None  # (N, H)
         d_entropy = torch.empty_like(hidden) if keep and entropy_grad else None  # (N, H)
-        groups, blocks = _cut(hidden.shape[0], hidden.shape[1], weight.shape[0], chunk_bytes)
+        groups, blocks = _cut(
+            hidden.shape[0], hidden.shape[1], weight.shape[0], chunk_bytes, most=head.most_columns(chunk_bytes)
+        )
         for rows in groups:
             seen = _Seen(head, hidden[rows], tokens[rows], temperature, keep, keep and entropy_grad)
             for columns in blocks:
@@ -364,12 +319,13 @@ def _mix_(sums: Tensor, keep: Tensor, new: Tensor, share: Tensor) -> Tensor:
 
 
 def _cut(
-    count: int, width: int, vocabulary: int, chunk_bytes: int, train_head: bool = False
+    count: int, width: int, vocabulary: int, chunk_bytes: int, train_head: bool = False, most: int | None = None
 ) -> tuple[list[slice], list[slice]]:
     """Cut N rows and V columns so that the temporaries of one block, all fp32, take `chunk_bytes`.
 
     Two numbers a row and column, of the logits and the probabilities; two a row and hidden unit, of the sums and of what is
-    added to them; with `train_head` two a column and hidden unit as well, which may take as much again.
+    added to them; with `train_head` two a column and hidden unit as well, which may take as much again. `most` bounds the
+    columns where each block of the head is made for the purpose.
     """
     numbers = chunk_bytes // 8
     narrow = min(vocabulary, NARROWEST)
@@ -378,6 +334,8 @@ def _cut(
     columns = numbers // rows - width
     if train_head:
         columns = min(columns, numbers // width)
+    if most is not None:
+        columns = min(columns, most)
     columns = max(narrow, columns - columns % 64)
     return _slices(count, rows), _slices(vocabulary, columns)
 

@@ -92,6 +92,9 @@ class ModelSettings:
     trust_remote_code: bool = setting(False, "Allow Python code shipped inside the model folder to run.")
     device: str = setting("auto", "Device of the base: auto, cpu, cuda or cuda:N.")
     lora: LoraSettings = setting(LoraSettings, "Shape of the LoRA adapters.")
+    quantize_embeddings: Literal["int8", "nf4"] | None = setting(
+        None, "Hold embeddings and output head in int8 (half their bytes) or nf4 (a quarter); null keeps them in model.dtype."
+    )
 
     def __post_init__(self) -> None:
         expand_home(self, "name_or_path", "adapter")
@@ -228,6 +231,11 @@ class SFTConfig:
             raise ConfigError(
                 f"method='full' cannot train a base with model.quantization={self.model.quantization!r}; "
                 "use method='lora' or model.quantization=null."
+            )
+        if self.method == "full" and self.model.quantize_embeddings is not None:
+            raise ConfigError(
+                f"method='full' cannot train a base with model.quantize_embeddings={self.model.quantize_embeddings!r}; "
+                "use method='lora' or model.quantize_embeddings=null."
             )
         if self.adapter not in ("sft", "reward"):
             raise ConfigError(f"adapter={self.adapter!r} is not a trainable adapter of this stage; choose 'sft' or 'reward'.")

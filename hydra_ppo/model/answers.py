@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch._guards import detect_fake_mode
 
+from hydra_ppo.compute.quantized_rows import QuantizedRows
 from hydra_ppo.data.ends import find_ends
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.fingerprint import template_digest
@@ -46,9 +47,10 @@ def untrained_like(model: RoleModel, token: int) -> int | None:
     """Return another token with the very same embedding, as rows have that were added and never trained; None where none is."""
     weight = model.architecture.input_embeddings.weight
     # A simulated model's tensors have shapes and no numbers.
-    if model.stage.tunes_base or not 0 <= token < weight.shape[0] or detect_fake_mode([weight]) is not None:
+    if model.stage.tunes_base or not 0 <= token < weight.shape[0] or detect_fake_mode([weight.data]) is not None:
         return None
-    few = weight[:, :8]  # (V, 8), so that no second embedding is made
+    held = weight.values if isinstance(weight, QuantizedRows) else weight
+    few = held[:, :8]  # (V, 8), so that no second embedding is made
     alike = (few == few[token]).all(dim=1).nonzero()[:, 0].tolist()
     return next((i for i in alike if i != token and torch.equal(weight[i], weight[token])), None)
 

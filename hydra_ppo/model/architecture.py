@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hydra_ppo.compat import backbone_of, last_hidden_state, layer_types, states_at_head
-from hydra_ppo.compute.logprobs import LMHead
+from hydra_ppo.compute.lm_head import LMHead
 from hydra_ppo.errors import UnsupportedModelError
 
 PROBE_TOLERANCE = 1e-3

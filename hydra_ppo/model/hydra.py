@@ -31,6 +31,7 @@ from hydra_ppo.model.architecture import disable_dropout, inspect_architecture, 
 from hydra_ppo.model.loading import DTYPES, base_from_config, load_base, quantization_of
 from hydra_ppo.model.manifest import MANIFEST, base_folder, check_base, held_otherwise, read_manifest
 from hydra_ppo.model.probe import as_one_line, probe, without_values
+from hydra_ppo.model.quantized_embeddings import embeddings_kind
 from hydra_ppo.model.role_model import RoleModel
 from hydra_ppo.model.roles import Stage, StageName, build_stage
 from hydra_ppo.model.saving import read_heads, write_model
@@ -129,7 +130,9 @@ class HydraModel(RoleModel):
         if saved is not None and manifest is not None:
             read_heads(heads, saved, manifest)
             computed_in = str(causal_lm.dtype).removeprefix("torch.")
-            if (note := held_otherwise(manifest, quantization_of(causal_lm), computed_in)) is not None:
+            if (
+                note := held_otherwise(manifest, quantization_of(causal_lm), computed_in, embeddings_kind(causal_lm))
+            ) is not None:
                 logger.warning("%s: %s", saved, note)
         super().__init__(architecture, base, stage, heads, trunk_layers=trunk_layers, packing=packing, autocast=autocast)
         self.reward_head_trained = bool(manifest and manifest["reward_head_trained"])
@@ -159,6 +162,7 @@ class HydraModel(RoleModel):
         train: StageName | Stage = "ppo",
         check: CheckName = "fast",
         adapter: str | os.PathLike[str] | None = None,
+        quantize_embeddings: Literal["int8", "nf4"] | None = None,
     ) -> Self:
         """Load a causal LM (folder or hub name), or a folder that `save_pretrained` wrote.
 
@@ -173,6 +177,7 @@ class HydraModel(RoleModel):
             device: auto, cpu, cuda or cuda:N.
             trust_remote_code: run Python code that comes with the model. Never on by itself.
             train, check, adapter: see the class.
+            quantize_embeddings: how embeddings and output head are held; None keeps them in the compute type.
 
         Raises:
             ConfigError, UnsupportedModelError: one line that says what to do.
@@ -180,6 +185,8 @@ class HydraModel(RoleModel):
         tunes_base = train == "base" or (isinstance(train, Stage) and train.tunes_base)
         if tunes_base and quantization is not None:
             raise ConfigError(f"model.quantization={quantization!r} leaves no weights that train='base' can train; use None.")
+        if tunes_base and quantize_embeddings is not None:
+            raise ConfigError(f"model.quantize_embeddings={quantize_embeddings!r} cannot be trained by train='base'; use None.")
         brought = None if adapter is None else adapter_folder(adapter)
         path = Path(name_or_path).expanduser()
         name_or_path = str(path) if path.is_dir() else name_or_path
@@ -194,6 +201,7 @@ class HydraModel(RoleModel):
             dtype="fp32" if tunes_base else dtype,
             device=device,
             trust_remote_code=trust_remote_code,
+            quantized_embeddings=quantize_embeddings,
         )
         autocast = DTYPES.get(dtype) if tunes_base and dtype != "fp32" else None
         options: dict[str, Any] = {"trunk_layers": trunk_layers, "packing": packing, "check": check}
@@ -213,9 +221,17 @@ class HydraModel(RoleModel):
         device: str = "auto",
         train: StageName | Stage = "ppo",
         check: CheckName = "fast",
+        quantize_embeddings: Literal["int8", "nf4"] | None = None,
     ) -> Self:
         """Build a model with random weights from a Hugging Face config; arguments as in `from_pretrained`."""
-        causal_lm = base_from_config(config, quantization=quantization, attention=attention, dtype=dtype, device=device)
+        causal_lm = base_from_config(
+            config,
+            quantization=quantization,
+            attention=attention,
+            dtype=dtype,
+            device=device,
+            quantized_embeddings=quantize_embeddings,
+        )
         return cls(causal_lm, lora=lora, train=train, trunk_layers=trunk_layers, packing=packing, check=check)
 
     # -- saving ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from hydra_ppo.compat import (
 )
 from hydra_ppo.errors import ConfigError, UnsupportedModelError
 from hydra_ppo.model.architecture import inspect_architecture
+from hydra_ppo.model.quantized_embeddings import quantize_embeddings
 from hydra_ppo.model.whole import causal_class, first_line, load_whole, read_config, saying_why, skeleton
 
 logger = logging.getLogger("hydra_ppo")
@@ -100,6 +101,7 @@ def load_base(
     dtype: str,
     device: str,
     trust_remote_code: bool,
+    quantized_embeddings: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM from a local folder or the hub, from safetensors only.
 
@@ -145,11 +147,19 @@ def load_base(
         )
         if quantization is not None and "quantization_config" not in options:
             quantize_linears(model, quantization, compute)
+    if quantized_embeddings is not None:
+        quantize_embeddings(model, quantized_embeddings)
     return model
 
 
 def base_from_config(
-    config: PretrainedConfig, *, quantization: str | None, attention: str, dtype: str, device: str
+    config: PretrainedConfig,
+    *,
+    quantization: str | None,
+    attention: str,
+    dtype: str,
+    device: str,
+    quantized_embeddings: str | None = None,
 ) -> PreTrainedModel:
     """Build a causal LM with random weights (of torch's global generator), quantised where asked."""
     place = resolve_device(device)
@@ -164,6 +174,8 @@ def base_from_config(
         ) from error
     if quantization is not None:
         quantize_linears(model, quantization, compute)
+    if quantized_embeddings is not None:
+        quantize_embeddings(model, quantized_embeddings)
     return model
 
 

@@ -73,7 +73,7 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
         and isinstance(manifest["reward_head_trained"], bool)
         and isinstance(manifest["trunk_layers"], int)
         and _is_list_of_ids(manifest.get("end_ids"))
-        and all(isinstance(manifest.get(name), str | None) for name in ("quantization", "dtype", "template"))
+        and all(isinstance(manifest.get(name), str | None) for name in ("quantization", "dtype", "template", "embeddings"))
     )
 
 
@@ -101,26 +101,32 @@ def describe_base(name_or_path: str, folder: Path) -> dict[str, Any]:
     return {"name_or_path": name_or_path, "relative": False}
 
 
-def held_otherwise(manifest: Mapping[str, Any], quantization: str | None, dtype: str) -> str | None:
+def held_otherwise(
+    manifest: Mapping[str, Any], quantization: str | None, dtype: str, embeddings: str | None = None
+) -> str | None:
     """Say that adapters and heads are read on a base held otherwise than while they trained; None where it is the same.
 
     Args:
         manifest: of the saved model; what was saved before a thing was written down is not compared.
         quantization: of the base that they are read on.
         dtype: that it computes in.
+        embeddings: how its embeddings and output head are held; they were plain before that was written down.
     """
-    before = (manifest.get("quantization", quantization), manifest.get("dtype", dtype))
+    before = (manifest.get("quantization", quantization), manifest.get("dtype", dtype), manifest.get("embeddings"))
+    now = (quantization, dtype, embeddings)
     heads = [name for name in manifest["heads"] if name != "reward" or manifest["reward_head_trained"]]
     used = [f"adapter {name}" for name in manifest["adapters"]] + [f"{name} head" for name in heads]
-    if before == (quantization, dtype) or not used:
+    if before == now or not used:
         return None
     wanted = []
     if before[0] != quantization:
         wanted.append(f"model.quantization={before[0] or 'null'}")
     if before[1] != dtype:
         wanted.append(f"model.dtype={SHORT.get(before[1], before[1])}")
+    if before[2] != embeddings:
+        wanted.append(f"model.quantize_embeddings={before[2] or 'null'}")
     return (
-        f"trained on {_held(*before)}, read on {_held(quantization, dtype)}: {', '.join(used)}; log-probs and scores differ by "
+        f"trained on {_held(*before)}, read on {_held(*now)}: {', '.join(used)}; log-probs and scores differ by "
         f"the rounding, {' and '.join(wanted)} gives those of the training."
     )
 
@@ -128,9 +134,10 @@ def held_otherwise(manifest: Mapping[str, Any], quantization: str | None, dtype:
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def _held(quantization: str | None, dtype: str) -> str:
+def _held(quantization: str | None, dtype: str, embeddings: str | None) -> str:
     short = SHORT.get(dtype, dtype)
-    return f"an unquantised base in {short}" if quantization is None else f"a base in {quantization}, computing in {short}"
+    held = f"an unquantised base in {short}" if quantization is None else f"a base in {quantization}, computing in {short}"
+    return held if embeddings is None else f"{held} with embeddings in {embeddings}"
 
 
 def findable(name_or_path: str | None) -> str:

@@ -19,6 +19,7 @@ from hydra_ppo.model.fingerprint import weights_digest
 from hydra_ppo.model.for_others import save_for_others
 from hydra_ppo.model.loading import quantization_of
 from hydra_ppo.model.manifest import FORMAT, MANIFEST, describe_base, findable, read_manifest
+from hydra_ppo.model.quantized_embeddings import embeddings_kind
 from hydra_ppo.model.role_model import RoleModel
 from hydra_ppo.runtime.files import PARTIAL, write_whole
 
@@ -53,6 +54,7 @@ def write_model(model: RoleModel, folder: Path) -> None:
         "trunk_layers": model.trunk_layers,
         "end_ids": _end_ids(model),
         "quantization": quantization_of(model.causal_lm),
+        "embeddings": embeddings_kind(model.causal_lm),
         "dtype": str(model.causal_lm.dtype).removeprefix("torch."),
         "template": model.template,
     }

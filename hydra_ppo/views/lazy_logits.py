@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hydra_ppo.compute.logprobs import LMHead, TokenLogprobs, token_logprobs
+from hydra_ppo.compute.lm_head import LMHead
+from hydra_ppo.compute.logprobs import TokenLogprobs, token_logprobs
 from hydra_ppo.views.lazy import HANDLERS, Lazy, left_of_vocabulary
 
 logger = logging.getLogger("hydra_ppo")
@@ -113,8 +114,7 @@ class LazyLogits(Lazy):
         if why not in _warned:
             _warned.add(why)
             logger.warning("logits of %s are computed in full for %s: it takes their memory", list(self.shape), why)
-        weight = self.head.weight
-        raw = torch.nn.functional.linear(self.hidden.to(weight.dtype), weight, self.head.bias).float()
+        raw = self.head.raw(self.hidden)
         if self.head.softcap is not None:
             raw = self.head.softcap * torch.tanh(raw / self.head.softcap)
         return raw / self.temperature

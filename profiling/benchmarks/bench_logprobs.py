@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hydra_ppo.compute.logprobs import LMHead, token_logprobs
+from hydra_ppo.compute.lm_head import LMHead
+from hydra_ppo.compute.logprobs import token_logprobs
 from hydra_ppo.profiling.benchmarks.measure import measure
 
 HIDDEN, TOKENS = 512, 512

@@ -27,6 +27,7 @@ from hydra_ppo.compute.logprobs import TokenLogprobs
 from hydra_ppo.errors import ConfigError, RoleError
 from hydra_ppo.experience import Sequences
 from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.model.quantized_embeddings import QuantizedHead
 from hydra_ppo.model.roles import Role, Stage
 
 ACTOR, CRITIC = Role("actor", "lm"), Role("critic", "value")
@@ -93,6 +94,10 @@ def drop_lm_head(model: HydraModel) -> None:
     A head that is tied to the input embeddings costs nothing and stays.
     """
     head = model.architecture.output_embeddings
+    if isinstance(head, QuantizedHead):
+        if head.weight is not model.architecture.input_embeddings.weight:
+            head.drop()
+        return
     if head.weight is not model.causal_lm.get_input_embeddings().weight:
         trained = head.weight.requires_grad
         head.weight = nn.Parameter(head.weight.new_empty(0, head.weight.shape[1]), requires_grad=trained)

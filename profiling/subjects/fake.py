@@ -20,9 +20,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hydra_ppo.compat import VERSION
 from hydra_ppo.compute.kv_cache import last_full
+from hydra_ppo.compute.quantized_rows import BLOCK_BYTES, QuantizedRows, RowsKind
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.experience import Experience
 from hydra_ppo.model.architecture import inspect_architecture, is_linear
+from hydra_ppo.model.quantized_embeddings import quantize_embeddings
 from hydra_ppo.model.whole import causal_class
 from hydra_ppo.rollout.decoder import Decoder
 
@@ -89,7 +91,9 @@ def no_repetition() -> Iterator[None]:
         yield
 
 
-def fake_base(config: PretrainedConfig, quantization: str | None, dtype: torch.dtype) -> PreTrainedModel:
+def fake_base(
+    config: PretrainedConfig, quantization: str | None, dtype: torch.dtype, quantized_embeddings: str | None = None
+) -> PreTrainedModel:
     """Build a causal LM of fake tensors as `from_pretrained` loads one: each weight is quantised as it arrives.
 
     Must be called within `fake_tensors`.
@@ -110,8 +114,18 @@ def fake_base(config: PretrainedConfig, quantization: str | None, dtype: torch.d
                     _materialise(linear)
                     layer.set_submodule(name, _quantised(linear, quantization, dtype))
         setattr(model, "is_loaded_in_8bit" if quantization == "int8" else "is_loaded_in_4bit", True)
+    if quantized_embeddings is not None:
+        quantize_embeddings(model, quantized_embeddings, _quantized_rows)
     _materialise(model)
     return model
+
+
+def _quantized_rows(weight: Tensor, kind: RowsKind) -> QuantizedRows:
+    """Quantise a weight that comes from a file, a block of rows at a time."""
+    rows = QuantizedRows(kind, (weight.shape[0], weight.shape[1]), weight.dtype, torch.device("cpu"))
+    for block in rows.blocks(BLOCK_BYTES):
+        rows.put(block, torch.empty(block.stop - block.start, weight.shape[1], dtype=weight.dtype))
+    return rows
 
 
 def _materialise(module: nn.Module) -> None:

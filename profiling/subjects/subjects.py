@@ -83,7 +83,7 @@ class Builder:
     def _base(self, stage: Stage) -> HydraModel:
         workload = self.workload
         if self.simulate:
-            base = fake_base(self.config, workload.quantization, DTYPES[workload.dtype])
+            base = fake_base(self.config, workload.quantization, DTYPES[workload.dtype], workload.quantize_embeddings)
         else:
             torch.manual_seed(0)
             base = base_from_config(
@@ -92,6 +92,7 @@ class Builder:
                 attention="auto",
                 dtype=workload.dtype,
                 device=str(self.place),
+                quantized_embeddings=workload.quantize_embeddings,
             )
         lora = LoraSettings(r=workload.rank, alpha=2 * workload.rank)
         # What checks a new model is no part of a step; that of an 8B in nf4 takes 0.2 GiB beside the base.

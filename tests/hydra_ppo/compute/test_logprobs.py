@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hydra_ppo.compute import lm_head
 from hydra_ppo.compute import logprobs as module
-from hydra_ppo.compute.logprobs import LMHead, token_logprobs
+from hydra_ppo.compute.lm_head import LMHead
+from hydra_ppo.compute.logprobs import token_logprobs
 from hydra_ppo.runtime.memory import LiveBytes
 from tests.allocations import LargestAllocation
 
@@ -230,7 +232,7 @@ def test_a_hundred_blocks_round_no_more_than_one():
 def test_scoring_takes_one_product(narrow, monkeypatch):
     hidden, weight, bias, tokens = inputs(True)
     expected = ours(hidden, weight, bias, tokens)
-    monkeypatch.setattr(module, "times", None)  # a product for a gradient would raise
+    monkeypatch.setattr(lm_head, "times", None)  # a product for a gradient would raise
     with torch.no_grad():
         found = token_logprobs(hidden.requires_grad_(), tokens, LMHead(weight, bias), chunk_bytes=CHUNK)
     assert_near(found[:2], expected[:2], tolerance=0)

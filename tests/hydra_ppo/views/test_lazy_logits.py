@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hydra_ppo.compute.logprobs import LMHead
+from hydra_ppo.compute.lm_head import LMHead
 from hydra_ppo.errors import HydraError
 from hydra_ppo.views import lazy_logits
 from hydra_ppo.views.lazy_logits import LazyLogits

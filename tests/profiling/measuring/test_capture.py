@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MethodType
 
 import pytest
@@ -51,6 +52,22 @@ def test_simulated_and_measured_peaks_agree_for_each_method(method, changes):
     measured = capture(sizes, method, simulate=False, device="cpu", config=CONFIGS["llama"])
     for phase, peak in measured.phases.items():
         assert simulated.phases[phase].bytes == pytest.approx(peak.bytes, rel=AGREEMENT), phase
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("family", ["llama", "qwen3-tied", "gemma3"])
+def test_simulated_and_measured_peaks_agree_with_quantised_embeddings(family, kind):
+    sizes = workload(quantization="nf4", dtype="bf16", quantize_embeddings=kind)
+    simulated = capture(sizes, simulate=True, config=CONFIGS[family])
+    measured = capture(sizes, simulate=False, device="cpu", config=CONFIGS[family])
+    for phase, peak in measured.phases.items():
+        if phase != "load":  # random weights are made all at once
+            assert simulated.phases[phase].bytes == pytest.approx(peak.bytes, rel=AGREEMENT), phase
+    assert simulated.static_bytes == measured.static_bytes
+    plain = capture(replace(sizes, quantize_embeddings=None), simulate=True, config=CONFIGS[family])
+    numbers = 2000 * 128 * (1 if family == "qwen3-tied" else 2) // (2 if family == "gemma3" else 1)
+    byte_each = (1 if kind == "int8" else 0.5) + 2 / 64
+    assert plain.static_bytes - simulated.static_bytes == pytest.approx(numbers * (2 - byte_each), abs=16)
 
 
 def test_rows_of_a_rollout_have_prompts_of_their_own():
