@@ -29,10 +29,9 @@ def send_away(optimizer: torch.optim.Optimizer) -> None:
             run = empty_on_host(torch.empty(1, dtype=torch.uint8, device=device).expand(layout.bytes))
             for (state, kind), place in zip(entries, layout.views(run), strict=True):
                 place.copy_(state[kind], non_blocking=True)
+                state[kind] = place  # what was there is not given to others before the copy is done: they wait in line
             if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()  # a checkpoint may be written from there next
-            for (state, kind), place in zip(entries, layout.views(run), strict=True):
-                state[kind] = place
+                torch.cuda.current_stream(device).synchronize()  # a checkpoint may be written from the host's memory next
 
 
 def bring_back(optimizer: torch.optim.Optimizer) -> None:

@@ -110,6 +110,8 @@ def build(name: str, groups: list[dict[str, Any]], **settings: Any) -> torch.opt
             missing = next((kind for kind in expected if kind not in state), None)
             if missing is not None:
                 raise ValueError(f"{missing} is missing")
+            if parameter.device.type == "cuda":
+                torch.cuda.synchronize(parameter.device)  # pages are filled with zeros by the GPU, and written to from here
             with torch.no_grad():
                 for kind, value in expected.items():
                     if (state[kind].shape, state[kind].dtype) != (value.shape, value.dtype):
@@ -124,8 +126,10 @@ def build(name: str, groups: list[dict[str, Any]], **settings: Any) -> torch.opt
             make: Callable[[Tensor, torch.dtype], Tensor] = super().get_state_buffer
             return pages(make, p, dtype) if self.is_paged and p.numel() >= PAGED_FROM else make(p, dtype)
 
-    made: torch.optim.Optimizer = AdamW8bit(groups, **settings)
-    return made
+    made: Any = AdamW8bit(groups, **settings)
+    made._cpu_paged_warned = True  # a CPU is refused; only a simulation's tensors say that they are on one
+    optimizer: torch.optim.Optimizer = made
+    return optimizer
 
 
 def pages(make: Callable[[Tensor, torch.dtype], Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -37,7 +37,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
     fused kernel it takes a GradScaler's `grad_scale` and `found_inf` without a wait for the device.
 
     Memory: on the host two numbers per parameter, of its type, pinned beside a GPU; on the device 4 bytes per tensor, and
-    during a step two buckets of at most `BUCKET_BYTES` or the largest parameter's moments.
+    during a step two rooms of `BUCKET_BYTES`, or of the largest parameter's moments where those are more.
     """
 
     def __init__(
@@ -164,29 +164,30 @@ class _Bucket:
 
     Attributes:
         layout: of the moments.
-        host: they themselves, bytes in host memory; made with the first gradient.
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
         self.layout = Layout([moment for parameter in parameters for moment in _like_moments(parameter)])
         self._host: Tensor | None = None
+        self._moments: list[tuple[Tensor, Tensor]] = []
 
     def __contains__(self, parameter: Tensor) -> bool:
         return any(parameter is mine for mine in self.parameters)
 
     @property
     def host(self) -> Tensor:
+        """The moments, as bytes in host memory."""
         if self._host is None:
-            device = self.parameters[0].device
             # One byte, which looks like as many as are needed: only shape, type and device count.
-            shape = torch.empty(1, dtype=torch.uint8, device=device).expand(self.layout.bytes)
-            self._host = empty_on_host(shape).zero_()
+            like = torch.empty(1, dtype=torch.uint8, device=self.parameters[0].device).expand(self.layout.bytes)
+            self._host = empty_on_host(like).zero_()
+            self._moments = self.pairs(self._host)
         return self._host
 
     def forget(self) -> None:
         """Begin anew."""
-        self._host = None
+        self._host, self._moments = None, []
 
     def with_gradient(self) -> list[nn.Parameter]:
         """Return the parameters that have one."""
@@ -199,11 +200,12 @@ class _Bucket:
 
     def begin(self, parameter: Tensor, state: Any) -> None:
         """Give a parameter that has none yet a state of zeros."""
-        if not state[parameter]:
-            number = next(i for i, mine in enumerate(self.parameters) if mine is parameter)
-            first, second = self.layout.views(self.host)[2 * number : 2 * number + 2]
-            steps = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state[parameter] = {"step": steps, "exp_avg": first, "exp_avg_sq": second}
+        if state[parameter]:
+            return
+        moments = self._moments or self.pairs(self.host)
+        first, second = next(pair for mine, pair in zip(self.parameters, moments, strict=True) if mine is parameter)
+        steps = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state[parameter] = {"step": steps, "exp_avg": first, "exp_avg_sq": second}
 
 
 def _like_moments(parameter: nn.Parameter) -> list[Tensor]:
@@ -226,9 +228,10 @@ def _in_buckets(parameters: Iterable[nn.Parameter]) -> list[_Bucket]:
 
 
 def _make_rooms(buckets: list[_Bucket]) -> list[Tensor]:
-    """Return runs of bytes on the device that each hold any of the buckets; where there are several, of at least a bucket."""
+    """Return runs of bytes on the device that each hold any of the buckets.
+
+    However few there are: what a step takes is then the same for every depth of a model, and can be foretold from a few layers.
+    """
     device = buckets[0].parameters[0].device
-    largest = max(bucket.layout.bytes for bucket in buckets)
-    if len(buckets) > 1:
-        largest = max(largest, BUCKET_BYTES)
-    return [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(ROOMS, len(buckets)))]
+    size = max(BUCKET_BYTES, *(bucket.layout.bytes for bucket in buckets))
+    return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(ROOMS)]

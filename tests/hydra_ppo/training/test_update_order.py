@@ -250,7 +250,7 @@ def test_halves_are_not_taken_together():
     model = hydra()
     settings = config()
     part = PartialStep(finished_experience(model, settings), actor_done=True)
-    with pytest.raises(ConfigError, match="^update_order='together' cannot go on between the halves of a step; use 'in-turn'"):
+    with pytest.raises(ConfigError, match=r"^update_order='together' cannot go on between the halves of a step; use 'in-turn'"):
         trainer(model, settings).updates.run(part)
 
 
