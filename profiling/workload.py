@@ -8,6 +8,8 @@ from typing import Any, Literal
 from hydra_ppo.errors import ConfigError
 
 QUANTIZATIONS = ("none", "int8", "nf4", "fp4")
+OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit", "adamw-offloaded")
+UPDATE_ORDERS = ("together", "in-turn")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Workload:
         trunk_layers: adapters sit on the layers above this many.
         checkpointing: recompute activations in the backward pass.
         quantize_embeddings: how embeddings and output head are held; None keeps them in the compute type.
+        optimizer: how AdamW keeps its moments: `optimizer.name` of the program.
+        update_order: actor and critic together, or in-turn.
+        offload_in_rollout: the moments leave the device while responses are sampled and scored.
     """
 
     model: str
@@ -42,6 +47,9 @@ class Workload:
     trunk_layers: int = 0
     checkpointing: bool = True
     quantize_embeddings: Literal["int8", "nf4"] | None = None
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "adamw-offloaded"] = "adamw"
+    update_order: Literal["together", "in-turn"] = "together"
+    offload_in_rollout: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rank", "prompt", "response", "rollout_batch", "minibatch", "microbatch", "score_batch"):
@@ -54,6 +62,12 @@ class Workload:
             raise ConfigError(
                 f"rollout_batch={self.rollout_batch} is not divisible by minibatch={self.minibatch}; choose a minibatch that "
                 f"divides {self.rollout_batch}."
+            )
+
+        if self.offload_in_rollout and self.optimizer in ("paged-adamw-8bit", "adamw-offloaded"):
+            raise ConfigError(
+                f"offload_in_rollout=True has nothing to do with optimizer={self.optimizer!r}, whose moments are in host "
+                "memory already; leave it out."
             )
 
     def settings(self) -> dict[str, Any]:
@@ -72,3 +86,15 @@ class Workload:
                 f"quantization={self.quantization!r} leaves no weights that the method 'full' could train; leave 'full' out of "
                 "methods, or quantization."
             )
+        if method == "j-hydra" and self.update_order == "in-turn":
+            raise ConfigError(
+                "update_order='in-turn' steps the actor before the critic, and those of the method 'j-hydra' share an adapter; "
+                "leave 'j-hydra' out of methods, or update_order."
+            )
+
+    def check_stage(self, stage: str) -> None:
+        """Raise ConfigError where the workload has settings of PPO alone and another stage is asked for."""
+        given = {"update_order": self.update_order != "together", "offload_in_rollout": self.offload_in_rollout}
+        for name, there in given.items():
+            if there and stage != "ppo":
+                raise ConfigError(f"{name}={getattr(self, name)!r} has nothing to do in stage={stage!r}; leave it out.")

@@ -21,6 +21,7 @@ from hydra_ppo.data.rows import Loaded, check_rows, shared_prompts, split_held_o
 from hydra_ppo.data.sources import is_hub_name
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.runs.folder import check_output
+from hydra_ppo.training.eight_bit import NAMES, check_available
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,20 @@ def check_files(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
     device = config.model.device
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ConfigError(f"model.device={device!r} is not a device; use auto, cpu, cuda or cuda:N.")
+    check_available(config.optimizer.name, _device_type(device, config.optimizer.name))
     found = [("model.name_or_path", check_model("model.name_or_path", config.model.name_or_path))]
     check_reachable("model.name_or_path", config.model.name_or_path)
     found += check_contents(config)
     return found + _check_reward_sources(config) if isinstance(config, PPOConfig) else found
+
+
+def _device_type(device: str, optimizer: str) -> str | None:
+    """Return the type of device that will train; None where no check of the optimizer asks, which spares the import."""
+    if optimizer not in NAMES:
+        return None
+    from hydra_ppo.model.loading import resolve_device
+
+    return resolve_device(device).type
 
 
 def dry_run(config: SFTConfig | PPOConfig, console: Console | None = None, *, resume: bool = False) -> None:

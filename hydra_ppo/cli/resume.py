@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from hydra_ppo.training.ppo import PPOTrainer
 
 LENGTHS = ("steps", "epochs", "max_steps")
-FREE = (*LENGTHS, "sample_every", "eval_every", "reward.time_limit", "reward.isolation")
+FREE = (*LENGTHS, "sample_every", "eval_every", "reward.time_limit", "reward.isolation", "optimizer.offload_in_rollout")
 """Settings that may change between two parts of a run, besides those of `run` other than its seed."""
+ALIKE = {"optimizer.name": ("adamw", "adamw-offloaded")}
+"""Values of a setting that give the same bits and checkpoints: one may take the other's place."""
 
 
 def find_checkpoint(
@@ -172,11 +174,13 @@ def check_unchanged(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now: 
     """
     before = checkpoint.run
     old, new = (_without_known_paths(run["config"], run["digests"]) for run in (before, now))
-    found = [
-        f"{name} was {_at(old, name)!r}, is {_at(new, name)!r}"
-        for name in settings_of(type(config))
-        if not _is_free(name) and _at(old, name) != _at(new, name)
-    ]
+    found = []
+    for name, setting in settings_of(type(config)).items():
+        # What was no setting yet when the checkpoint was written did what its default does now.
+        was, is_ = _at(old, name, None if setting.required else setting.default), _at(new, name)
+        alike = ALIKE.get(name, ())
+        if was != is_ and not _is_free(name) and not (was in alike and is_ in alike):
+            found.append(f"{name} was {was!r}, is {is_!r}")
     for name in sorted(before["digests"].keys() | now["digests"].keys()):
         if before["digests"].get(name) != now["digests"].get(name):
             what = "changed" if name in before["digests"] and name in now["digests"] else "is missing or new"
@@ -219,7 +223,9 @@ def _is_free(name: str) -> bool:
     return name in FREE or (name.startswith("run.") and name != "run.seed")
 
 
-def _at(values: Any, name: str) -> Any:
+def _at(values: Any, name: str, missing: Any = None) -> Any:
     for part in name.split("."):
-        values = values.get(part) if isinstance(values, Mapping) else None
+        if not isinstance(values, Mapping) or part not in values:
+            return missing
+        values = values[part]
     return values

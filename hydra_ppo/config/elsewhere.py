@@ -35,6 +35,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "adam_beta2": ("optimizer.beta2",),
     "adam_epsilon": ("optimizer.eps",),
     "max_norm": ("optimizer.max_grad_norm",),
+    **dict.fromkeys(("optim", "optimizer_name", "optimizer_type"), ("optimizer.name",)),
+    **dict.fromkeys(("optimizer_offload", "offload_optimizer"), ("optimizer.name", "optimizer.offload_in_rollout")),
     # the algorithm
     **dict.fromkeys(("beta", "kl_coef", "init_kl_coef", "kl_coefficient", "kl_penalty_coef", "kl_loss_coef"), ("kl.coef",)),
     "adaptive_kl": ("kl.adaptive",),

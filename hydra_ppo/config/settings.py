@@ -165,9 +165,20 @@ class OptimizerSettings:
     max_grad_norm: float | None = setting(1.0, "Clip the gradient norm to this; null clips nothing.")
     schedule: Literal["constant", "linear", "cosine"] = setting("constant", "Learning rate after the warm-up.")
     warmup_fraction: float = setting(0.0, "Share of the optimizer steps over which the learning rate rises from 0.")
+    name: Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "adamw-offloaded"] = setting(
+        "adamw",
+        "How AdamW keeps its moments: fp32 on the device; bitsandbytes' 8 bits (parameters of fewer than 4096 numbers stay "
+        "fp32), paged by CUDA or not; or in host memory, a few MiB at a time on the device, with adamw's bits.",
+    )
+    offload_in_rollout: bool = setting(
+        False, "ppo: keep the moments in host memory while responses are sampled and scored; the bits are the same."
+    )
 
     def __post_init__(self) -> None:
         _positive(self, "learning_rate", "eps", "max_grad_norm")
+        idle = self.name in ("paged-adamw-8bit", "adamw-offloaded")
+        rule = f"has nothing to do with name={self.name!r}, whose moments are in host memory already"
+        _check(self, "offload_in_rollout", not (self.offload_in_rollout and idle), rule, "leave it false")
         _not_negative(self, "weight_decay")
         _fraction(self, "warmup_fraction")
         for name in ("beta1", "beta2"):
@@ -236,6 +247,10 @@ class SFTConfig:
             raise ConfigError(
                 f"method='full' cannot train a base with model.quantize_embeddings={self.model.quantize_embeddings!r}; "
                 "use method='lora' or model.quantize_embeddings=null."
+            )
+        if self.optimizer.offload_in_rollout:
+            raise ConfigError(
+                "optimizer.offload_in_rollout=True has nothing to do in sft, which samples nothing; leave it false."
             )
         if self.adapter not in ("sft", "reward"):
             raise ConfigError(f"adapter={self.adapter!r} is not a trainable adapter of this stage; choose 'sft' or 'reward'.")
@@ -361,6 +376,11 @@ class PPOConfig:
     sample_every: int = setting(10, "Record samples every this many steps.")
     eval_every: int = setting(0, "Score held-out prompts every this many steps; 0 only before and after training.")
     eval_prompts: int = setting(128, "Held-out prompts used per evaluation.")
+    update_order: Literal["together", "in-turn"] = setting(
+        "together",
+        "Step actor and critic together, or in-turn: the actor, then the critic, so that one role's gradients exist at a time. "
+        "The same bits, but for fp16 where gradients overflow.",
+    )
 
     def __post_init__(self) -> None:
         _positive(self, "critic_learning_rate", "steps", "ppo_epochs", "minibatch_size", "microbatch_size", "microbatch_tokens")

@@ -38,6 +38,12 @@ def to_host(tensor: Tensor, non_blocking: bool = False) -> Tensor:
     return empty_on_host(tensor).copy_(tensor.detach(), non_blocking=non_blocking)
 
 
+def count_as_host(tensor: Tensor) -> Tensor:
+    """Have a tensor counted as the host's that something else made there; return it."""
+    _STORAGES.add(tensor.untyped_storage())
+    return tensor
+
+
 def is_on_host(tensor: Tensor) -> bool:
-    """Return whether a tensor is one that was made here, or a view of one."""
+    """Return whether a tensor is one that was made or named here, or a view of one."""
     return tensor.untyped_storage() in _STORAGES

@@ -1,9 +1,9 @@
-"""AdamW, its schedule, and gradient clipping."""
+"""AdamW in each of the ways that its moments can be kept, its schedule, and gradient clipping."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,23 @@ from transformers import get_scheduler
 
 from hydra_ppo.config.settings import OptimizerSettings
 from hydra_ppo.errors import NonFiniteError
+from hydra_ppo.training import eight_bit
+from hydra_ppo.training.offloaded import OffloadedAdamW, check_state
+
+
+@runtime_checkable
+class Adopts(Protocol):
+    """An optimizer that takes over a saved state itself, since not all of it lives where the parameter does."""
+
+    def adopt(self, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Copy the state of a parameter from what `save_optimizer` kept."""
 
 
 def build_optimizer(
-    groups: Iterable[tuple[Mapping[str, nn.Parameter], float]], settings: OptimizerSettings, total_steps: int
-) -> tuple[torch.optim.AdamW, LRScheduler]:
+    groups: Iterable[tuple[Mapping[str, nn.Parameter], float]],
+    settings: OptimizerSettings,
+    total_steps: int,
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """Build AdamW over named parameters, and its schedule.
 
     Args:
@@ -24,25 +36,41 @@ def build_optimizer(
         settings: of AdamW and the schedule.
         total_steps: optimizer steps until the learning rate has run down.
 
-    Memory: two fp32 numbers per parameter, from the first step on.
+    Raises:
+        ConfigError: `settings.name` cannot be had on this device or with these versions.
+
+    Memory: from the first step on two numbers per parameter, of its type, on the device (adamw) or the host
+    (adamw-offloaded); of the 8-bit kinds two bytes and a little, see `eight_bit`.
     """
     seen: set[int] = set()
-    listed = []
+    listed: list[dict[str, Any]] = []
     for parameters, rate in groups:
         new = [p for p in parameters.values() if id(p) not in seen]
         seen |= {id(p) for p in new}
         listed.append({"params": new, "lr": rate})
-    optimizer = torch.optim.AdamW(
-        listed,
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    shared: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    optimizer: torch.optim.Optimizer
+    if settings.name == "adamw-offloaded":
+        optimizer = OffloadedAdamW(listed, **shared)
+    elif settings.name in eight_bit.NAMES:
+        device = next((p.device.type for group in listed for p in group["params"]), None)
+        eight_bit.check_available(settings.name, device)
+        optimizer = eight_bit.build(settings.name, listed, **shared)
+    else:
+        optimizer = torch.optim.AdamW(listed, fused=True, **shared)
+    return optimizer, build_schedule(optimizer, settings, total_steps)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, total_steps: int) -> LRScheduler:
+    """Build the schedule of an optimizer's learning rates over `total_steps` optimizer steps."""
     name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
     warmup = round(settings.warmup_fraction * total_steps)
-    return optimizer, get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
@@ -78,8 +106,9 @@ def fresh_scaler(scaler: torch.amp.GradScaler, device: torch.device) -> torch.am
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return the tensors that the optimizer keeps."""
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    """Return the tensors that the optimizer keeps, wherever they are, each once."""
+    found = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    return list({id(value): value for value in found}.values())
 
 
 def save_optimizer(
@@ -91,7 +120,9 @@ def save_optimizer(
         names: of the parameters, by id.
     """
     tensors = {
-        f"{names[id(parameter)]}.{key}": value for parameter, state in optimizer.state.items() for key, value in state.items()
+        f"{names[id(parameter)]}.{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in eight_bit.saved_entries(state).items()
     }
     return tensors, {"done": schedule.last_epoch, "rates": schedule.get_last_lr()}
 
@@ -107,7 +138,7 @@ def load_optimizer(
     """Bring a fresh optimizer and schedule to what `save_optimizer` returned.
 
     Raises:
-        ValueError: where moments are of another shape than their parameter.
+        ValueError: where moments are of another shape than their parameter, or those of another optimizer.
     """
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -116,12 +147,10 @@ def load_optimizer(
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if found := states.get(names[id(parameter)]):  # a parameter that never had a gradient has no state
-                wrong = next((kind for kind, value in found.items() if value.ndim and value.shape != parameter.shape), None)
-                if wrong is not None:
-                    raise ValueError(
-                        f"{names[id(parameter)]}.{wrong} is {list(found[wrong].shape)}, not {list(parameter.shape)}"
-                    )
-                optimizer.state[parameter] = {kind: value.to(parameter.device, copy=True) for kind, value in found.items()}
+                try:
+                    _adopt(optimizer, parameter, found)
+                except ValueError as error:
+                    raise ValueError(f"{names[id(parameter)]}.{error}") from None
     for group, rate in zip(optimizer.param_groups, values["rates"], strict=True):
         group["lr"] = rate
     schedule.last_epoch = values["done"]
@@ -129,9 +158,17 @@ def load_optimizer(
     schedule._last_lr = list(values["rates"])
 
 
+def _adopt(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+    if isinstance(optimizer, Adopts):
+        optimizer.adopt(parameter, state)
+        return
+    check_state(parameter, state)
+    optimizer.state[parameter] = {kind: value.to(parameter.device, copy=True) for kind, value in state.items()}
+
+
 def rates_until(settings: OptimizerSettings, total_steps: int, done: int) -> list[float]:
     """Return the factors of the learning rate in the first `done` steps of a run of `total_steps`."""
-    _, schedule = build_optimizer([({"p": nn.Parameter(torch.zeros(()))}, 1.0)], settings, total_steps)
+    schedule = build_schedule(torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0), settings, total_steps)
     assert isinstance(schedule, LambdaLR)  # as all of transformers' schedules named in the settings are
     (factor,) = schedule.lr_lambdas
     return [factor(step) for step in range(done)]

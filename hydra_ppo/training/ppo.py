@@ -46,7 +46,7 @@ from hydra_ppo.training.metrics import Metrics, measured
 from hydra_ppo.training.optim import build_optimizer, check_finite, state_tensors
 from hydra_ppo.training.ppo_metrics import compare, reward_metrics, rollout_metrics
 from hydra_ppo.training.ppo_state import PartialStep, PPOState, PromptBatches
-from hydra_ppo.training.ppo_update import Updates, check_measured, optimizer_steps, with_advantages
+from hydra_ppo.training.ppo_update import Updates, build_scaler, check_measured, optimizer_steps, with_advantages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +73,7 @@ class PPOTrainer:
         progress: what the run has come to.
         updates: the updates of a step.
 
-    Memory: beyond the model, gradients and two fp32 moments per parameter of the two adapters and the value head.
+    Memory: beyond the model, gradients and moments (see `optim.build_optimizer`) of the two adapters and the value head.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class PPOTrainer:
             optimizer=optimizer,
             schedule=schedule,
             # fp16 gradients underflow without a scaled loss; with every other type the scaler does nothing.
-            scaler=torch.amp.GradScaler(model.device.type, enabled=model.causal_lm.dtype == torch.float16),
+            scaler=build_scaler(model.device, model.causal_lm.dtype == torch.float16, config.update_order),
             names={id(parameter): name for name, parameter in (critic | actor).items()},
             limits=Limits(sizes, model.device, lambda text: self.run.note(text)),
             sampler=torch.Generator(model.device).manual_seed(config.run.seed),
@@ -140,6 +140,7 @@ class PPOTrainer:
             batches=PromptBatches(self.prompts, config.rollout.batch_size // copies, copies, shuffler),
             scorer=scorer,
             kl_coef=config.kl.coef,
+            moments_leave=config.optimizer.offload_in_rollout,
         )
         state.capture()
         return state

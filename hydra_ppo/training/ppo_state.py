@@ -19,6 +19,7 @@ from hydra_ppo.rollout.collect import score
 from hydra_ppo.runs.checkpoint import Position, TrainerState
 from hydra_ppo.runtime import random_sources
 from hydra_ppo.runtime.exhaustion import Limits
+from hydra_ppo.training.away import send_away
 from hydra_ppo.training.metrics import Metrics
 from hydra_ppo.training.optim import load_optimizer, save_optimizer
 
@@ -57,10 +58,11 @@ class PartialStep:
     Attributes:
         experience: advantages and returns filled in.
         metrics: of the rollout.
-        optimizer_steps: done so far.
+        optimizer_steps: done so far, by actor and critic.
         actor_stats, critic_stats: of each; rows of `ppo_metrics.POLICY` and `VALUE`.
         stopped: whether the actor passed its target KL.
         seconds: spent on the step by processes before this one.
+        actor_done: with `update_order` in-turn, whether the actor has done its part of the optimizer step that is next.
     """
 
     experience: FinishedExperience
@@ -70,6 +72,7 @@ class PartialStep:
     critic_stats: list[Tensor] = field(default_factory=list)
     stopped: bool = False
     seconds: float = 0.0
+    actor_done: bool = False
 
 
 @dataclass
@@ -100,6 +103,7 @@ class PPOState:
         partial: the step that is being updated on, None outside of the updates.
         totals: sums over the steps done.
         sources: what `capture` found when the step began, or its updates where those have begun.
+        moments_leave: the optimizer's state is in host memory outside of the updates.
     """
 
     optimizer: torch.optim.Optimizer
@@ -116,6 +120,7 @@ class PPOState:
     partial: PartialStep | None = None
     totals: Totals = field(default_factory=Totals)
     sources: TrainerState = field(default_factory=TrainerState)
+    moments_leave: bool = False
 
     @property
     def position(self) -> Position:
@@ -165,6 +170,7 @@ class PPOState:
                 "critic_stats": [row.tolist() for row in part.critic_stats],
                 "stopped": part.stopped,
                 "seconds": part.seconds + seconds,
+                "actor_done": part.actor_done,
             }
         return TrainerState(tensors, values)
 
@@ -177,6 +183,8 @@ class PPOState:
         """
         values, tensors = saved.values, saved.groups()
         load_optimizer(self.optimizer, self.schedule, self.names, tensors.get("optimizer", {}), values["schedule"])
+        if self.moments_leave:
+            send_away(self.optimizer)
         self.scaler.load_state_dict(values["scaler"])
         self.done = values["done"]
         self.totals = Totals(**values["totals"])
@@ -210,6 +218,7 @@ def _partial(
         critic_stats=[torch.tensor(row, device=model.device) for row in saved["critic_stats"]],
         stopped=saved["stopped"],
         seconds=saved["seconds"],
+        actor_done=saved.get("actor_done", False),  # checkpoints of before there was an order have none
     )
 
 

@@ -1,27 +1,34 @@
 """The updates of a PPO step: several epochs over one rollout, an optimizer step a minibatch.
 
 Per micro-batch the actor's clipped loss goes forward and backward, then the critic's, so that only one role's graph is alive.
+In-turn the actor goes through all micro-batches and takes its step before the critic begins, so that only one role's gradients
+are. No parameter serves both, so either order gives the same bits.
 
 Sources: Schulman et al. 2017 (arXiv 1707.06347), sections 3 and 5; Santacroce et al. 2023 (arXiv 2309.00754), section 3.2.
 Departure: actor and critic have gradient norms, and clips, of their own.
+
+fp16: a loss scale is a power of two, so it changes no bit unless a gradient leaves the range. Together, an overflow of either
+role keeps both from stepping; in-turn it keeps that role alone, and the critic's scale is already halved after the actor's. A
+scale grows after as many optimizer steps as it would together, which may fall between the two halves of one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from hydra_ppo.config.settings import PPOConfig
-from hydra_ppo.errors import NonFiniteError
+from hydra_ppo.errors import ConfigError, NonFiniteError
 from hydra_ppo.experience import FinishedExperience, ScoredExperience
 from hydra_ppo.functional import gae, kl_penalised_rewards, masked_mean, policy_loss, value_loss, whiten
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.runtime.announce import allocating
 from hydra_ppo.runtime.interruption import check_stop
+from hydra_ppo.training.away import bring_back, send_away
 from hydra_ppo.training.metrics import Metrics
 from hydra_ppo.training.optim import clip_gradients, fresh_scaler
 from hydra_ppo.training.ppo_metrics import POLICY, VALUE, mean_of
@@ -35,15 +42,24 @@ class Updates:
         model: at stage `ppo`.
         config: every setting.
         state: optimizer, scaler and limits, which the updates change.
-        on_phase: told update-actor, update-critic and optimizer as they begin.
+        on_phase: told update-actor, update-critic and optimizer as they begin; optimizer too where its state comes and goes.
 
-    Memory: gradients of both adapters and the value head; one role's graph of one micro-batch.
+    Raises:
+        ConfigError: where actor and critic share parameters, and are to be stepped in turn.
+
+    Memory: gradients of both adapters and the value head, in-turn of one role at a time; one role's graph of one micro-batch.
     """
 
     def __init__(self, model: HydraModel, config: PPOConfig, state: PPOState, on_phase: Callable[[str], None]) -> None:
         self.model, self.config, self.state, self.on_phase = model, config, state, on_phase
         self.actor_parameters = list(model.role_parameters("actor").values())
         self.critic_parameters = list(model.role_parameters("critic").values())
+        self.parameters = {"actor": self.actor_parameters, "critic": self.critic_parameters}
+        if config.update_order == "in-turn" and set(self.actor_parameters) & set(self.critic_parameters):
+            raise ConfigError(
+                "update_order='in-turn' steps the actor before the critic, and here they train the same parameters; use "
+                "update_order='together'."
+            )
 
     def run(self, part: PartialStep, *, train_actor: bool = True, step: int = 0) -> Metrics:
         """Run the PPO epochs over one rollout, or what is left of them, and return what they are measured by.
@@ -52,11 +68,17 @@ class Updates:
             part: the rollout, and what was done already; counts on as minibatches are done.
 
         Raises:
+            ConfigError: `part` stands between actor and critic, and the order is together.
             NonFiniteError: naming step, optimizer step and quantity.
             OutOfMemory: when one row at a time does not fit.
         """
         config, state = self.config, self.state
+        if part.actor_done and config.update_order == "together":
+            raise ConfigError("update_order='together' cannot go on between the halves of a step; use 'in-turn', as it began.")
         self.model.train()
+        if state.moments_leave:
+            self.on_phase("optimizer")
+            bring_back(state.optimizer)
         minibatches = part.experience.minibatches(config.ppo_epochs, config.minibatch_size, state.shuffler)
         for number, minibatch in enumerate(minibatches):
             if number < part.optimizer_steps:
@@ -65,10 +87,12 @@ class Updates:
             state.limits.fit(
                 "microbatch_size",
                 f"step={step} phase=update",
-                partial(self._minibatch, minibatch, part, train_actor),
+                partial(self._in_turn if config.update_order == "in-turn" else self._minibatch, minibatch, part, train_actor),
                 undo=self._drop_gradients,
                 most=max(len(rows) for rows in micro_batches),
             )
+        if state.moments_leave:
+            send_away(state.optimizer)
         # The one wait for the device; what is first not finite is the cause of all that follows.
         policy, value = ([] if not rows else torch.stack(rows).tolist() for rows in (part.actor_stats, part.critic_stats))
         for rows, names in ((policy, POLICY), (value, VALUE)):
@@ -99,11 +123,43 @@ class Updates:
                 parameter.grad = None
         self.on_phase("optimizer")
         norms = self.optimizer_step()
+        self.state.schedule.step()
         if train_actor and not stopped:
             part.actor_stats.append(torch.cat([policy, norms[:1]]))
         part.critic_stats.append(torch.cat([value, norms[1:]]))
         part.stopped = stopped
         part.optimizer_steps += 1
+
+    def _in_turn(self, minibatch: FinishedExperience, part: PartialStep, train_actor: bool, microbatch_size: int) -> None:
+        """Take one optimizer step, the actor first; what `part` says the actor has done is not done again."""
+        if not part.actor_done:
+            if train_actor and not part.stopped:
+                self._half("actor", minibatch, part, microbatch_size)
+            part.actor_done = True
+        self._half("critic", minibatch, part, microbatch_size)
+        self.state.schedule.step()
+        part.optimizer_steps += 1
+        part.actor_done = False
+
+    def _half(self, role: str, minibatch: FinishedExperience, part: PartialStep, microbatch_size: int) -> None:
+        """Go through the micro-batches for one role, step it, and note what it is measured by."""
+        config, actor = self.config, role == "actor"
+        count = minibatch.response_mask.sum()
+        measured = torch.zeros(6 if actor else 3, device=self.model.device)  # the last is the norm
+        for rows in minibatch.split(microbatch_size, config.microbatch_tokens):
+            check_stop()
+            with allocating("experience"):
+                micro = minibatch.select(rows)
+            self.on_phase(f"update-{role}")
+            measured[:-1] += (self.actor_backward if actor else self.critic_backward)(micro, count)
+        if actor and config.target_kl is not None and measured[1].item() > config.target_kl:
+            part.stopped = True
+            self.state.optimizer.zero_grad(set_to_none=True)
+            return
+        self.on_phase("optimizer")
+        norm = self.optimizer_step([role])
+        measured[-1:].copy_(norm)  # allocates nothing: where memory ran out from here on, the step would be done twice
+        (part.actor_stats if actor else part.critic_stats).append(measured)
 
     def _drop_gradients(self) -> None:
         """Forget what a failed minibatch left behind."""
@@ -132,17 +188,14 @@ class Updates:
             self.state.scaler.scale(config.vf_coef * out.loss).backward()
         return torch.stack([out.loss.detach(), out.clip_frac])
 
-    def optimizer_step(self) -> Tensor:
-        """Clip, step, and return the gradient norms (2,) of actor and critic before the clip."""
+    def optimizer_step(self, roles: Sequence[str] = ("actor", "critic")) -> Tensor:
+        """Clip, step, and return the gradient norms (one per role) before the clip; what has no gradient is left alone."""
         state = self.state
         state.scaler.unscale_(state.optimizer)
         limit = self.config.optimizer.max_grad_norm
-        norms = torch.stack(
-            [clip_gradients(p, limit).to(self.model.device) for p in (self.actor_parameters, self.critic_parameters)]
-        )
+        norms = torch.stack([clip_gradients(self.parameters[role], limit).to(self.model.device) for role in roles])
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        state.schedule.step()
         state.optimizer.zero_grad(set_to_none=True)
         return norms
 
@@ -155,6 +208,15 @@ def with_advantages(experience: ScoredExperience, scores: Tensor, config: PPOCon
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     return experience.finished(advantages, returns)
+
+
+def build_scaler(device: torch.device, enabled: bool, update_order: str) -> torch.amp.GradScaler:
+    """Build what scales the losses of fp16; one that is not enabled does nothing.
+
+    In-turn it is updated twice per optimizer step, so it waits for twice as many updates before it grows.
+    """
+    twice = 2 if update_order == "in-turn" else 1
+    return torch.amp.GradScaler(device.type, growth_interval=2000 * twice, enabled=enabled)
 
 
 def optimizer_steps(config: PPOConfig) -> int:

@@ -44,6 +44,7 @@ def profile(
     from hydra_ppo.profiling.measuring.capture import capture
 
     console = Console(stderr=True)
+    workload.check_stage(stage)
     for method in methods:
         workload.check_method(method)
     profiles = []

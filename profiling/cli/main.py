@@ -7,7 +7,7 @@ import argparse
 from hydra_ppo.cli.main import Parser, check_folder
 from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.profiling.workload import QUANTIZATIONS, Workload
+from hydra_ppo.profiling.workload import OPTIMIZERS, QUANTIZATIONS, UPDATE_ORDERS, Workload
 
 STAGES = {"ppo": ("full", "lora", "dlora", "j-hydra", "hydra"), "reward": ("full", "lora")}
 """Methods by stage."""
@@ -50,6 +50,9 @@ def profile(arguments: list[str]) -> None:
     parser.add_argument(
         "--learning", action="store_true", help="Train all methods on the quickstart's task and judge them; about an hour."
     )
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="How AdamW keeps its moments.")
+    parser.add_argument("--update-order", choices=UPDATE_ORDERS, default="together", help="How actor and critic are stepped.")
+    parser.add_argument("--offload-in-rollout", action="store_true", help="Moments are in host memory while sampling, scoring.")
     parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="A,B", help="Seeds of --learning.")
     options = parser.parse_args(arguments)
     methods = options.methods or ["hydra" if options.stage == "ppo" else "lora"]
@@ -83,6 +86,9 @@ def profile(arguments: list[str]) -> None:
             trunk_layers=_single("trunk_layers", options.trunk_layers),
             checkpointing=not options.no_checkpointing,
             quantize_embeddings=options.quantize_embeddings,
+            optimizer=options.optimizer,
+            update_order=options.update_order,
+            offload_in_rollout=options.offload_in_rollout,
         )
         commands.profile(
             workload,

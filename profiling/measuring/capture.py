@@ -28,6 +28,8 @@ from hydra_ppo.profiling.subjects.shapes import model_config
 from hydra_ppo.profiling.subjects.subjects import Builder, Models
 from hydra_ppo.profiling.workload import Workload
 from hydra_ppo.rollout.decoder import Decoder
+from hydra_ppo.runtime.host_tensors import is_on_host
+from hydra_ppo.training import eight_bit
 from hydra_ppo.training.optim import state_tensors
 
 WARM_UP = "warm-up"
@@ -70,22 +72,33 @@ def capture(
     """
     started = time.perf_counter()
     workload.check_method(method)
+    workload.check_stage(stage)
     config = config if config is not None else model_config(workload.model)
     place = torch.device("cpu") if simulate else resolve_device(device)
+    eight_bit.check_available(workload.optimizer, None if simulate else place.type)
     gc.collect()  # models refer to themselves; what an earlier capture left would count on a GPU
     builder = Builder(workload, config, method, stage, place, simulate, decoder)
     tracker = tracker or Tracker()
     allocator = Allocator(place)
     roles: dict[str, list[nn.Parameter]] = {}
+    in_turn = workload.update_order == "in-turn"
+    optimizers: list[torch.optim.Optimizer] = []
+    state_bytes = 0
     silent = False
 
     def on_phase(phase: str) -> None:
+        nonlocal state_bytes
         if silent:
             return
         tracker.phase(phase)
         allocator(phase)
-        if simulate and phase.startswith("update"):
-            _make_gradients(tracker, roles)
+        if phase.startswith("update"):
+            for optimizer in optimizers:  # again, for those that were away
+                label_state(tracker, optimizer, roles)
+                state_bytes = max(state_bytes, storage_bytes(t for t in state_tensors(optimizer) if not is_on_host(t)))
+            if simulate:
+                role = phase.removeprefix("update-")
+                _make_gradients(tracker, {role: roles[role]} if in_turn else roles)
 
     with ExitStack() as stack:
         stack.enter_context(snapshot(place, snapshot_to))
@@ -102,14 +115,13 @@ def capture(
         tracker.watch(roles)
         on_phase(WARM_UP)
         subject.warm_up()
-        for role, parameters in roles.items():
-            states = [subject.optimizer.state[p] for p in parameters]
-            tracker.label((t for state in states for t in state.values() if isinstance(t, Tensor)), "optimizer", role)
+        label_state(tracker, subject.optimizer, roles)
+        optimizers.append(subject.optimizer)
         subject.step()
         allocator("end")
         static = tracker.labelled("base weights", "adapters", "heads")
-        trained = sum(bytes_of(p) for parameters in roles.values() for p in parameters)
-        floor = static + trained + sum(map(bytes_of, state_tensors(subject.optimizer)))
+        gradients = [sum(map(bytes_of, parameters)) for parameters in roles.values()]
+        floor = static + (max(gradients) if in_turn else sum(gradients)) + state_bytes
     seconds = time.perf_counter() - started
     rate = None
     if timed_steps and not simulate:
@@ -132,7 +144,7 @@ def capture(
 
 
 def _make_gradients(tracker: Tracker, roles: dict[str, list[nn.Parameter]]) -> None:
-    """Give every trained parameter the gradient that all but the first micro-batch of a minibatch find."""
+    """Give the trained parameters of these roles the gradient that all but the first micro-batch of a minibatch find."""
     for role, parameters in roles.items():
         for parameter in parameters:
             if parameter.grad is None:
@@ -159,6 +171,13 @@ def label_weights(tracker: Tracker, model: Models) -> dict[str, list[nn.Paramete
             if spec.head != "lm":
                 tracker.label(part.heads[spec.head].parameters(), "heads", role)
     return trained
+
+
+def label_state(tracker: Tracker, optimizer: torch.optim.Optimizer, roles: dict[str, list[nn.Parameter]]) -> None:
+    """Tell the tracker whose state of the optimizer is whose; what is in host memory is no part of its count."""
+    for role, parameters in roles.items():
+        states = [optimizer.state[p] for p in parameters]
+        tracker.label((t for state in states for t in state.values() if isinstance(t, Tensor)), "optimizer", role)
 
 
 def base_tensors(causal_lm: nn.Module) -> Iterable[Tensor]:
@@ -196,6 +215,12 @@ def _wait(place: torch.device) -> None:
 
 def _device_name(place: torch.device) -> str:
     return torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of what tensors lie in, each storage once."""
+    storages = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def bytes_of(tensor: Tensor) -> int:

@@ -108,7 +108,8 @@ class Profile:
         simulated: whether the tensors were fake.
         device: the real device; "cpu" for a simulation.
         static_bytes: weights of all bases, adapters and heads.
-        floor_bytes: static_bytes with gradients and optimizer state of what is trained: no PPO on these models can hold less.
+        floor_bytes: static_bytes with what a step must hold at once by its settings: the largest set of gradients (in-turn one
+            role's, else all), and the optimizer state that is on the device in the updates.
         phases: peak by phase, in the order in which they came.
         timeline: None where it was not kept.
         allocator: on CUDA, `max_memory_allocated` and `max_memory_reserved` by phase; else None.

@@ -22,8 +22,9 @@ TITLE = "hydra-ppo: memory of PPO"
 SIMULATED = "The tensors were fake: each has a size and holds no numbers, so nothing here was read from a device or timed."
 MEASURED = "The tensors were real, and lived on the device that is named."
 TERMS = (
-    "Static: weights of all bases, adapters and heads. Floor: static with gradients and optimizer state of what is trained; "
-    "no PPO on these models can hold less. Peak: most bytes alive at once in a PPO step."
+    "Static: weights of all bases, adapters and heads. Floor: static with the gradients that exist at once (in-turn, one "
+    "role's) and the optimizer state that is on the device in the updates; with these settings nothing can hold less. "
+    "Peak: most bytes alive at once in a PPO step."
 )
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --rule: #c8c8c8; --band: #f1f1f1; }

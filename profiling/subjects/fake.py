@@ -27,6 +27,8 @@ from hydra_ppo.model.architecture import inspect_architecture, is_linear
 from hydra_ppo.model.quantized_embeddings import quantize_embeddings
 from hydra_ppo.model.whole import causal_class
 from hydra_ppo.rollout.decoder import Decoder
+from hydra_ppo.runtime.host_tensors import empty_on_host
+from hydra_ppo.training import eight_bit
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Any:
@@ -62,10 +64,20 @@ def fake_tensors() -> Iterator[None]:
         # transformers looks into position ids for packed sequences, which it cannot in fake ones; it then builds a mask of
         # T x T and expands the key-value heads. There are no packed sequences here.
         stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda *args, **kwargs: None))
+        # bitsandbytes' optimizer runs as it is: its kernels have fakes, and allocate nothing on a GPU. Fake tensors stand for
+        # a GPU's, whatever device they name, and pages for what the host can always take.
+        check = eight_bit.check_available
+        stack.enter_context(patch.object(eight_bit, "check_available", lambda name, device=None: check(name)))
+        stack.enter_context(patch.object(eight_bit, "pages", _pages))
         for name, answer in HOST_READS.items():
             stack.enter_context(patch.object(FakeTensor, name, answer, create=True))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # bitsandbytes' tables: 1 KiB of real tensors
         yield
+
+
+def _pages(make: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return zeros in host memory, of the shape of `like`."""
+    return empty_on_host(torch.empty((), dtype=dtype).expand(like.shape)).zero_()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hydra_ppo.config.settings import LoraSettings, PPOConfig, RolloutSettings, SFTConfig
+from hydra_ppo.config.settings import LoraSettings, OptimizerSettings, PPOConfig, RolloutSettings, SFTConfig
 from hydra_ppo.data.rows import PreferenceRow, PromptRow
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.loading import DTYPES, base_from_config
@@ -21,6 +21,7 @@ from hydra_ppo.profiling.subjects.stand_ins import NoTokenizer, unused_settings
 from hydra_ppo.profiling.workload import Workload
 from hydra_ppo.rollout.decoder import Decoder
 from hydra_ppo.rollout.sampling import sample
+from hydra_ppo.training.away import send_away
 from hydra_ppo.training.joint_sft import JointSFTTrainer
 from hydra_ppo.training.ppo import PPOTrainer
 
@@ -113,6 +114,8 @@ class Builder:
             ppo_epochs=1,
             minibatch_size=workload.minibatch or rows,
             microbatch_size=workload.microbatch,
+            optimizer=OptimizerSettings(name=workload.optimizer, offload_in_rollout=workload.offload_in_rollout),
+            update_order=workload.update_order,
         )
         decoder = self.decoder or (LeapingDecoder if self.simulate else None)
         sampler = partial(sample, lengths=[workload.response] * rows, decoder=decoder)
@@ -125,6 +128,8 @@ class Builder:
         def warm_up() -> None:
             _zero_gradients(trainer.progress.optimizer)
             trainer.updates.optimizer_step()
+            if workload.offload_in_rollout:
+                send_away(trainer.progress.optimizer)
 
         return Subject(trainer.progress.optimizer, partial(trainer.step, 1), warm_up)
 
@@ -139,6 +144,7 @@ class Builder:
             reward_coef=1.0,
             batch_size=workload.rollout_batch,
             microbatch_size=workload.microbatch,
+            optimizer=OptimizerSettings(name=workload.optimizer),
         )
         prompt, response = _tokens(workload.prompt), _tokens(workload.response)
         rows = [PreferenceRow("", "", "", prompt, response, response)] * workload.rollout_batch
