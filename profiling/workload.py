@@ -26,6 +26,8 @@ class Workload:
         score_batch: responses per scoring pass.
         trunk_layers: adapters sit on the layers above this many.
         checkpointing: recompute activations in the backward pass.
+        checkpoint_offload: keep the layers' inputs, which checkpointing keeps, in host memory.
+        tile_tokens: run MLPs, norms and the pass over prompts over pieces of this many tokens; None is all at once.
     """
 
     model: str
@@ -40,14 +42,21 @@ class Workload:
     score_batch: int = 1
     trunk_layers: int = 0
     checkpointing: bool = True
+    checkpoint_offload: bool = False
+    tile_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rank", "prompt", "response", "rollout_batch", "minibatch", "microbatch", "score_batch"):
+        for name in ("rank", "prompt", "response", "rollout_batch", "minibatch", "microbatch", "score_batch", "tile_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1; choose a positive number.")
         if self.trunk_layers < 0:
             raise ConfigError(f"trunk_layers={self.trunk_layers} must not be negative; use 0 or more.")
+        if self.checkpoint_offload and not self.checkpointing:
+            raise ConfigError(
+                "checkpoint_offload=True moves what checkpointing keeps, and checkpointing=False keeps nothing of it; use "
+                "checkpointing, or leave checkpoint_offload out."
+            )
         if self.rollout_batch % (self.minibatch or self.rollout_batch):
             raise ConfigError(
                 f"rollout_batch={self.rollout_batch} is not divisible by minibatch={self.minibatch}; choose a minibatch that "

@@ -92,11 +92,25 @@ class ModelSettings:
     trust_remote_code: bool = setting(False, "Allow Python code shipped inside the model folder to run.")
     device: str = setting("auto", "Device of the base: auto, cpu, cuda or cuda:N.")
     lora: LoraSettings = setting(LoraSettings, "Shape of the LoRA adapters.")
+    checkpoint_offload: bool = setting(
+        False, "Keep what gradient checkpointing keeps of a layer, its input, in host memory until the layer is recomputed."
+    )
+    tile_tokens: int | None = setting(
+        None, "Run MLPs, norms and the pass over prompts over pieces of this many tokens, so that long rows need less memory."
+    )
 
     def __post_init__(self) -> None:
         expand_home(self, "name_or_path", "adapter")
         _check(self, "name_or_path", bool(self.name_or_path), "is empty", "name a model or a folder")
         _not_negative(self, "trunk_layers")
+        _positive(self, "tile_tokens")
+        _check(
+            self,
+            "checkpoint_offload",
+            self.gradient_checkpointing or not self.checkpoint_offload,
+            "moves what gradient checkpointing keeps, and model.gradient_checkpointing=false keeps nothing of it",
+            "set model.gradient_checkpointing=true, or leave checkpoint_offload out",
+        )
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from hydra_ppo.model.probe import as_one_line, probe, without_values
 from hydra_ppo.model.role_model import RoleModel
 from hydra_ppo.model.roles import Stage, StageName, build_stage
 from hydra_ppo.model.saving import read_heads, write_model
+from hydra_ppo.model.tiling import tile
 
 logger = logging.getLogger("hydra_ppo")
 
@@ -72,6 +73,7 @@ class HydraModel(RoleModel):
             critic start from.
         autocast: compute type of a base that is itself trained, whose weights stay in fp32.
         check: try the passes of the model on a few tokens, `fast`, on rows of some hundred, `full`, or not, `off`.
+        tile_tokens: run gated MLPs, norms and the pass over prompts over pieces of this many tokens; None is all at once.
 
     Memory: the base once; per adapter set 4 bytes a LoRA parameter; two heads of H numbers.
 
@@ -92,6 +94,7 @@ class HydraModel(RoleModel):
         adapter: Path | None = None,
         autocast: torch.dtype | None = None,
         check: CheckName = "fast",
+        tile_tokens: int | None = None,
     ) -> None:
         if check not in get_args(CheckName):
             raise ConfigError(f"model.check={check!r} is unknown; choose fast, full or off.")
@@ -125,6 +128,8 @@ class HydraModel(RoleModel):
         use_lean_lora(base)
         use_lean_mlps(architecture.layers)
         use_lean_linear(architecture.layers)
+        if tile_tokens is not None:
+            tile(architecture, tile_tokens, stage.tunes_base)
         heads = scalar_heads(architecture.hidden_size, architecture.output_embeddings.weight.device)
         if saved is not None and manifest is not None:
             read_heads(heads, saved, manifest)
@@ -137,7 +142,7 @@ class HydraModel(RoleModel):
         if manifest and manifest.get("end_ids"):
             self.trained_end = manifest["end_ids"][0]
             causal_lm.generation_config.eos_token_id = manifest["end_ids"]
-        self.check = check
+        self.check, self.tile_tokens = check, tile_tokens
         if check != "off" and not without_values(architecture.output_embeddings.weight):
             probe(self, check, quantised=quantization_of(causal_lm) == "int8")
 
@@ -159,6 +164,7 @@ class HydraModel(RoleModel):
         train: StageName | Stage = "ppo",
         check: CheckName = "fast",
         adapter: str | os.PathLike[str] | None = None,
+        tile_tokens: int | None = None,
     ) -> Self:
         """Load a causal LM (folder or hub name), or a folder that `save_pretrained` wrote.
 
@@ -172,7 +178,7 @@ class HydraModel(RoleModel):
             packing: see the class.
             device: auto, cpu, cuda or cuda:N.
             trust_remote_code: run Python code that comes with the model. Never on by itself.
-            train, check, adapter: see the class.
+            train, check, adapter, tile_tokens: see the class.
 
         Raises:
             ConfigError, UnsupportedModelError: one line that says what to do.
@@ -197,7 +203,7 @@ class HydraModel(RoleModel):
         )
         autocast = DTYPES.get(dtype) if tunes_base and dtype != "fp32" else None
         options: dict[str, Any] = {"trunk_layers": trunk_layers, "packing": packing, "check": check}
-        return cls(causal_lm, lora=lora, train=train, saved=saved, adapter=brought, autocast=autocast, **options)
+        return cls(causal_lm, lora=lora, train=train, saved=saved, adapter=brought, autocast=autocast, tile_tokens=tile_tokens, **options)
 
     @classmethod
     def from_config(
@@ -213,10 +219,12 @@ class HydraModel(RoleModel):
         device: str = "auto",
         train: StageName | Stage = "ppo",
         check: CheckName = "fast",
+        tile_tokens: int | None = None,
     ) -> Self:
         """Build a model with random weights from a Hugging Face config; arguments as in `from_pretrained`."""
         causal_lm = base_from_config(config, quantization=quantization, attention=attention, dtype=dtype, device=device)
-        return cls(causal_lm, lora=lora, train=train, trunk_layers=trunk_layers, packing=packing, check=check)
+        options: dict[str, Any] = {"trunk_layers": trunk_layers, "packing": packing, "check": check}
+        return cls(causal_lm, lora=lora, train=train, tile_tokens=tile_tokens, **options)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,8 @@ def profile(arguments: list[str]) -> None:
         help="Adapters sit on the layers above this many; --learning compares a list (0,1,2,3), with --methods hydra.",
     )
     parser.add_argument("--no-checkpointing", action="store_true", help="Keep activations instead of recomputing them.")
+    parser.add_argument("--checkpoint-offload", action="store_true", help="Keep the layers' checkpoints in host memory.")
+    parser.add_argument("--tile-tokens", type=int, default=None, metavar="N", help="Run MLPs and norms over pieces of N tokens.")
     parser.add_argument("--device", default="auto", help="Of a real run: auto, cpu, cuda or cuda:N.")
     parser.add_argument("--timed-steps", type=int, default=2, help="Of a real run: more steps, for responses per second.")
     parser.add_argument("--json", action="store_true", help="Write numbers as JSON, all in bytes.")
@@ -79,6 +81,8 @@ def profile(arguments: list[str]) -> None:
             score_batch=options.score_batch,
             trunk_layers=_single("trunk_layers", options.trunk_layers),
             checkpointing=not options.no_checkpointing,
+            checkpoint_offload=options.checkpoint_offload,
+            tile_tokens=options.tile_tokens,
         )
         commands.profile(
             workload,
