@@ -1,7 +1,7 @@
 """Maths on tensors and layers, without a model: log-probs, LoRA, packing, recompute, KV cache, drawing.
 
-From outside: `products`, `bases`, `lora`, `gated_mlp`, `tiled_mlp`, `tiled_norm` (layers as they run), `logprobs`, `packing`, `padding`,
-`trunk`, `recompute` (forward passes), `kv_cache`, `drawing` (decoding).
+From outside: `products`, `bases`, `lora`, `gated_mlp`, `tiled_mlp`, `tiled_norm` (layers as they run), `logprobs`, `packing`,
+`padding`, `trunk`, `recompute` (forward passes), `kv_cache`, `drawing` (decoding).
 
 Never: roles, settings, text, files.
 """

@@ -19,11 +19,12 @@ class _OnHost:
     """A tensor's copy in host memory, and the device that it came from."""
 
     def __init__(self, tensor: Tensor) -> None:
-        # Both copies go through the stream that is current on the device. What reads the tensor there, and whatever is given its
-        # memory next, stands behind the copy in that stream; and autograd runs a node's backward pass in the stream of its
-        # forward pass, so that the copy back stands behind this one. The host never reads what it holds, so it need not wait.
-        # Pinned memory that is freed while a copy is under way is not given out again before the copy's event: the allocator
-        # notes one for each.
+        # Why no copy is waited for: both go through the stream that is current on the device. Whatever is given the tensor's
+        # memory next stands behind the first in that stream. Autograd runs a node's backward pass in the stream of its forward
+        # pass, so that the second stands behind the first, and what reads its result behind that. The host never reads what it
+        # holds. Pinned memory that is freed while a copy is under way is given out again only after it: torch's allocator of
+        # pinned memory records an event for each copy. Streams of their own, which would hide the copies behind the layers'
+        # work, would need events here.
         self.held = to_host(tensor, non_blocking=True)
         self.device = tensor.device
 

@@ -32,7 +32,7 @@ LAYERS = ("gate_proj", "up_proj", "down_proj")
 
 
 def use_tiled_mlps(layers: nn.Module, tokens: int) -> None:
-    """Run every gated MLP inside `layers` over pieces of this many tokens, in place; after `use_lean_mlps`, which finds them."""
+    """Run gated MLPs inside `layers` over pieces of this many tokens, in place; after `use_lean_mlps`, which finds them."""
     for mlp in layers.modules():
         activation, inner = activation_of(mlp), vars(mlp).get("forward")
         if activation is None or isinstance(inner, TiledForward):
@@ -131,17 +131,18 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.keeper.saved_tensors
-        mlp = ctx.mlp
-        parts = [_Part(*of) for of in zip(mlp.bases, _adapters(weights, ctx.scalings), _pairs(ctx.needs_input_grad[5:]), strict=True)]
+        mlp: TiledForward = ctx.mlp
+        trained = _pairs(ctx.needs_input_grad[5:])
+        gate, up, down = map(_Part, mlp.bases, _adapters(weights, ctx.scalings), trained)
         flat = x.flatten(0, -2)
         d_x = torch.empty_like(flat) if ctx.needs_x else None
-        gradients = gradient.flatten(0, -2).split(mlp.tokens)
-        for number, (piece, d_piece) in enumerate(zip(flat.split(mlp.tokens), gradients, strict=True)):
-            found = _piece_backward(piece, d_piece, mlp.activation, *parts, ctx.needs_x)
-            if d_x is not None:
+        pieces = [part.split(mlp.tokens) for part in (flat, gradient.flatten(0, -2))]
+        for number, (piece, d_piece) in enumerate(zip(*pieces, strict=True)):
+            found = _piece_backward(piece, d_piece, mlp.activation, gate, up, down, ctx.needs_x)
+            if d_x is not None and found is not None:
                 d_x[number * mlp.tokens :][: len(piece)] = found
-        found = [gradient for part in parts for gradient in (part.d_a, part.d_b)]
-        return None if d_x is None else d_x.view(x.shape), None, None, None, None, *found
+        of_adapters = [found for part in (gate, up, down) for found in (part.d_a, part.d_b)]
+        return None if d_x is None else d_x.view(x.shape), None, None, None, None, *of_adapters
 
 
 _tiled: Callable[..., Tensor] = _Tiled.apply

@@ -2,7 +2,7 @@
 
 An RMS norm in bf16 casts its input to fp32, squares it and multiplies it there; autograd keeps one of these copies, twice the
 input's size, which a piece's backward pass computes anew here. Every row of numbers is normalised for itself, so pieces give
-the same bits.
+the same values to the last bit, and gradients that differ by the order in which autograd adds two of them.
 
 Memory: saves the norm's input, which most often is the residual stream and there anyway.
 """
@@ -43,8 +43,7 @@ class TiledNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = max(1, self.numbers // x.shape[-1])
-        trained = any(parameter.requires_grad for parameter in self.norm.parameters(recurse=False))
-        if x.shape[:-1].numel() <= rows or trained:
+        if x.shape[:-1].numel() <= rows or any(weight.requires_grad for weight in self.norm.parameters(recurse=False)):
             return self.inner(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return _tiled(x, self, rows)

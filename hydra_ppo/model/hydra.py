@@ -203,7 +203,16 @@ class HydraModel(RoleModel):
         )
         autocast = DTYPES.get(dtype) if tunes_base and dtype != "fp32" else None
         options: dict[str, Any] = {"trunk_layers": trunk_layers, "packing": packing, "check": check}
-        return cls(causal_lm, lora=lora, train=train, saved=saved, adapter=brought, autocast=autocast, tile_tokens=tile_tokens, **options)
+        return cls(
+            causal_lm,
+            lora=lora,
+            train=train,
+            saved=saved,
+            adapter=brought,
+            autocast=autocast,
+            tile_tokens=tile_tokens,
+            **options,
+        )
 
     @classmethod
     def from_config(

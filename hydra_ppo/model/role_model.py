@@ -118,9 +118,7 @@ class RoleModel(nn.Module):
             named |= {f"{role}.{spec.head}_head.{name}": p for name, p in self.heads[spec.head].named_parameters()}
         return named
 
-    def enable_checkpointing(
-        self, enabled: bool = True, use_reentrant: bool = False, offload: bool | None = None
-    ) -> None:
+    def enable_checkpointing(self, enabled: bool = True, use_reentrant: bool = False, offload: bool | None = None) -> None:
         """Recompute activations in the backward pass, layer by layer, each in the role that its forward pass had.
 
         Without that, a layer would be recomputed under whatever adapter is active by then: wrong gradients, no error. Works

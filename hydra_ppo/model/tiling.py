@@ -33,7 +33,8 @@ def tile(architecture: Architecture, tokens: int, trained: bool) -> None:
     use_tiled_norms(architecture.backbone, tokens * architecture.config.hidden_size)
     found = [run_whole(layer) for layer in architecture.layers]
     if any(found):
+        parts = " and ".join(dict.fromkeys(part for of_layer in found for part in of_layer))
         logger.warning(
-            "model.tile_tokens=%d: in %d of %d layers of %s %s cannot be run over pieces (no gated MLP of plain or 4-bit layers)",
-            *(tokens, sum(map(bool, found)), len(found), name, " and ".join(dict.fromkeys(part for parts in found for part in parts))),
+            "model.tile_tokens=%d: %s in %d of %d layers of %s run on whole rows, being no gated MLP of plain or 4-bit layers",
+            *(tokens, parts, sum(map(bool, found)), len(found), name),
         )

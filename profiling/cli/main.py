@@ -40,7 +40,9 @@ def profile(arguments: list[str]) -> None:
     )
     parser.add_argument("--no-checkpointing", action="store_true", help="Keep activations instead of recomputing them.")
     parser.add_argument("--checkpoint-offload", action="store_true", help="Keep the layers' checkpoints in host memory.")
-    parser.add_argument("--tile-tokens", type=int, default=None, metavar="N", help="Run MLPs and norms over pieces of N tokens.")
+    parser.add_argument(
+        "--tile-tokens", type=int, default=None, metavar="N", help="Run MLPs and norms over pieces of N tokens."
+    )
     parser.add_argument("--device", default="auto", help="Of a real run: auto, cpu, cuda or cuda:N.")
     parser.add_argument("--timed-steps", type=int, default=2, help="Of a real run: more steps, for responses per second.")
     parser.add_argument("--json", action="store_true", help="Write numbers as JSON, all in bytes.")
