@@ -32,6 +32,8 @@ class Workload:
         optimizer: how AdamW keeps its moments: `optimizer.name` of the program.
         update_order: actor and critic together, or in-turn.
         offload_in_rollout: the moments leave the device while responses are sampled and scored.
+        checkpoint_offload: keep the layers' inputs, which checkpointing keeps, in host memory.
+        tile_tokens: run MLPs, norms and the pass over prompts over pieces of this many tokens; None is all at once.
     """
 
     model: str
@@ -50,14 +52,21 @@ class Workload:
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "adamw-offloaded"] = "adamw"
     update_order: Literal["together", "in-turn"] = "together"
     offload_in_rollout: bool = False
+    checkpoint_offload: bool = False
+    tile_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rank", "prompt", "response", "rollout_batch", "minibatch", "microbatch", "score_batch"):
+        for name in ("rank", "prompt", "response", "rollout_batch", "minibatch", "microbatch", "score_batch", "tile_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1; choose a positive number.")
         if self.trunk_layers < 0:
             raise ConfigError(f"trunk_layers={self.trunk_layers} must not be negative; use 0 or more.")
+        if self.checkpoint_offload and not self.checkpointing:
+            raise ConfigError(
+                "checkpoint_offload=True moves what checkpointing keeps, and checkpointing=False keeps nothing of it; use "
+                "checkpointing, or leave checkpoint_offload out."
+            )
         if self.rollout_batch % (self.minibatch or self.rollout_batch):
             raise ConfigError(
                 f"rollout_batch={self.rollout_batch} is not divisible by minibatch={self.minibatch}; choose a minibatch that "

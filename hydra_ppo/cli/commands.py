@@ -290,8 +290,9 @@ def load_model(settings: ModelSettings, train: StageName) -> HydraModel:
         train=train,
         check=settings.check,
         adapter=settings.adapter,
+        tile_tokens=settings.tile_tokens,
     )
-    model.enable_checkpointing(settings.gradient_checkpointing)
+    model.enable_checkpointing(settings.gradient_checkpointing, offload=settings.checkpoint_offload)
     return model
 
 

@@ -76,6 +76,7 @@ def open_model(run: Path, config: PPOConfig | SFTConfig, tokenizer: PreTrainedTo
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
         check=settings.check,
+        tile_tokens=settings.tile_tokens,
         train=Stage("saved", {name: known[name] for name in names}, trained=()),
     )
     ends = end_tokens(model, tokenizer, config.data.end_of_turn)

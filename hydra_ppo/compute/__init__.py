@@ -1,8 +1,8 @@
 """Maths on tensors and layers, without a model: log-probs, LoRA, packing, recompute, KV cache, drawing.
 
-From outside: `products`, `bases`, `lora`, `gated_mlp` (linear layers and MLPs as they run), `lm_head`, `quantized_rows`
-(the vocabulary's matrices), `logprobs`, `packing`, `padding`, `trunk`, `recompute` (forward passes), `kv_cache`, `drawing`
-(decoding).
+From outside: `products`, `bases`, `lora`, `gated_mlp`, `tiled_mlp`, `tiled_norm` (layers as they run), `lm_head`,
+`quantized_rows` (the vocabulary's matrices), `logprobs`, `packing`, `padding`, `trunk`, `recompute` (forward passes),
+`kv_cache`, `drawing` (decoding).
 
 Never: roles, settings, text, files.
 """

@@ -79,8 +79,9 @@ def use_lean_mlps(layers: nn.Module) -> None:
 
 
 def activation_of(mlp: nn.Module) -> Activation | None:
-    """Return the activation of an MLP that has this forward pass, None of any other."""
+    """Return the activation of an MLP that has this forward pass, or has it over pieces; None of any other."""
     forward = vars(mlp).get("forward")
+    forward = getattr(forward, "inner", forward)  # `tiled_mlp` wraps it
     return forward.args[2] if isinstance(forward, partial) and forward.func is _forward else None
 
 

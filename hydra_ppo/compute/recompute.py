@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from hydra_ppo.compute.host_checkpoints import kept_on_host
 
 logger = logging.getLogger("hydra_ppo")
 
@@ -34,6 +37,7 @@ class RecomputedForward:
         self.inner = inner
         self.context_fn: ContextFn | None = None
         self.enabled = False
+        self.offload = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.enabled and torch.is_grad_enabled()):
@@ -42,16 +46,29 @@ class RecomputedForward:
             _warn_of_cache()
             return self.inner(*args, **kwargs)
         context: dict[str, Any] = {} if self.context_fn is None else {"context_fn": self.context_fn}
-        return checkpoint(self.inner, *args, use_reentrant=False, **context, **kwargs)
+        if not self.offload:
+            return checkpoint(self.inner, *args, use_reentrant=False, **context, **kwargs)
+        inner = self.inner
+        if not args and "hidden_states" in kwargs:  # a checkpoint saves what it is given by place, and keeps the rest as it is
+            args, inner = (kwargs.pop("hidden_states"),), partial(_by_name, inner)
+        with kept_on_host(args[0]) if args and isinstance(args[0], Tensor) else nullcontext():
+            return checkpoint(inner, *args, use_reentrant=False, **context, **kwargs)
 
 
-def enable_recompute(layers: Iterable[nn.Module], context_fn: ContextFn | None = None, enabled: bool = True) -> None:
+def _by_name(layer: Callable[..., Any], hidden_states: Tensor, **kwargs: Any) -> Any:
+    return layer(hidden_states=hidden_states, **kwargs)
+
+
+def enable_recompute(
+    layers: Iterable[nn.Module], context_fn: ContextFn | None = None, enabled: bool = True, offload: bool = False
+) -> None:
     """Recompute the activations of each layer in the backward pass, or stop doing so; in place, in either mode.
 
     Args:
         layers: decoder layers; each is wrapped the first time.
         context_fn: as `torch.utils.checkpoint.checkpoint` takes it.
         enabled: whether to recompute from now on.
+        offload: keep in host memory what is kept.
 
     Memory: while enabled, a layer's input is kept for the backward pass in place of all that it computes.
     """
@@ -60,7 +77,7 @@ def enable_recompute(layers: Iterable[nn.Module], context_fn: ContextFn | None =
         if not isinstance(wrapped, RecomputedForward):
             wrapped = RecomputedForward(layer.forward)
             layer.forward = wrapped
-        wrapped.context_fn, wrapped.enabled = context_fn, enabled
+        wrapped.context_fn, wrapped.enabled, wrapped.offload = context_fn, enabled, offload
 
 
 def remove_recompute(layers: Iterable[nn.Module]) -> None:

@@ -95,11 +95,25 @@ class ModelSettings:
     quantize_embeddings: Literal["int8", "nf4"] | None = setting(
         None, "Hold embeddings and output head in int8 (half their bytes) or nf4 (a quarter); null keeps them in model.dtype."
     )
+    checkpoint_offload: bool = setting(
+        False, "Keep what gradient checkpointing keeps of a layer, its input, in host memory until the layer is recomputed."
+    )
+    tile_tokens: int | None = setting(
+        None, "Run MLPs, norms and the pass over prompts over pieces of this many tokens, so that long rows need less memory."
+    )
 
     def __post_init__(self) -> None:
         expand_home(self, "name_or_path", "adapter")
         _check(self, "name_or_path", bool(self.name_or_path), "is empty", "name a model or a folder")
         _not_negative(self, "trunk_layers")
+        _positive(self, "tile_tokens")
+        _check(
+            self,
+            "checkpoint_offload",
+            self.gradient_checkpointing or not self.checkpoint_offload,
+            "moves what gradient checkpointing keeps, and model.gradient_checkpointing=false keeps nothing of it",
+            "set model.gradient_checkpointing=true, or leave checkpoint_offload out",
+        )
 
 
 @dataclass(frozen=True)

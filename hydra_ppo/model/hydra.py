@@ -35,6 +35,7 @@ from hydra_ppo.model.quantized_embeddings import embeddings_kind
 from hydra_ppo.model.role_model import RoleModel
 from hydra_ppo.model.roles import Stage, StageName, build_stage
 from hydra_ppo.model.saving import read_heads, write_model
+from hydra_ppo.model.tiling import tile
 
 logger = logging.getLogger("hydra_ppo")
 
@@ -73,6 +74,7 @@ class HydraModel(RoleModel):
             critic start from.
         autocast: compute type of a base that is itself trained, whose weights stay in fp32.
         check: try the passes of the model on a few tokens, `fast`, on rows of some hundred, `full`, or not, `off`.
+        tile_tokens: run gated MLPs, norms and the pass over prompts over pieces of this many tokens; None is all at once.
 
     Memory: the base once; per adapter set 4 bytes a LoRA parameter; two heads of H numbers.
 
@@ -93,6 +95,7 @@ class HydraModel(RoleModel):
         adapter: Path | None = None,
         autocast: torch.dtype | None = None,
         check: CheckName = "fast",
+        tile_tokens: int | None = None,
     ) -> None:
         if check not in get_args(CheckName):
             raise ConfigError(f"model.check={check!r} is unknown; choose fast, full or off.")
@@ -126,6 +129,8 @@ class HydraModel(RoleModel):
         use_lean_lora(base)
         use_lean_mlps(architecture.layers)
         use_lean_linear(architecture.layers)
+        if tile_tokens is not None:
+            tile(architecture, tile_tokens, stage.tunes_base)
         heads = scalar_heads(architecture.hidden_size, architecture.output_embeddings.weight.device)
         if saved is not None and manifest is not None:
             read_heads(heads, saved, manifest)
@@ -140,7 +145,7 @@ class HydraModel(RoleModel):
         if manifest and manifest.get("end_ids"):
             self.trained_end = manifest["end_ids"][0]
             causal_lm.generation_config.eos_token_id = manifest["end_ids"]
-        self.check = check
+        self.check, self.tile_tokens = check, tile_tokens
         if check != "off" and not without_values(architecture.output_embeddings.weight):
             probe(self, check, quantised=quantization_of(causal_lm) == "int8")
 
@@ -163,6 +168,7 @@ class HydraModel(RoleModel):
         check: CheckName = "fast",
         adapter: str | os.PathLike[str] | None = None,
         quantize_embeddings: Literal["int8", "nf4"] | None = None,
+        tile_tokens: int | None = None,
     ) -> Self:
         """Load a causal LM (folder or hub name), or a folder that `save_pretrained` wrote.
 
@@ -176,7 +182,7 @@ class HydraModel(RoleModel):
             packing: see the class.
             device: auto, cpu, cuda or cuda:N.
             trust_remote_code: run Python code that comes with the model. Never on by itself.
-            train, check, adapter: see the class.
+            train, check, adapter, tile_tokens: see the class.
             quantize_embeddings: how embeddings and output head are held; None keeps them in the compute type.
 
         Raises:
@@ -205,7 +211,16 @@ class HydraModel(RoleModel):
         )
         autocast = DTYPES.get(dtype) if tunes_base and dtype != "fp32" else None
         options: dict[str, Any] = {"trunk_layers": trunk_layers, "packing": packing, "check": check}
-        return cls(causal_lm, lora=lora, train=train, saved=saved, adapter=brought, autocast=autocast, **options)
+        return cls(
+            causal_lm,
+            lora=lora,
+            train=train,
+            saved=saved,
+            adapter=brought,
+            autocast=autocast,
+            tile_tokens=tile_tokens,
+            **options,
+        )
 
     @classmethod
     def from_config(
@@ -222,6 +237,7 @@ class HydraModel(RoleModel):
         train: StageName | Stage = "ppo",
         check: CheckName = "fast",
         quantize_embeddings: Literal["int8", "nf4"] | None = None,
+        tile_tokens: int | None = None,
     ) -> Self:
         """Build a model with random weights from a Hugging Face config; arguments as in `from_pretrained`."""
         causal_lm = base_from_config(
@@ -232,7 +248,8 @@ class HydraModel(RoleModel):
             device=device,
             quantized_embeddings=quantize_embeddings,
         )
-        return cls(causal_lm, lora=lora, train=train, trunk_layers=trunk_layers, packing=packing, check=check)
+        options: dict[str, Any] = {"trunk_layers": trunk_layers, "packing": packing, "check": check}
+        return cls(causal_lm, lora=lora, train=train, tile_tokens=tile_tokens, **options)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 

@@ -84,6 +84,7 @@ class RoleModel(nn.Module):
         self._role: str | None = None
         self._thread: int | None = None  # that has the role in force
         self.packed_attention = packing_attention(architecture.config, self.device)
+        self.checkpoint_offload = False
         self.enable_checkpointing(False)
         self.eval()
 
@@ -117,18 +118,23 @@ class RoleModel(nn.Module):
             named |= {f"{role}.{spec.head}_head.{name}": p for name, p in self.heads[spec.head].named_parameters()}
         return named
 
-    def enable_checkpointing(self, enabled: bool = True, use_reentrant: bool = False) -> None:
+    def enable_checkpointing(self, enabled: bool = True, use_reentrant: bool = False, offload: bool | None = None) -> None:
         """Recompute activations in the backward pass, layer by layer, each in the role that its forward pass had.
 
         Without that, a layer would be recomputed under whatever adapter is active by then: wrong gradients, no error. Works
         in training and in evaluation mode; `recompute` says how.
+
+        Args:
+            offload: keep each layer's input in host memory until it is recomputed; None leaves that as it was set last, which
+                at first is on the device.
 
         Raises:
             RoleError: for reentrant checkpointing, which cannot carry the role.
         """
         if use_reentrant:
             raise RoleError("use_reentrant=True cannot recompute a layer in its own role; use use_reentrant=False.")
-        enable_recompute(self.architecture.layers, self._recompute_contexts, enabled)
+        self.checkpoint_offload = self.checkpoint_offload if offload is None else offload
+        enable_recompute(self.architecture.layers, self._recompute_contexts, enabled, self.checkpoint_offload)
         self.checkpointing = enabled
 
     def _recompute_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

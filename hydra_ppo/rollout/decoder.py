@@ -26,6 +26,7 @@ from hydra_ppo.errors import NonFiniteError, UnsupportedModelError
 from hydra_ppo.experience import pad_rows
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rollout.lean_decoding import LeanBackbone, supports
+from hydra_ppo.rollout.prefill import prefill
 from hydra_ppo.runtime.interruption import check_stop
 
 
@@ -55,10 +56,8 @@ class Decoder:
         ids, mask = pad_rows(different, 0, "right", device)  # (U, P)
         model.check_width(ids.shape[1] + steps)
         self.cache = new_cache(ids.shape[1] + steps - 1)  # the last token is not fed
-        hidden = model.hidden_states(ids, past_key_values=self.cache)
         ends = mask.sum(dim=1)
-        self.hidden = hidden[torch.arange(len(different), device=device), ends - 1]  # (U, H)
-        del hidden
+        self.hidden = prefill(model, ids, ends, self.cache)  # (U, H)
         self.rows = list(range(len(prompts)))
         self.index = torch.tensor(self.rows, device=device)
         self.positions = ends  # (U,) where the next token goes

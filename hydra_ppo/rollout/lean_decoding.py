@@ -23,6 +23,7 @@ from hydra_ppo.compute.gated_mlp import Activation, activation_of
 from hydra_ppo.compute.kv_cache import GrowingLayer, KVCache
 from hydra_ppo.compute.lora import active_adapter, base_under
 from hydra_ppo.compute.recompute import RecomputedForward
+from hydra_ppo.compute.tiled_norm import runs_its_own
 from hydra_ppo.compute.trunk import SkippableForward
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.runtime.announce import allocating
@@ -116,7 +117,7 @@ def _is_plain(layer: Any, dtype: torch.dtype) -> bool:
 
 def _is_own(module: nn.Module) -> bool:
     """Return whether a module runs its class's forward pass and no other library's."""
-    return "forward" not in vars(module)
+    return runs_its_own(module)
 
 
 def _linears(parent: nn.Module, names: Sequence[str]) -> list[nn.Module]:

@@ -11,6 +11,7 @@ from hydra_ppo.compat import model_cache
 from hydra_ppo.experience import pad_rows
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rollout.decoder import Decoder
+from hydra_ppo.rollout.prefill import say_whole
 
 
 class _PlainDecoder(Decoder):
@@ -18,6 +19,7 @@ class _PlainDecoder(Decoder):
 
     def _begin(self, model: HydraModel, prompts: Sequence[Sequence[int]], steps: int) -> None:
         model.check_width(max(map(len, prompts)) + steps)
+        say_whole(model, "as this model's decoder does")
         self.model, self.prompts, self.steps = model, prompts, steps
         self.head = model.architecture.lm_head()
         self.rows = list(range(len(prompts)))

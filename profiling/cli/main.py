@@ -42,6 +42,10 @@ def profile(arguments: list[str]) -> None:
     parser.add_argument(
         "--quantize-embeddings", choices=("int8", "nf4"), default=None, help="How embeddings and output head are held."
     )
+    parser.add_argument("--checkpoint-offload", action="store_true", help="Keep the layers' checkpoints in host memory.")
+    parser.add_argument(
+        "--tile-tokens", type=int, default=None, metavar="N", help="Run MLPs and norms over pieces of N tokens."
+    )
     parser.add_argument("--device", default="auto", help="Of a real run: auto, cpu, cuda or cuda:N.")
     parser.add_argument("--timed-steps", type=int, default=2, help="Of a real run: more steps, for responses per second.")
     parser.add_argument("--json", action="store_true", help="Write numbers as JSON, all in bytes.")
@@ -89,6 +93,8 @@ def profile(arguments: list[str]) -> None:
             optimizer=options.optimizer,
             update_order=options.update_order,
             offload_in_rollout=options.offload_in_rollout,
+            checkpoint_offload=options.checkpoint_offload,
+            tile_tokens=options.tile_tokens,
         )
         commands.profile(
             workload,

@@ -160,10 +160,10 @@ class SeparateModels(nn.Module):
         """Return what training `role` changes."""
         return self._homes[role].role_parameters(role)
 
-    def enable_checkpointing(self, enabled: bool = True) -> None:
+    def enable_checkpointing(self, enabled: bool = True, offload: bool | None = None) -> None:
         """Switch activation checkpointing in every model."""
         for model in self.models:
-            model.enable_checkpointing(enabled)
+            model.enable_checkpointing(enabled, offload=offload)
 
     def logprobs(self, sequences: Sequences, temperature: float = 1.0, entropy_grad: bool = False) -> TokenLogprobs:
         """Compute log-probs and entropy of the response tokens in the current role."""

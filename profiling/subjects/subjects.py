@@ -78,7 +78,7 @@ class Builder:
         else:
             model = self._base(REWARD_STAGES[self.method])
             drop_lm_head(model)
-        model.enable_checkpointing(self.workload.checkpointing)
+        model.enable_checkpointing(self.workload.checkpointing, offload=self.workload.checkpoint_offload)
         return model
 
     def _base(self, stage: Stage) -> HydraModel:
@@ -97,7 +97,9 @@ class Builder:
             )
         lora = LoraSettings(r=workload.rank, alpha=2 * workload.rank)
         # What checks a new model is no part of a step; that of an 8B in nf4 takes 0.2 GiB beside the base.
-        model = HydraModel(base, lora=lora, train=stage, trunk_layers=workload.trunk_layers, check="off")
+        model = HydraModel(
+            base, lora=lora, train=stage, trunk_layers=workload.trunk_layers, check="off", tile_tokens=workload.tile_tokens
+        )
         model.reward_head_trained = True
         return model
 
