@@ -8,6 +8,7 @@ from typing import Any, Literal
 from hydra_ppo.errors import ConfigError
 
 QUANTIZATIONS = ("none", "int8", "nf4", "fp4")
+KV_CACHES = ("auto", "int8")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Workload:
         score_batch: responses per scoring pass.
         trunk_layers: adapters sit on the layers above this many.
         checkpointing: recompute activations in the backward pass.
+        kv_cache: keys and values while sampling: auto in the compute type, or int8.
     """
 
     model: str
@@ -40,6 +42,7 @@ class Workload:
     score_batch: int = 1
     trunk_layers: int = 0
     checkpointing: bool = True
+    kv_cache: Literal["auto", "int8"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("rank", "prompt", "response", "rollout_batch", "minibatch", "microbatch", "score_batch"):

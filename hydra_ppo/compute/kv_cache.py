@@ -99,13 +99,17 @@ class GrowingLayer(_Layer):
 
     def __init__(self, limit: int) -> None:
         super().__init__()
-        self.parts = GrowingTensor(limit), GrowingTensor(limit)
+        self.parts: tuple[GrowingTensor, ...] = (GrowingTensor(limit), GrowingTensor(limit))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.keys is None:
-            self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
+            self._begin(key_states)
         self.keys, self.values = (part.append(new) for part, new in zip(self.parts, (key_states, value_states), strict=True))
         return self.keys, self.values
+
+    def _begin(self, like: Tensor) -> None:
+        """Note what transformers notes of a layer when its first columns come."""
+        self.is_initialized, self.dtype, self.device = True, like.dtype, like.device
 
     def keep(self, sources: Sequence[int], moved: Tensor, origins: Tensor) -> None:
         """See `GrowingTensor.keep`."""
@@ -133,17 +137,19 @@ class KVCache(DynamicCache):
     layer's keys twice while they grow. Rows that were dropped are given back when their layer grows next.
     """
 
+    layer_type: type[GrowingLayer] = GrowingLayer
+
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.limit = limit
         layers: Any = self.layers
         self.growing: list[GrowingLayer] = layers  # the same list, of what its items are
-        self.growing[:] = [GrowingLayer(limit) for _ in layers]  # 4.54 and 4.55 begin with one
+        self.growing[:] = [self.layer_type(limit) for _ in layers]  # 4.54 and 4.55 begin with one
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         with allocating("kv cache"):
             while len(self.growing) <= layer_idx:
-                self.growing.append(GrowingLayer(self.limit))
+                self.growing.append(self.layer_type(self.limit))
             return self.growing[layer_idx].update(key_states, value_states)
 
     def keep(self, sources: Sequence[int], device: torch.device) -> None:

@@ -16,6 +16,8 @@ from hydra_ppo.rollout.decoder import Decoder
 class _PlainDecoder(Decoder):
     """Keeps the rows that have ended where they are; what it returns of the others is the same."""
 
+    takes_int8 = False
+
     def _begin(self, model: HydraModel, prompts: Sequence[Sequence[int]], steps: int) -> None:
         model.check_width(max(map(len, prompts)) + steps)
         self.model, self.prompts, self.steps = model, prompts, steps

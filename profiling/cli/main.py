@@ -7,7 +7,7 @@ import argparse
 from hydra_ppo.cli.main import Parser, check_folder
 from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.profiling.workload import QUANTIZATIONS, Workload
+from hydra_ppo.profiling.workload import KV_CACHES, QUANTIZATIONS, Workload
 
 STAGES = {"ppo": ("full", "lora", "dlora", "j-hydra", "hydra"), "reward": ("full", "lora")}
 """Methods by stage."""
@@ -39,6 +39,7 @@ def profile(arguments: list[str]) -> None:
         help="Adapters sit on the layers above this many; --learning compares a list (0,1,2,3), with --methods hydra.",
     )
     parser.add_argument("--no-checkpointing", action="store_true", help="Keep activations instead of recomputing them.")
+    parser.add_argument("--kv-cache", choices=KV_CACHES, default="auto", help="Keys and values while sampling.")
     parser.add_argument("--device", default="auto", help="Of a real run: auto, cpu, cuda or cuda:N.")
     parser.add_argument("--timed-steps", type=int, default=2, help="Of a real run: more steps, for responses per second.")
     parser.add_argument("--json", action="store_true", help="Write numbers as JSON, all in bytes.")
@@ -79,6 +80,7 @@ def profile(arguments: list[str]) -> None:
             score_batch=options.score_batch,
             trunk_layers=_single("trunk_layers", options.trunk_layers),
             checkpointing=not options.no_checkpointing,
+            kv_cache=options.kv_cache,
         )
         commands.profile(
             workload,
