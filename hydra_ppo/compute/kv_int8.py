@@ -19,6 +19,10 @@ from hydra_ppo.runtime.announce import allocating
 LEVELS = 127
 """The largest code; -128 is not used, so that x and -x have codes alike."""
 
+SMALLEST = {torch.float16: 2.0**-16}
+"""The smallest scale where it is not the type's smallest normal number. fp16 has steps of 2^-24 there: half of one is 0.2% of
+this scale, and a quotient of 127.25 is still a code of 127."""
+
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes (..., D) int8 and scales (..., 1), in the type of `x` (..., D); one entry not finite, and no scale is.
@@ -26,7 +30,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     Memory: x once more in fp32, for the moment.
     """
     largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
-    scales = largest.div_(LEVELS).clamp_(min=torch.finfo(x.dtype).tiny)
+    scales = largest.div_(LEVELS).clamp_(min=SMALLEST.get(x.dtype, torch.finfo(x.dtype).tiny))
     return torch.div(x, scales.float()).round_().to(torch.int8), scales
 
 
