@@ -137,19 +137,20 @@ class KVCache(DynamicCache):
     layer's keys twice while they grow. Rows that were dropped are given back when their layer grows next.
     """
 
-    layer_type: type[GrowingLayer] = GrowingLayer
-
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.limit = limit
         layers: Any = self.layers
         self.growing: list[GrowingLayer] = layers  # the same list, of what its items are
-        self.growing[:] = [self.layer_type(limit) for _ in layers]  # 4.54 and 4.55 begin with one
+        self.growing[:] = [self._new_layer() for _ in layers]  # 4.54 and 4.55 begin with one
+
+    def _new_layer(self) -> GrowingLayer:
+        return GrowingLayer(self.limit)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         with allocating("kv cache"):
             while len(self.growing) <= layer_idx:
-                self.growing.append(self.layer_type(self.limit))
+                self.growing.append(self._new_layer())
             return self.growing[layer_idx].update(key_states, value_states)
 
     def keep(self, sources: Sequence[int], device: torch.device) -> None:

@@ -161,10 +161,7 @@ class _Layer:
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """Put key, not turned yet, and value into the last column of the cache; return what the turned query finds there."""
         if isinstance(self.cache, Int8Layer):
-            entering = key.new_empty(2, *key.shape)
-            _turned(key, turn, entering[0])
-            entering[1].copy_(value)
-            self.cache.write(entering)
+            self.cache.write(_turned(key, turn, torch.empty_like(key, memory_format=torch.contiguous_format)), value)
             return attend_int8(query, self.cache, mask, self.scaling)
         keys, values = self.cache.keys, self.cache.values  # (B, heads, S, D)
         _turned(key, turn, keys[:, :, -1])
@@ -270,8 +267,10 @@ def attend_int8(query: Tensor, layer: Int8Layer, mask: Tensor | None, scaling: f
     Memory: keys, then values of the layer in fp32; both at once, dequantised, in half precision.
     """
     keys, values = layer.held
+    assert keys.mixer is not None
+    query, scaling = keys.mixer.mix(query).to(query.dtype), scaling / keys.mixer.gain
     if query.dtype is not torch.float32:
-        return _attend(query, keys.whole(), values.whole(), mask, scaling)
+        return _attend(query, keys.whole(mixed=True), values.whole(), mask, scaling)
     (key_codes, key_scales), (value_codes, value_scales) = keys.filled, values.filled
     query = query.unflatten(1, (key_codes.shape[1], -1)) * scaling  # (B, key-value heads, group, D)
     weights = torch.matmul(query, key_codes.float().transpose(2, 3)).mul_(key_scales.transpose(2, 3))

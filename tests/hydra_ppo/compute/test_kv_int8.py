@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from hydra_ppo.compute import kv_cache, kv_int8
 from hydra_ppo.compute.kv_cache import ConcatenatingCache, KVCache, new_cache
-from hydra_ppo.compute.kv_int8 import Int8Cache, cache_for, dequantise, quantise
+from hydra_ppo.compute.kv_int8 import Int8Cache, Int8Tensor, cache_for, dequantise, mixer, quantise
 from hydra_ppo.errors import UnsupportedModelError
 
 CPU = torch.device("cpu")
@@ -17,7 +17,14 @@ has_layers = pytest.mark.skipif(not isinstance(new_cache(1), KVCache), reason="c
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Values as they are held."""
     return dequantise(*quantise(x))
+
+
+def mixed(x: torch.Tensor) -> torch.Tensor:
+    """Keys as they are held: rounded between the mixer and its inverse."""
+    matrix, gain = mixer(x.shape[-1], CPU)
+    return rounded(x @ matrix) @ matrix / gain
 
 
 # -- rounding ------------------------------------------------------------------------------------------------------------
@@ -59,6 +66,46 @@ def test_what_is_not_finite_stays_so(dtype, bad):
     assert not found[1, 3].isfinite()
 
 
+@pytest.mark.parametrize(("size", "gain"), [(1, 1), (2, 2), (6, 2), (15, 1), (64, 64), (80, 16), (128, 128)])
+def test_a_mixer_is_its_own_inverse_but_for_its_gain(size, gain):
+    matrix, found = mixer(size, CPU)
+    assert found == gain
+    assert torch.equal(matrix @ matrix, gain * torch.eye(size))
+    assert torch.equal(matrix, matrix.T)
+    assert matrix.abs().sum(dim=0).eq(gain).all()
+
+
+def test_mixing_by_hand():
+    """For 6 = 2 x 3: entry i with entry i + 3."""
+    found = mixer(6, CPU).mix(torch.tensor([1.0, 2, 3, 10, 20, 30]))
+    assert found.tolist() == [11, 22, 33, -9, -18, -27]
+
+
+def test_one_large_entry_in_all_keys_costs_the_others_nothing():
+    """One of 64 entries is 50 times the others: without a mixer they would share 2 or 3 codes on either side."""
+    keys = torch.randn(4, 2, 30, 64, generator=torch.Generator().manual_seed(0))
+    keys[..., 7] += 50
+    plain, own = (rounded(keys) - keys)[..., 8:], (mixed(keys) - keys)[..., 8:]
+    assert own.square().mean() < 0.1 * plain.square().mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_in_pieces_is_rounding(dtype, monkeypatch):
+    columns = torch.randn(5, 2, 3, 8).to(dtype)
+    found = []
+    for piece in (2**22, 100, 1):
+        monkeypatch.setattr(kv_int8, "PIECE", piece)
+        held = Int8Tensor(limit=4)
+        held.mixer = mixer(8, CPU)
+        held.append(columns)
+        found.append(held.filled)
+        away = (held.whole().float() - columns.float()).abs().max()
+        assert away < {torch.float32: 0.02, torch.bfloat16: 0.05, torch.float16: 0.02}[dtype]
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    assert found[0][1].dtype is dtype
+
+
 # -- the cache -----------------------------------------------------------------------------------------------------------
 
 
@@ -75,9 +122,10 @@ def test_the_cache_holds_the_rounded_of_what_transformers_own_holds(columns, mon
             keys, values = torch.randn(2, rows, 2, width, 4).unbind(0)
             values = values[..., :3]  # keys and values of different sizes
             found = ours.update(keys, values, layer)
-            wanted = plain.update(rounded(keys), rounded(values), layer)
+            wanted = plain.update(mixed(keys), rounded(values), layer)
             for mine, theirs in zip(found, (keys, values) if step == 0 else wanted, strict=True):
-                assert torch.equal(mine, theirs)  # the prompt's own as they are
+                torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+                assert step > 0 or torch.equal(mine, theirs)  # the prompt's own as they are
         assert ours.get_seq_length() == plain.get_seq_length() == 3 + step
         if (sources := selections.get(step)) is not None:
             ours.keep(sources, CPU)
@@ -91,10 +139,11 @@ def test_columns_that_come_together_see_one_another_as_they_are():
     first, more = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 3, 8)
     cache.update(first, first, 0)
     keys, values = cache.update(more, 2 * more, 0)
-    assert torch.equal(keys, torch.cat([rounded(first), more], dim=2))
+    assert torch.equal(keys[:, :, 4:], more)
+    torch.testing.assert_close(keys[:, :, :4], mixed(first), rtol=1e-6, atol=1e-6)
     assert torch.equal(values, torch.cat([rounded(first), 2 * more], dim=2))
     keys, _ = cache.update(first[:, :, :1], first[:, :, :1], 0)
-    assert torch.equal(keys, rounded(torch.cat([first, more, first[:, :, :1]], dim=2)))
+    torch.testing.assert_close(keys, mixed(torch.cat([first, more, first[:, :, :1]], dim=2)), rtol=1e-6, atol=1e-6)
 
 
 @has_layers
@@ -104,7 +153,7 @@ def test_a_column_can_be_written_in_place():
     for cache in (written, appended):
         cache.update(prompt, -prompt, 0)
     written.extend(1)
-    written.growing[0].write(entering)
+    written.growing[0].write(*entering)
     keys, values = appended.update(entering[0, :, :, None], entering[1, :, :, None], 0)
     mine = [half.whole() for half in written.growing[0].held]
     assert torch.equal(mine[0], keys)

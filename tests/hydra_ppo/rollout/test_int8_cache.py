@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, Qwen2Config
 
 from hydra_ppo.compute.kv_cache import KVCache, new_cache
-from hydra_ppo.compute.kv_int8 import Int8Cache, Int8Tensor, dequantise, quantise
+from hydra_ppo.compute.kv_int8 import Int8Cache, Int8Tensor, dequantise, mixer, quantise
 from hydra_ppo.errors import UnsupportedModelError
 from hydra_ppo.rollout import choice, decoder, lean_decoding
 from hydra_ppo.rollout.choice import decoder_of
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not isinstance(new_cache(1), KVCache), reason="c
 INT8 = {"kv_cache": "int8"}
 NO_END = 98
 ONE_STEP = 1e-3
-"""What a log-prob may differ by, in nats, where sums in another order took one entry of a key across the middle of two codes."""
+"""What a log-prob may differ by, in nats, where sums in another order took an entry of a key across the middle of two codes."""
 
 
 def check_alike(found: Samples, wanted: Samples) -> None:
@@ -43,7 +43,9 @@ class Rounding(DynamicCache):
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         first = self.get_seq_length(layer_idx) == 0
-        kept = super().update(dequantise(*quantise(key_states)), dequantise(*quantise(value_states)), layer_idx)
+        matrix, gain = mixer(key_states.shape[-1], key_states.device)
+        keys = dequantise(*quantise(key_states @ matrix)) @ matrix / gain
+        kept = super().update(keys, dequantise(*quantise(value_states)), layer_idx)
         return (key_states, value_states) if first else kept
 
     def keep(self, sources, device):
@@ -119,8 +121,8 @@ def test_one_layer_is_dequantised_at_a_time(monkeypatch):
     places: list[int] = []
     plain = Int8Tensor.whole
 
-    def whole(self):
-        found = plain(self)
+    def whole(self, *args, **kwargs):
+        found = plain(self, *args, **kwargs)
         places.append(1)
         weakref.finalize(found, places.pop)
         alive.append(len(places))
