@@ -179,6 +179,7 @@ class ScoredExperience(Experience):
         ref_logprobs: (B, R) the same under the reference.
         old_values: (B, R) the critic's values of the state before each token.
         scores: (B,) scores of the responses.
+        drift: mean and largest |sampler - pass| in nats per token, where it was measured on some rows.
 
     Memory: four more (B, R) tensors, five where log-probs were recomputed.
     """
@@ -188,6 +189,7 @@ class ScoredExperience(Experience):
     ref_logprobs: Tensor
     old_values: Tensor
     scores: Tensor
+    drift: tuple[float, float] | None = None
 
     def finished(self, advantages: Tensor, returns: Tensor) -> FinishedExperience:
         """Return the same rows with their advantages and returns, both (B, R)."""

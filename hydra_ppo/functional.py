@@ -138,6 +138,7 @@ def policy_loss(
     response_mask: Tensor,
     clip_range: float,
     count: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped surrogate loss.
 
@@ -148,6 +149,7 @@ def policy_loss(
         logprobs, old_logprobs, advantages: (B, R).
         response_mask: (B, R) bool.
         count: () tokens of the whole minibatch; see `masked_mean`.
+        weights: (B, R) of each token's loss, such as `importance_weights`; None is 1. The statistics are without them.
 
     Returns:
         The loss; approx_kl, the k3 estimate of KL(old || current) in nats per token; clip_frac, the share of
@@ -161,7 +163,38 @@ def policy_loss(
         approx_kl = masked_mean(ratio - 1 - log_ratio, response_mask, count)
         clip_frac = masked_mean((clipped > unclipped).to(ratio.dtype), response_mask, count)
         mean_ratio = masked_mean(ratio, response_mask, count)
-    return PolicyLoss(masked_mean(torch.maximum(unclipped, clipped), response_mask, count), approx_kl, clip_frac, mean_ratio)
+    losses = torch.maximum(unclipped, clipped)
+    if weights is not None:
+        losses = losses * weights
+    return PolicyLoss(masked_mean(losses, response_mask, count), approx_kl, clip_frac, mean_ratio)
+
+
+def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """Weigh tokens by how much likelier the policy makes them than the sampler that drew them, up to a cap.
+
+    w = min(cap, exp(old_logprobs - sampler_logprobs)).  With every w uncapped the weighted mean over what the sampler drew
+    is the mean over what the policy would draw; the cap bounds the variance and costs a bias.
+    Source: Ionides 2008 (Truncated importance sampling, J. Comput. Graph. Stat. 17), per token.
+
+    Args:
+        old_logprobs, sampler_logprobs: (B, R) in nats; equal where nothing counts.
+        cap: at least 1.
+
+    Returns:
+        (B, R) without a graph.
+    """
+    return (old_logprobs - sampler_logprobs).detach().exp().clamp(max=cap)
+
+
+def logprob_drift(sampler_logprobs: Tensor, logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Return (2,) mean and largest |difference|, in nats per token, of the tokens that count.
+
+    Args:
+        sampler_logprobs, logprobs: (B, R) in nats.
+        mask: (B, R) bool, at least one True.
+    """
+    away = (sampler_logprobs - logprobs).abs().masked_fill(~mask, 0.0)
+    return torch.stack([masked_mean(away, mask), away.max()])
 
 
 class ValueLoss(NamedTuple):

@@ -10,6 +10,7 @@ from hydra_ppo.errors import ConfigError
 QUANTIZATIONS = ("none", "int8", "nf4", "fp4")
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit", "adamw-offloaded")
 UPDATE_ORDERS = ("together", "in-turn")
+KV_CACHES = ("auto", "int8")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Workload:
         offload_in_rollout: the moments leave the device while responses are sampled and scored.
         checkpoint_offload: keep the layers' inputs, which checkpointing keeps, in host memory.
         tile_tokens: run MLPs, norms and the pass over prompts over pieces of this many tokens; None is all at once.
+        kv_cache: keys and values while sampling: auto in the compute type, or int8.
     """
 
     model: str
@@ -54,6 +56,7 @@ class Workload:
     offload_in_rollout: bool = False
     checkpoint_offload: bool = False
     tile_tokens: int | None = None
+    kv_cache: Literal["auto", "int8"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("rank", "prompt", "response", "rollout_batch", "minibatch", "microbatch", "score_batch", "tile_tokens"):

@@ -99,13 +99,17 @@ class GrowingLayer(_Layer):
 
     def __init__(self, limit: int) -> None:
         super().__init__()
-        self.parts = GrowingTensor(limit), GrowingTensor(limit)
+        self.parts: tuple[GrowingTensor, ...] = (GrowingTensor(limit), GrowingTensor(limit))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.keys is None:
-            self.is_initialized, self.dtype, self.device = True, key_states.dtype, key_states.device
+            self._begin(key_states)
         self.keys, self.values = (part.append(new) for part, new in zip(self.parts, (key_states, value_states), strict=True))
         return self.keys, self.values
+
+    def _begin(self, like: Tensor) -> None:
+        """Note what transformers notes of a layer when its first columns come."""
+        self.is_initialized, self.dtype, self.device = True, like.dtype, like.device
 
     def keep(self, sources: Sequence[int], moved: Tensor, origins: Tensor) -> None:
         """See `GrowingTensor.keep`."""
@@ -138,12 +142,15 @@ class KVCache(DynamicCache):
         self.limit = limit
         layers: Any = self.layers
         self.growing: list[GrowingLayer] = layers  # the same list, of what its items are
-        self.growing[:] = [GrowingLayer(limit) for _ in layers]  # 4.54 and 4.55 begin with one
+        self.growing[:] = [self._new_layer() for _ in layers]  # 4.54 and 4.55 begin with one
+
+    def _new_layer(self) -> GrowingLayer:
+        return GrowingLayer(self.limit)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         with allocating("kv cache"):
             while len(self.growing) <= layer_idx:
-                self.growing.append(GrowingLayer(self.limit))
+                self.growing.append(self._new_layer())
             return self.growing[layer_idx].update(key_states, value_states)
 
     def keep(self, sources: Sequence[int], device: torch.device) -> None:

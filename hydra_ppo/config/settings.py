@@ -17,6 +17,7 @@ from hydra_ppo.config.fields import not_negative as _not_negative
 from hydra_ppo.config.fields import positive as _positive
 from hydra_ppo.config.rewards import RewardSettings
 from hydra_ppo.config.rewards import RewardSource as RewardSource  # so that all settings are found here
+from hydra_ppo.config.rollout import RolloutSettings as RolloutSettings
 from hydra_ppo.errors import ConfigError
 
 ROW_COLUMNS = ("prompt", "chosen", "rejected", "messages", "responses", "ratings", "tools", "chat_template_kwargs")
@@ -294,52 +295,6 @@ class SFTConfig:
                 "sft_coef=0 with method='full' would change the policy that PPO starts from; use method='lora', which gives "
                 "the reward model an adapter of its own, or sft_coef above 0."
             )
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """How responses are sampled and scored."""
-
-    batch_size: int = setting(64, "Responses per PPO step.")
-    samples_per_prompt: int = setting(1, "Responses sampled for each prompt; batch_size counts responses.")
-    generation_batch_size: int | None = setting(None, "Responses decoded together; null decodes the whole batch at once.")
-    max_new_tokens: int = setting(128, "Longest response, in tokens.")
-    temperature: float = setting(1.0, "Sampling temperature; log-probs are those of the temperature-scaled policy.")
-    top_k: int | None = setting(None, "Sample among this many most likely tokens; null is all.")
-    top_p: float | None = setting(None, "Sample among the smallest set of tokens with this probability; null is all.")
-    min_new_tokens: int = setting(0, "Draw no end before this many tokens; log-probs stay those of the policy itself.")
-    repetition_penalty: float = setting(
-        1.0, "Draw tokens that were there before less likely, as transformers does; log-probs stay those of the policy itself."
-    )
-    stop: list[str] = setting(list, "Strings that end a response where they are complete, beside the end of a turn.")
-    score_batch_size: int = setting(16, "Most responses per scoring pass (reference, reward, critic), which keeps no graph.")
-    trunk_cache: Literal["device", "cpu"] = setting(
-        "device", "Where the hidden states that leave the trunk are kept, one per token, with model.trunk_layers above 0."
-    )
-    recompute_logprobs: bool = setting(
-        False, "Recompute the sampled tokens' log-probs in a pass of its own instead of keeping the sampler's."
-    )
-
-    def __post_init__(self) -> None:
-        _positive(self, "batch_size", "samples_per_prompt", "generation_batch_size", "score_batch_size", "max_new_tokens")
-        _positive(self, "temperature", "top_k", "repetition_penalty")
-        _not_negative(self, "min_new_tokens")
-        _check(self, "stop", all(self.stop), "holds an empty string", "name strings that a response can hold")
-        _check(
-            self,
-            "min_new_tokens",
-            self.min_new_tokens < self.max_new_tokens,
-            f"leaves no room to end within max_new_tokens={self.max_new_tokens}",
-            "choose a smaller one",
-        )
-        _check(
-            self,
-            "batch_size",
-            self.batch_size % self.samples_per_prompt == 0,
-            f"is not divisible by samples_per_prompt={self.samples_per_prompt}",
-            f"choose a samples_per_prompt that divides {self.batch_size}",
-        )
-        _check(self, "top_p", self.top_p is None or 0 < self.top_p <= 1, "must lie in (0, 1]", "choose for example 0.95")
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from hydra_ppo.compute.kv_int8 import check_layers
 from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.errors import HydraError, NonFiniteError, UnsupportedModelError
 from hydra_ppo.experience import Experience
@@ -17,7 +20,7 @@ from hydra_ppo.rollout.plain_decoders import ModelCacheDecoder, RecomputingDecod
 logger = logging.getLogger("hydra_ppo")
 
 STEPS = 6
-KEY = "decoder"
+KEY, INT8 = "decoder", "int8 cache"
 
 DECODERS: tuple[tuple[type[Decoder], str], ...] = (
     (Decoder, ""),
@@ -48,6 +51,45 @@ def decoder_of(model: HydraModel) -> type[Decoder]:
     return found
 
 
+def check_cache(model: HydraModel, decoder: type[Decoder], kv_cache: str) -> None:
+    """Refuse a cache that cannot be had; of one in int8 say, once per model, how far from a whole pass its log-probs are.
+
+    Memory: that of sampling a few tokens.
+
+    Raises:
+        UnsupportedModelError: for int8, where the decoder has no such cache, or sampling with it fails.
+    """
+    if kv_cache == "auto":
+        return
+    check_layers()
+    name = type(model.causal_lm).__name__
+    if not decoder.takes_int8:
+        raise UnsupportedModelError(
+            f"rollout.kv_cache={kv_cache!r} is a cache that {name} cannot be sampled from with, which goes "
+            f"{dict(DECODERS).get(decoder, 'another way')}; use rollout.kv_cache=auto."
+        )
+    if INT8 in model.kept or model.check == "off" or without_values(model.architecture.output_embeddings.weight):
+        return
+    try:
+        away = _away(model, decoder, kv_cache=kv_cache)
+    except (torch.OutOfMemoryError, HydraError):
+        raise
+    except Exception as error:  # of a model's own code that reads the cache past its `update`
+        raise UnsupportedModelError(
+            f"rollout.kv_cache={kv_cache!r} does not go with {name} ({_said(error)}); use rollout.kv_cache=auto."
+        ) from error
+    model.kept[INT8] = away.mean().item()
+    logger.warning(
+        "sampling from %s with keys and values in int8: log-probs of %d tokens are %.2g nats from those of a whole pass on "
+        "average, %.2g at most",
+        *(name, len(away), model.kept[INT8], away.max().item()),
+    )
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
+
+
 def _try_all(model: HydraModel) -> type[Decoder]:
     reasons = []
     for decoder, what in DECODERS:
@@ -62,7 +104,7 @@ def _try_all(model: HydraModel) -> type[Decoder]:
             reasons.append(str(error))
             continue
         except Exception as error:  # whatever a model's own code raises over a cache or a mask
-            reasons.append(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}")
+            reasons.append(_said(error))
             continue
         if away <= tolerance:
             if what:
@@ -89,9 +131,18 @@ def _beyond_the_trial(model: HydraModel) -> str | None:
     return f"its config has {windows[0]}, which may bound what a token sees" if windows else None
 
 
-@torch.no_grad()
 def _difference(model: HydraModel, decoder: type[Decoder]) -> tuple[float, float]:
     """Return the difference in nats that all but a few tokens keep to, and what would be rounding."""
+    away = _away(model, decoder)
+    if not away.isfinite().all():
+        return float("inf"), 0.0
+    dtype = model.architecture.output_embeddings.weight.dtype
+    return away.quantile(1 - few_of(dtype)).item(), 2e-3 if dtype is torch.float32 else 0.15
+
+
+@torch.no_grad()
+def _away(model: HydraModel, decoder: type[Decoder], **options: Any) -> Tensor:
+    """Return |sampled - whole pass| of the log-probs of a few tokens, in nats; the decoder gets the options."""
     device = model.device
     vocabulary = model.architecture.output_embeddings.weight.shape[0]
     long, short = probe_rows(LENGTHS["full" if model.check == "full" else "fast"], vocabulary, device)
@@ -100,12 +151,8 @@ def _difference(model: HydraModel, decoder: type[Decoder]) -> tuple[float, float
     settings = RolloutSettings(max_new_tokens=STEPS, temperature=1.0)
     generator = torch.Generator(device).manual_seed(0)
     with decoding_attention(model):  # and not around the whole pass, whose attention is the model's own
-        tokens, logprobs, _ = decoder(model, prompts, STEPS).run(settings, [], generator, given)
+        tokens, logprobs, _ = decoder(model, prompts, STEPS, **options).run(settings, [], generator, given)
     responses = [row[:length] for row, length in zip(tokens.tolist(), given, strict=True)]
     sequences = Experience.from_lists(prompts, responses, pad_id=0, device=device).sequences()
     expected = model.logprobs(sequences).logprobs
-    away = torch.cat([(logprobs[i, :n] - expected[i, :n]).abs() for i, n in enumerate(given)])
-    if not away.isfinite().all():
-        return float("inf"), 0.0
-    dtype = model.architecture.output_embeddings.weight.dtype
-    return away.quantile(1 - few_of(dtype)).item(), 2e-3 if dtype is torch.float32 else 0.15
+    return torch.cat([(logprobs[i, :n] - expected[i, :n]).abs() for i, n in enumerate(given)])

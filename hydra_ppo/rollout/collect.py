@@ -10,11 +10,15 @@ from torch import Tensor
 
 from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.experience import Experience, ScoredExperience, Sequences
+from hydra_ppo.functional import logprob_drift
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rollout.sampling import Samples, sample
 from hydra_ppo.runtime.announce import allocating
 from hydra_ppo.runtime.exhaustion import Limits
 from hydra_ppo.runtime.interruption import check_stop
+
+MEASURED = 16
+"""Rows of a rollout on which drift is measured, the longest: some hundred to some thousand tokens, for one pass over them."""
 
 
 def collect_experience(
@@ -89,6 +93,9 @@ def score(
 
     Where the model has a trunk, the first pass finds what leaves it too, and the others begin there.
 
+    Where drift is measured, the actor's log-probs of the `MEASURED` longest rows are recomputed too; those of all rows, where
+    what the sampler had is further from them than the settings allow. So neither depends on how many rows are scored at once.
+
     Args:
         logprobs: (B, R) of the sampled tokens under the actor, as the sampler had them, nats.
         eos_ids: tokens that end a response; a row that ends in one is scored as if it ended in the first.
@@ -99,7 +106,11 @@ def score(
         ref_logprobs, old_values, recomputed = (torch.zeros(shape, device=model.device) for _ in range(3))
         scores = torch.zeros(shape[0], device=model.device)
         trunk = _room_for_trunk(model, experience, settings)
-    for rows in experience.split(settings.score_batch_size):
+    measured = set(_longest(experience, MEASURED)) if settings.measures_drift and not settings.recompute_logprobs else set()
+    groups = experience.split(settings.score_batch_size)
+    again = [rows for rows in groups if settings.recompute_logprobs or not measured.isdisjoint(rows)]
+    left = [rows for rows in groups if rows not in again]
+    for rows in groups:
         check_stop()
         with allocating("experience"):
             part = experience.select(rows)
@@ -113,19 +124,44 @@ def score(
             trunk[index.to(trunk.device), : states[0].shape[1]] = states[0].to(trunk.device)
         with model.role("critic"):
             old_values[index, :width] = model.values(sequences)
-        if settings.recompute_logprobs:
+        if rows in again:
             with model.role("actor"):
                 recomputed[index, :width] = model.logprobs(sequences, settings.temperature).logprobs
+    drift, recompute = None, settings.recompute_logprobs
+    if measured:
+        drift = _drift(experience, logprobs, recomputed, sorted(measured))
+        recompute = settings.max_drift is not None and drift[0] > settings.max_drift
+        for rows in left if recompute else []:
+            check_stop()
+            with allocating("experience"):
+                part = experience.with_trunk(trunk).select(rows)
+                index = torch.tensor(rows, device=model.device)
+            with model.role("actor"):
+                found = model.logprobs(ending_alike(part.sequences(), eos_ids), settings.temperature).logprobs
+            recomputed[index, : found.shape[1]] = found
     with allocating("experience"):
         outside = ~experience.response_mask
         return ScoredExperience(
             **(experience.parts(Experience) | {"trunk": trunk}),
-            old_logprobs=recomputed.masked_fill(outside, 0.0) if settings.recompute_logprobs else logprobs,
-            sampler_logprobs=logprobs if settings.recompute_logprobs else None,
+            old_logprobs=recomputed.masked_fill(outside, 0.0) if recompute else logprobs,
+            sampler_logprobs=logprobs if recompute else None,
             ref_logprobs=ref_logprobs.masked_fill(outside, 0.0),
             old_values=old_values.masked_fill(outside, 0.0),
             scores=scores,
+            drift=drift,
         )
+
+
+def _longest(experience: Experience, count: int) -> list[int]:
+    """Return the numbers of that many of the longest rows, or of all."""
+    return [row for (row,) in experience.split(1)[:count]]
+
+
+def _drift(experience: Experience, logprobs: Tensor, recomputed: Tensor, rows: Sequence[int]) -> tuple[float, float]:
+    """Return mean and largest |difference| of the log-probs of some rows, nats per token."""
+    index = torch.tensor(rows, device=logprobs.device)
+    mean, largest = logprob_drift(logprobs[index], recomputed[index], experience.response_mask[index]).tolist()
+    return mean, largest
 
 
 def ending_alike(sequences: Sequences, eos_ids: Sequence[int]) -> Sequences:

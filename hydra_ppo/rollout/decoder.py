@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 
 from hydra_ppo.compat import MASKS_BY_LAYER_TYPE, attention_is_built_in, check_positions, decoding_mask
 from hydra_ppo.compute.drawing import draw
-from hydra_ppo.compute.kv_cache import ConcatenatingCache, KVCache, new_cache
+from hydra_ppo.compute.kv_cache import ConcatenatingCache, KVCache
+from hydra_ppo.compute.kv_int8 import cache_for
 from hydra_ppo.compute.packing import attention_of
 from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.errors import NonFiniteError, UnsupportedModelError
@@ -36,15 +37,21 @@ class Decoder:
     Args:
         prompts: token ids of each row.
         steps: most tokens of a response.
+        kv_cache: auto or int8, as the setting says.
 
     Attributes:
         never, stopped: as of `sampling.sample`.
+        takes_int8: whether this kind of decoder knows the cache in int8.
     """
+
+    takes_int8 = True
 
     never: Sequence[int] = ()
     stopped: Callable[[Sequence[Sequence[int]]], list[bool]] | None = None
 
-    def __init__(self, model: HydraModel, prompts: Sequence[Sequence[int]], steps: int) -> None:
+    def __init__(
+        self, model: HydraModel, prompts: Sequence[Sequence[int]], steps: int, kv_cache: Literal["auto", "int8"] = "auto"
+    ) -> None:
         self.model = model
         self.prompts, self.steps = prompts, steps
         self.head = model.architecture.lm_head()
@@ -55,7 +62,7 @@ class Decoder:
         different, sources = _distinct(prompts)
         ids, mask = pad_rows(different, 0, "right", device)  # (U, P)
         model.check_width(ids.shape[1] + steps)
-        self.cache = new_cache(ids.shape[1] + steps - 1)  # the last token is not fed
+        self.cache = cache_for(kv_cache, ids.shape[1] + steps - 1)  # the last token is not fed
         ends = mask.sum(dim=1)
         self.hidden = prefill(model, ids, ends, self.cache)  # (U, H)
         self.rows = list(range(len(prompts)))

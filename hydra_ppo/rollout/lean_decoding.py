@@ -21,6 +21,7 @@ from torch.nn import functional
 from hydra_ppo.compute.bases import Base
 from hydra_ppo.compute.gated_mlp import Activation, activation_of
 from hydra_ppo.compute.kv_cache import GrowingLayer, KVCache
+from hydra_ppo.compute.kv_int8 import Int8Layer
 from hydra_ppo.compute.lora import active_adapter, base_under
 from hydra_ppo.compute.recompute import RecomputedForward
 from hydra_ppo.compute.tiled_norm import runs_its_own
@@ -150,16 +151,23 @@ class _Layer:
         query, key, value = (part.view(rows, -1, self.width) for part in self.entering(self.norm(hidden)))  # (B, heads, D)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        keys, values = self.cache.keys, self.cache.values  # (B, heads, S, D)
-        _turned(key, turn, keys[:, :, -1])
-        values[:, :, -1].copy_(value)
         query = _turned(query, turn, torch.empty_like(query, memory_format=torch.contiguous_format))
-        found = _attend(query, keys, values, mask, self.scaling)
+        found = self._attention(query, key, value, turn, mask)
         (added,) = self.leaving(found.reshape(rows, -1))
         hidden.add_(added)
         gate, up = self.widening(self.mlp_norm(hidden))
         (added,) = self.narrowing(self.activation.forward(gate).mul_(up))
         hidden.add_(added)
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """Put key, not turned yet, and value into the last column of the cache; return what the turned query finds there."""
+        if isinstance(self.cache, Int8Layer):
+            self.cache.write(_turned(key, turn, torch.empty_like(key, memory_format=torch.contiguous_format)), value)
+            return attend_int8(query, self.cache, mask, self.scaling)
+        keys, values = self.cache.keys, self.cache.values  # (B, heads, S, D)
+        _turned(key, turn, keys[:, :, -1])
+        values[:, :, -1].copy_(value)
+        return _attend(query, keys, values, mask, self.scaling)
 
 
 class _Projections:
@@ -245,3 +253,28 @@ def attend_by_products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor
     if mask is not None:
         weights.masked_fill_(~mask, -torch.inf)
     return torch.matmul(weights.softmax(dim=-1), values)
+
+
+def attend_int8(query: Tensor, layer: Int8Layer, mask: Tensor | None, scaling: float) -> Tensor:
+    """Return what `_attend` does, for one query (B, heads, D) a row and keys and values in int8.
+
+    In fp32 they are cast, not dequantised: the scale of a key stands before its score, that of a value before its weight, of
+    which there are fewer by D. In half precision scores would be rounded before their softmax, which attention's own kernel
+    does in fp32; so it gets the dequantised layer.
+
+    Measured on one core of an AMD EPYC, 16 rows of 8 heads of 128 for 32 queries, 300 and 1200 keys, medians of 12: 44 and
+    253 ms by products, 63 and 443 dequantised, 40 and 180 with a cache in fp32.
+
+    Memory: keys, then values of the layer in fp32; both at once, dequantised, in half precision.
+    """
+    keys, values = layer.held
+    assert keys.mixer is not None
+    query, scaling = keys.mixer.mix(query).to(query.dtype), scaling / keys.mixer.gain
+    if query.dtype is not torch.float32:
+        return _attend(query, keys.whole(mixed=True), values.whole(), mask, scaling)
+    (key_codes, key_scales), (value_codes, value_scales) = keys.filled, values.filled
+    query = query.unflatten(1, (key_codes.shape[1], -1)) * scaling  # (B, key-value heads, group, D)
+    weights = torch.matmul(query, key_codes.float().transpose(2, 3)).mul_(key_scales.transpose(2, 3))
+    if mask is not None:
+        weights.masked_fill_(~mask, -torch.inf)
+    return torch.matmul(weights.softmax(dim=-1).mul_(value_scales.transpose(2, 3)), value_codes.float())

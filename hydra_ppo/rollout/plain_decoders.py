@@ -17,6 +17,8 @@ from hydra_ppo.rollout.prefill import say_whole
 class _PlainDecoder(Decoder):
     """Keeps the rows that have ended where they are; what it returns of the others is the same."""
 
+    takes_int8 = False
+
     def _begin(self, model: HydraModel, prompts: Sequence[Sequence[int]], steps: int) -> None:
         model.check_width(max(map(len, prompts)) + steps)
         say_whole(model, "as this model's decoder does")

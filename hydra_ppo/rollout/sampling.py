@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.experience import split_by_length
 from hydra_ppo.model.hydra import HydraModel
-from hydra_ppo.rollout.choice import decoder_of
+from hydra_ppo.rollout.choice import check_cache, decoder_of
 from hydra_ppo.rollout.decoder import Decoder, decoding_attention
 
 
@@ -44,7 +45,7 @@ def sample(
 
     Args:
         prompts: token ids, at least one each. Those that are equal cost one pass over the prompt.
-        settings: temperature, top_k, top_p, max_new_tokens, generation_batch_size.
+        settings: temperature, top_k, top_p, max_new_tokens, generation_batch_size, kv_cache.
         eos_ids: tokens that end a response.
         generator: source of randomness, on the model's device.
         role: `actor`, or `reference` for the policy that training started from.
@@ -56,23 +57,25 @@ def sample(
 
     Raises:
         NonFiniteError: when logits were NaN or infinite.
-        UnsupportedModelError: when the model cannot be sampled from.
+        UnsupportedModelError: when the model cannot be sampled from, or not with such a cache.
 
     Memory: the KV cache of one generation batch, up to max_new_tokens more columns than its longest prompt, and one (B, V)
     tensor; a few with top_k or top_p.
     """
     was_training = model.training
     model.eval()
+    # A decoder of somebody's own need not know what is not asked of it.
+    cache: dict[str, Any] = {} if settings.kv_cache == "auto" else {"kv_cache": settings.kv_cache}
     responses: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     try:
         with model.role(role):
-            decoder = decoder or decoder_of(model)
+            check_cache(model, decoder := decoder or decoder_of(model), settings.kv_cache)
         with model.role(role), decoding_attention(model):
             for rows in split_by_length([len(p) for p in prompts], settings.generation_batch_size or len(prompts)):
                 given = None if lengths is None else [lengths[i] for i in rows]
                 steps = settings.max_new_tokens if given is None else max(given)
-                batch = decoder(model, [prompts[i] for i in rows], steps)
+                batch = decoder(model, [prompts[i] for i in rows], steps, **cache)
                 batch.never, batch.stopped = list(never), stopped
                 tokens, token_logprobs, found = batch.run(settings, eos_ids, generator, given)
                 for row, ids, values, length in zip(rows, tokens.tolist(), token_logprobs.tolist(), found, strict=True):

@@ -8,7 +8,7 @@ A step, in order:
 4. the updates: see `ppo_update`
 
 Sources: Schulman et al. 2017 (arXiv 1707.06347); Ziegler et al. 2019 (arXiv 1909.08593); Santacroce et al. 2023
-(arXiv 2309.00754), section 3.2. Departure: none of the rollout's log-probs are recomputed for the update.
+(arXiv 2309.00754), section 3.2. Departure: the rollout's log-probs are recomputed for the update only where that is asked for.
 
 The device is waited for at the sampler, which decides the lengths, and once a step for the metrics.
 """
@@ -267,7 +267,8 @@ class PPOTrainer:
         found, shaped = self._score(experience, rows, f"step={step} phase=score")
         if step % self.config.sample_every == 0 or step == 1:
             self.run.samples(step, self._samples(experience, rows, found))
-        metrics = rollout_metrics(experience, found.total, shaped, progress.kl_coef, self.eos_ids)
+        cap = self.config.rollout.importance_cap
+        metrics = rollout_metrics(experience, found.total, shaped, progress.kl_coef, self.eos_ids, cap)
         metrics |= reward_metrics(found.parts)
         check_measured(f"step={step} phase=rollout", metrics, progress.scaler)
         with allocating("experience"):

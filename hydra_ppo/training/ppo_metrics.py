@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hydra_ppo.experience import ScoredExperience
-from hydra_ppo.functional import masked_mean
+from hydra_ppo.functional import importance_weights, logprob_drift, masked_mean
 from hydra_ppo.training.metrics import Metrics
 
 POLICY = ("policy/loss", "policy/approx_kl", "policy/clip_frac", "policy/ratio", "policy/entropy", "policy/grad_norm")
@@ -21,17 +22,21 @@ COMPARED = (
 
 
 def rollout_metrics(
-    experience: ScoredExperience, raw: Sequence[float], shaped: Sequence[float], kl_coef: float, eos_ids: Sequence[int]
+    experience: ScoredExperience,
+    raw: Sequence[float],
+    shaped: Sequence[float],
+    kl_coef: float,
+    eos_ids: Sequence[int],
+    importance_cap: float | None = None,
 ) -> Metrics:
     """Return what the rollout shows, with one wait for the device."""
     rows = len(experience)
+    compared = _compared(experience, importance_cap)
     kl = (experience.old_logprobs - experience.ref_logprobs).sum() / rows
     surprise = -experience.old_logprobs.sum() / rows
-    drift = kl.new_zeros(())
-    if experience.sampler_logprobs is not None:
-        drift = (experience.sampler_logprobs - experience.old_logprobs).abs().max()
     value_mean = masked_mean(experience.old_values, experience.response_mask)
-    kl_value, entropy, drift_value, value = torch.stack([kl, surprise, drift, value_mean]).tolist()
+    kl_value, entropy, value, *numbers = torch.stack([kl, surprise, value_mean, *compared.values()]).tolist()
+    found = dict(zip(compared, numbers, strict=True))
     mean = sum(raw) / rows
     return {
         "objective/scores": mean,
@@ -43,8 +48,33 @@ def rollout_metrics(
         "rollout/response_length": sum(experience.response_lengths) / rows,
         "rollout/eos_rate": sum(experience.ended(eos_ids)) / rows,
         "rollout/repeated_4grams": repeated_ngrams(experience.responses(), 4),
-        "rollout/logprob_drift": drift_value if experience.sampler_logprobs is not None else None,
+        "rollout/logprob_drift": found.get("rollout/drift_max"),  # of all rows; None where nothing was recomputed
+        **found,
+        **_measured_drift(experience),
     }
+
+
+def _compared(experience: ScoredExperience, cap: float | None) -> dict[str, Tensor]:
+    """Return () tensors of what sampler and pass say of the same tokens, where all were recomputed; {} elsewhere."""
+    sampler, mask = experience.sampler_logprobs, experience.response_mask
+    if sampler is None:
+        return {}
+    mean, largest = logprob_drift(sampler, experience.old_logprobs, mask).unbind()
+    found = {"rollout/drift": mean, "rollout/drift_max": largest}
+    if cap is not None:
+        weights = importance_weights(experience.old_logprobs, sampler, cap)
+        found["rollout/importance_weight"] = masked_mean(weights, mask)
+        found["rollout/importance_truncated"] = masked_mean((weights >= cap).to(weights.dtype), mask)
+    return found
+
+
+def _measured_drift(experience: ScoredExperience) -> Metrics:
+    """Return the drift that decided whether to recompute, and whether it did; {} where it was not measured on some rows."""
+    if experience.drift is None:
+        return {}
+    mean, largest = experience.drift
+    recomputed = float(experience.sampler_logprobs is not None)
+    return {"rollout/drift": mean, "rollout/drift_max": largest, "rollout/recomputed": recomputed}
 
 
 def reward_metrics(parts: Mapping[str, Sequence[float]], prefix: str = "") -> Metrics:

@@ -209,7 +209,8 @@ def _partial(
     parts: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in tensors.items()}
     experience = FinishedExperience(**parts, **saved["lengths"])
     if model.trunk is not None:  # large, and what the same pass gives again
-        experience = experience.with_trunk(score(model, experience, experience.old_logprobs, rollout).trunk)
+        plain = replace(rollout, recompute_logprobs=False, kv_cache="auto", measure_drift=False, importance_cap=None)
+        experience = experience.with_trunk(score(model, experience, experience.old_logprobs, plain).trunk)
     return PartialStep(
         experience,
         metrics=saved["metrics"],

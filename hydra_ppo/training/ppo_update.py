@@ -24,7 +24,15 @@ from torch import Tensor
 from hydra_ppo.config.settings import PPOConfig
 from hydra_ppo.errors import ConfigError, NonFiniteError
 from hydra_ppo.experience import FinishedExperience, ScoredExperience
-from hydra_ppo.functional import gae, kl_penalised_rewards, masked_mean, policy_loss, value_loss, whiten
+from hydra_ppo.functional import (
+    gae,
+    importance_weights,
+    kl_penalised_rewards,
+    masked_mean,
+    policy_loss,
+    value_loss,
+    whiten,
+)
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.runtime.announce import allocating
 from hydra_ppo.runtime.interruption import check_stop
@@ -172,7 +180,13 @@ class Updates:
         with self.model.role("actor"):
             found = self.model.logprobs(micro.sequences(), config.rollout.temperature, entropy_grad=config.entropy_coef > 0)
             out = policy_loss(
-                found.logprobs, micro.old_logprobs, micro.advantages, micro.response_mask, config.clip_range, count
+                found.logprobs,
+                micro.old_logprobs,
+                micro.advantages,
+                micro.response_mask,
+                config.clip_range,
+                count,
+                _weights(micro, config.rollout.importance_cap),
             )
             entropy = masked_mean(found.entropy, micro.response_mask, count)
             loss = out.loss - config.entropy_coef * entropy if config.entropy_coef > 0 else out.loss
@@ -198,6 +212,13 @@ class Updates:
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         return norms
+
+
+def _weights(micro: FinishedExperience, cap: float | None) -> Tensor | None:
+    """Return the importance weights (B, R) of a micro-batch; None where nothing was recomputed or nothing is to be weighed."""
+    if cap is None or micro.sampler_logprobs is None:
+        return None
+    return importance_weights(micro.old_logprobs, micro.sampler_logprobs, cap)
 
 
 def with_advantages(experience: ScoredExperience, scores: Tensor, config: PPOConfig, kl_coef: float) -> FinishedExperience:

@@ -7,7 +7,7 @@ import argparse
 from hydra_ppo.cli.main import Parser, check_folder
 from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.profiling.workload import OPTIMIZERS, QUANTIZATIONS, UPDATE_ORDERS, Workload
+from hydra_ppo.profiling.workload import KV_CACHES, OPTIMIZERS, QUANTIZATIONS, UPDATE_ORDERS, Workload
 
 STAGES = {"ppo": ("full", "lora", "dlora", "j-hydra", "hydra"), "reward": ("full", "lora")}
 """Methods by stage."""
@@ -46,6 +46,7 @@ def profile(arguments: list[str]) -> None:
     parser.add_argument(
         "--tile-tokens", type=int, default=None, metavar="N", help="Run MLPs and norms over pieces of N tokens."
     )
+    parser.add_argument("--kv-cache", choices=KV_CACHES, default="auto", help="Keys and values while sampling.")
     parser.add_argument("--device", default="auto", help="Of a real run: auto, cpu, cuda or cuda:N.")
     parser.add_argument("--timed-steps", type=int, default=2, help="Of a real run: more steps, for responses per second.")
     parser.add_argument("--json", action="store_true", help="Write numbers as JSON, all in bytes.")
@@ -95,6 +96,7 @@ def profile(arguments: list[str]) -> None:
             offload_in_rollout=options.offload_in_rollout,
             checkpoint_offload=options.checkpoint_offload,
             tile_tokens=options.tile_tokens,
+            kv_cache=options.kv_cache,
         )
         commands.profile(
             workload,

@@ -112,7 +112,12 @@ class Builder:
         rows = workload.rollout_batch
         settings = PPOConfig(
             **unused_settings(),
-            rollout=RolloutSettings(batch_size=rows, max_new_tokens=workload.response, score_batch_size=workload.score_batch),
+            rollout=RolloutSettings(
+                batch_size=rows,
+                max_new_tokens=workload.response,
+                score_batch_size=workload.score_batch,
+                kv_cache=workload.kv_cache,
+            ),
             ppo_epochs=1,
             minibatch_size=workload.minibatch or rows,
             microbatch_size=workload.microbatch,

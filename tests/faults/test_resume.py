@@ -194,6 +194,7 @@ REFUSED = {
     ),
     "seed": ({"run": {"seed": 1}}, ["run.seed was 0, is 1"]),
     "fewer steps": ({"steps": 5}, ["6 steps are done or begun, more than the 5 asked for"]),
+    "another cache": ({"rollout": {"kv_cache": "int8"}}, ["rollout.kv_cache was 'auto', is 'int8'"]),
     "another quantisation": ({"model": {"quantization": "nf4"}}, ["model.quantization was None, is 'nf4'"]),
 }
 

@@ -9,8 +9,10 @@ from hydra_ppo.functional import (
     adaptive_kl_coef,
     explained_variance,
     gae,
+    importance_weights,
     kl_penalised_rewards,
     kl_penalty,
+    logprob_drift,
     masked_mean,
     policy_loss,
     ranking_loss,
@@ -123,6 +125,39 @@ def test_policy_loss_by_hand():
     assert out.loss.item() == pytest.approx(0.5 / 3, abs=EXACT)
     assert out.clip_frac.item() == pytest.approx(1 / 3, abs=EXACT)
     assert out.ratio.item() == pytest.approx(3.1 / 3, abs=EXACT)
+
+
+def test_importance_weights_by_hand():
+    sampler = torch.log(torch.tensor([[0.1, 0.2, 0.4, 0.5]]))
+    old = torch.log(torch.tensor([[0.15, 0.1, 0.9, 0.5]])).requires_grad_()
+    weights = importance_weights(old, sampler, cap=2.0)
+    # 0.15 / 0.1, 0.1 / 0.2, 0.9 / 0.4 = 2.25 capped at 2, 1
+    assert weights[0].tolist() == pytest.approx([1.5, 0.5, 2.0, 1.0], abs=EXACT)
+    assert not weights.requires_grad
+
+
+def test_a_weighted_policy_loss_by_hand():
+    new = torch.log(torch.tensor([[1.5, 0.5, 1.1]]))
+    advantages = torch.tensor([[1.0, 1.0, -2.0]])
+    weights = torch.tensor([[2.0, 0.5, 1.0]])
+    out = policy_loss(new, torch.zeros(1, 3), advantages, mask_of(3, width=3), 0.2, weights=weights)
+    # of test_policy_loss_by_hand: -1.2, -0.5 and 2.2, weighed
+    assert out.loss.item() == pytest.approx((-2.4 - 0.25 + 2.2) / 3, abs=EXACT)
+    assert out.clip_frac.item() == pytest.approx(1 / 3, abs=EXACT)
+    assert out.ratio.item() == pytest.approx(3.1 / 3, abs=EXACT)
+
+
+def test_weights_without_a_cap_give_the_mean_over_the_policy():
+    """Over all tokens of a vocabulary, drawn as the sampler would: sum q w A = sum p A."""
+    p, q = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).softmax(dim=-1).unbind()
+    advantages = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    weights = importance_weights(p.log(), q.log(), cap=1e9)
+    torch.testing.assert_close((q * weights * advantages).sum(), (p * advantages).sum())
+
+
+def test_drift_by_hand():
+    sampler, logprobs = torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[-1.5, -1.75, 0.0]])
+    assert logprob_drift(sampler, logprobs, mask_of(2, width=3)).tolist() == [0.375, 0.5]
 
 
 def test_policy_loss_at_ratio_1_is_minus_the_mean_advantage():

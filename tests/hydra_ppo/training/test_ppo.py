@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hydra_ppo.compute.kv_cache import KVCache, new_cache
 from hydra_ppo.config.settings import KLSettings, OptimizerSettings, RewardSettings, RewardSource, RolloutSettings
 from hydra_ppo.errors import ConfigError, NonFiniteError
 from hydra_ppo.rewards.server import Server
@@ -21,6 +22,7 @@ from tests.hydra_ppo.training.test_joint_sft import Memo
 from tests.training import count_low_tokens, hydra, ppo_config, prompts, tokenizer
 
 LOW_WORDS = RewardSettings(isolation="thread", sources=[RewardSource("function", "tests.training:count_low_tokens")])
+needs_layers = pytest.mark.skipif(not isinstance(new_cache(1), KVCache), reason="caches of this transformers have no layers")
 METRICS = {
     "objective/scores",
     "objective/scores_std",
@@ -178,6 +180,73 @@ def test_recomputed_logprobs_report_the_drift():
     metrics = trainer(config=ppo_config(reward=LOW_WORDS, rollout=rollout)).step(1)
     assert 0 <= metrics["rollout/logprob_drift"] < 1e-4
     assert trainer().step(1)["rollout/logprob_drift"] is None
+
+
+def rollout_of(**changes) -> RolloutSettings:
+    return RolloutSettings(batch_size=8, max_new_tokens=6, score_batch_size=3, **changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"kv_cache": "int8"}, {"measure_drift": True}, {"recompute_logprobs": True}], ids=str)
+def test_metrics_of_drift_are_there_where_it_is_measured(changes):
+    metrics = trainer(config=ppo_config(reward=LOW_WORDS, rollout=rollout_of(**changes))).step(1)
+    names = {name for name in metrics if name.startswith(("rollout/drift", "rollout/recomputed", "rollout/importance"))}
+    measured = {"rollout/drift", "rollout/drift_max"}
+    if not changes:
+        assert names == set()
+    elif "recompute_logprobs" in changes:
+        assert names == measured
+        assert metrics["rollout/logprob_drift"] == metrics["rollout/drift_max"]
+    else:
+        assert names == measured | {"rollout/recomputed"}
+        assert metrics["rollout/recomputed"] == 0.0
+        assert metrics["rollout/logprob_drift"] is None
+    if changes:
+        assert 0 <= metrics["rollout/drift"] <= metrics["rollout/drift_max"] < 0.05
+        assert (metrics["rollout/drift"] > 1e-5) == ("kv_cache" in changes)
+
+
+@needs_layers
+def test_a_rollout_above_the_bound_says_so_and_its_tokens_are_weighed():
+    config = ppo_config(reward=LOW_WORDS, rollout=rollout_of(kv_cache="int8", max_drift=1e-9, importance_cap=1.001))
+    ppo = trainer(config=config)
+    part = ppo._rollout(1)
+    metrics, found = part.metrics, part.experience
+    mask = found.response_mask
+    weights = (found.old_logprobs - found.sampler_logprobs).exp().clamp(max=1.001)[mask]
+    assert metrics["rollout/recomputed"] == 1.0
+    assert metrics["rollout/importance_weight"] == pytest.approx(weights.mean().item(), rel=1e-6)
+    share = (weights >= 1.001).float().mean().item()
+    assert metrics["rollout/importance_truncated"] == pytest.approx(share, abs=1e-6)
+    assert 0 < share < 1
+
+
+def test_the_actors_gradient_is_that_of_the_weighed_loss():
+    """Every token's weight 3 gives three times the gradient; without recomputed log-probs there is nothing to weigh."""
+    gradients = {}
+    for name, cap, shift in (("plain", None, None), ("weighed", 3.0, 5.0), ("not recomputed", 3.0, None)):
+        model = hydra()
+        randomise(model)
+        config = ppo_config(reward=LOW_WORDS, rollout=rollout_of(importance_cap=cap, recompute_logprobs=cap is not None))
+        ppo = trainer(model, config)
+        rows = finished_experience(model, replace(config, rollout=rollout_of()))
+        if shift is not None:
+            rows = replace(rows, sampler_logprobs=rows.old_logprobs - shift)  # weights of e^5, capped
+        ppo.updates.actor_backward(rows, rows.response_mask.sum())
+        gradients[name] = torch.cat([p.grad.flatten() for p in ppo.updates.actor_parameters])
+    torch.testing.assert_close(gradients["weighed"], 3 * gradients["plain"])
+    assert torch.equal(gradients["not recomputed"], gradients["plain"])
+    assert gradients["plain"].abs().max() > 0
+
+
+@needs_layers
+def test_an_int8_run_repeats_itself_bit_for_bit():
+    config = ppo_config(reward=LOW_WORDS, rollout=rollout_of(kv_cache="int8", max_drift=1e-9, importance_cap=2.0))
+    runs = []
+    for _ in range(2):
+        model = hydra()
+        trainer(model, config, run=Memo()).train()
+        runs.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_the_learning_rate_follows_its_schedule_over_all_optimizer_steps():
@@ -352,14 +421,19 @@ def test_an_evaluation_is_logged_whatever_the_interval():
     assert [(step, "eval/scores" in m) for step, m in memo.steps] == [(2, True), (3, False), (4, True)]
 
 
+INT8_WEIGHED = {"kv_cache": "int8", "max_drift": 1e-9, "importance_cap": 1.001}
+
+
+@pytest.mark.parametrize("rollout", [{}, pytest.param(INT8_WEIGHED, marks=needs_layers)], ids=["plain", "int8-weighed"])
 @pytest.mark.parametrize("options", [{}, {"trunk_layers": 1}], ids=str)
-def test_a_step_that_was_stopped_between_its_minibatches_goes_on_from_its_state(options, monkeypatch):
-    """The trunk of the rollout is not saved; the same pass gives it again."""
+def test_a_step_that_was_stopped_between_its_minibatches_goes_on_from_its_state(options, rollout, monkeypatch):
+    """The trunk of the rollout is not saved; the same pass gives it again. What the sampler had is saved where it is used."""
+    config = ppo_config(reward=LOW_WORDS, rollout=rollout_of(**rollout))
     whole = hydra(**options)
-    trainer(whole, run=Memo()).train()
+    trainer(whole, config, run=Memo()).train()
 
     model = hydra(**options)
-    stopped = trainer(model, run=Memo())
+    stopped = trainer(model, config, run=Memo())
     real, minibatches = Updates.optimizer_step, []
 
     def stop_at_the_third(self):
@@ -376,8 +450,9 @@ def test_a_step_that_was_stopped_between_its_minibatches_goes_on_from_its_state(
     assert stopped.sampled == 1
     state = stopped.state()
     assert not any("trunk" in name for name in state.tensors)
+    assert ("experience.sampler_logprobs" in state.tensors) == bool(rollout)
 
-    again = trainer(model, run=Memo())
+    again = trainer(model, config, run=Memo())
     again.load(state)
     assert again.position == (0, 2)
     again.train()

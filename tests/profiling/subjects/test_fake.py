@@ -45,11 +45,13 @@ def test_a_fake_base_has_the_shapes_of_a_real_one_and_its_ties():
 PADDED = [[5, 6, 7], [8], [9, 10]]
 
 
-def left_behind(kind: type[Decoder], prompts: list[list[int]]) -> tuple[list[int], list[tuple[int, ...]], list[int], list]:
+def left_behind(
+    kind: type[Decoder], prompts: list[list[int]], kv: str = "auto"
+) -> tuple[list[int], list[tuple[int, ...]], list[int], list]:
     """Decode with given lengths; return the lengths, and in the end the cache's shapes and what of it each row sees, where."""
     model = hydra()
     with torch.no_grad(), model.role("actor"):
-        decoder = kind(model, prompts, max(LENGTHS))
+        decoder = kind(model, prompts, max(LENGTHS), kv)
         settings = RolloutSettings(batch_size=3, max_new_tokens=20)
         _, _, lengths = decoder.run(settings, [2], torch.Generator(), LENGTHS)
     shapes = [tuple(part.filled.shape) for layer in decoder.cache.layers for part in layer.parts]
@@ -58,11 +60,12 @@ def left_behind(kind: type[Decoder], prompts: list[list[int]]) -> tuple[list[int
     return lengths, shapes + room, decoder.positions.tolist(), seen
 
 
+@pytest.mark.parametrize("kv", ["auto", "int8"])
 @pytest.mark.parametrize("columns", [64, 5, 4, 3])
 @pytest.mark.parametrize("prompts", [PADDED, [[5, 6], [7, 8], [9, 3]]])
-def test_leaping_leaves_the_cache_that_decoding_leaves(prompts, columns, monkeypatch):
+def test_leaping_leaves_the_cache_that_decoding_leaves(prompts, columns, kv, monkeypatch):
     monkeypatch.setattr(kv_cache, "COLUMNS", columns)
-    assert left_behind(LeapingDecoder, prompts) == left_behind(Decoder, prompts)
+    assert left_behind(LeapingDecoder, prompts, kv) == left_behind(Decoder, prompts, kv)
 
 
 def test_leaping_decodes_where_the_cache_is_made_anew_for_the_last_time(monkeypatch):
@@ -103,11 +106,12 @@ def test_an_old_transformers_is_named(monkeypatch):
         fake_base(FAMILIES["llama"], None, torch.float32)
 
 
+@pytest.mark.parametrize("kv", ["auto", "int8"])
 @pytest.mark.parametrize("columns", [8, 20])
-def test_simulated_sampling_peaks_where_the_cache_grows(columns, monkeypatch):
+def test_simulated_sampling_peaks_where_the_cache_grows(columns, kv, monkeypatch):
     """36 columns at most: of storage for 8, 16 and so on up to 35, or for 20 and 35."""
     monkeypatch.setattr(kv_cache, "COLUMNS", columns)
-    sizes = workload(prompt=16, response=20, rollout_batch=6)
+    sizes = workload(prompt=16, response=20, rollout_batch=6, kv_cache=kv)
     simulated = capture(sizes, simulate=True, config=CONFIGS["llama"]).phases["rollout"]
     measured = capture(sizes, simulate=False, device="cpu", config=CONFIGS["llama"]).phases["rollout"]
     assert simulated.bytes == pytest.approx(measured.bytes, rel=0.001)
