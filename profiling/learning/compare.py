@@ -129,7 +129,7 @@ def _train(place: Path, method: str, seed: int, trunk_layers: int, full_learning
     from hydra_ppo.model.hydra import HydraModel
     from hydra_ppo.training.ppo import PPOTrainer
 
-    _prepare_seed(place, method, seed)
+    prepare_seed(place, method, seed)
     shared = method in SHARED_BASE
     config = quickstart.ppo_config(place, seed)
     if method == "full":
@@ -148,9 +148,12 @@ def _train(place: Path, method: str, seed: int, trunk_layers: int, full_learning
     trainer = PPOTrainer(model, tokenizer, config, prompts, eval_prompts)
     started = time.perf_counter()
     texts = [row.text for row in trainer.eval_prompts]
-    before, opponent = _gold(model, tokenizer, texts, config.rollout, seed, "reference"), _opponent(place, texts, seed)
+    before, opponent = (
+        gold_scores(model, tokenizer, texts, config.rollout, seed, "reference"),
+        opponent_scores(place, texts, seed),
+    )
     kl = trainer.train()["eval_kl"]
-    after = _gold(model, tokenizer, texts, config.rollout, seed, "actor")
+    after = gold_scores(model, tokenizer, texts, config.rollout, seed, "actor")
     reward_run = place / ("sft" if shared else "reward-alone")
     return Outcome(
         method=method,
@@ -166,7 +169,7 @@ def _train(place: Path, method: str, seed: int, trunk_layers: int, full_learning
     )
 
 
-def _prepare_seed(place: Path, method: str, seed: int) -> None:
+def prepare_seed(place: Path, method: str, seed: int) -> None:
     """Write data and base of a seed, and train what `method` starts from, where that is not there yet."""
     from hydra_ppo.cli import commands
 
@@ -187,8 +190,8 @@ def _prepare_seed(place: Path, method: str, seed: int) -> None:
             commands.sft(replace(config, run=replace(config.run, overwrite=True)))
 
 
-def _opponent(place: Path, prompts: Sequence[str], seed: int) -> list[float]:
-    """Return the gold scores of what the joint SFT policy answers."""
+def opponent_scores(place: Path, prompts: Sequence[str], seed: int) -> list[float]:
+    """Return the gold scores of what the joint SFT policy answers to held-out prompts."""
     from transformers import AutoTokenizer
 
     from hydra_ppo.model.hydra import HydraModel
@@ -198,11 +201,12 @@ def _opponent(place: Path, prompts: Sequence[str], seed: int) -> list[float]:
         model = HydraModel.from_pretrained(place / "sft")
         tokenizer = AutoTokenizer.from_pretrained(place / "sft")
         rollout = quickstart.ppo_config(place, seed).rollout
-        path.write_text(json.dumps(_gold(model, tokenizer, prompts, rollout, seed, "reference")))
+        path.write_text(json.dumps(gold_scores(model, tokenizer, prompts, rollout, seed, "reference")))
     return json.loads(path.read_text())
 
 
-def _gold(model: Any, tokenizer: Any, prompts: Sequence[str], rollout: Any, seed: int, role: str) -> list[float]:
+def gold_scores(model: Any, tokenizer: Any, prompts: Sequence[str], rollout: Any, seed: int, role: str) -> list[float]:
+    """Return the gold scores of what a role answers to held-out prompts."""
     texts = quickstart.sample_texts(model, tokenizer, prompts, rollout, seed, role)
     return [gold_score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
