@@ -69,7 +69,7 @@ class JointSFTTrainer:
     Attributes:
         done: steps done.
 
-    Memory: gradients and two fp32 moments per trained parameter; the activations of 2 * microbatch_size rows.
+    Memory: gradients and moments (see `optim.build_optimizer`) of what is trained; activations of 2 * microbatch_size rows.
     """
 
     def __init__(

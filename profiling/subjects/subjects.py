@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from typing import Any
 
 import torch
+from torch import nn
 
 from hydra_ppo.config.settings import LoraSettings, OptimizerSettings, PPOConfig, RolloutSettings, SFTConfig
 from hydra_ppo.data.rows import PreferenceRow, PromptRow
@@ -133,8 +134,9 @@ class Builder:
         trainer.progress.batches = repeat(prompts)  # in this order: a fake permutation reads as one row again and again
 
         def warm_up() -> None:
-            _zero_gradients(trainer.progress.optimizer)
-            trainer.updates.optimizer_step()
+            for roles in [("actor",), ("critic",)] if workload.update_order == "in-turn" else [("actor", "critic")]:
+                _zero_gradients(p for role in roles for p in trainer.updates.parameters[role])
+                trainer.updates.optimizer_step(roles)
             if workload.offload_in_rollout:
                 send_away(trainer.progress.optimizer)
 
@@ -159,7 +161,7 @@ class Builder:
         taken = rows[: workload.microbatch] if self.simulate else rows
 
         def warm_up() -> None:
-            _zero_gradients(trainer.optimizer)
+            _zero_gradients(p for group in trainer.optimizer.param_groups for p in group["params"])
             trainer.optimizer.step()
             trainer.optimizer.zero_grad(set_to_none=True)
 
@@ -172,7 +174,6 @@ def _tokens(count: int, row: int = 0) -> tuple[int, ...]:
     return (tuple(3 + i % 50 for i in range(count)) + ending)[-count:]
 
 
-def _zero_gradients(optimizer: torch.optim.Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+def _zero_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)

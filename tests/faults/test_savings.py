@@ -72,10 +72,10 @@ def test_stopped_again_and_again(variant, project, whole, monkeypatch, tmp_path,
 def test_killed(count, project, tmp_path, fault):
     changes = VARIANTS["8 bit, away, in turn"]
     settings = ppo_settings(project, **changes)
-    settings["run"]["output"] = str(project / "left-alone")
-    assert go(["ppo", write(project / "alone.yaml", settings)], project / "alone.log") == 0
+    settings["run"]["output"] = str(tmp_path / "left-alone")
+    assert go(["ppo", write(tmp_path / "alone.yaml", settings)], tmp_path / "alone.log") == 0
     points = dict.fromkeys(("score", "update", "write"), count)
-    kills = kill_and_go_on("ppo", ppo_settings(project, **changes), points, project / "left-alone", tmp_path, random.Random(5))
+    kills = kill_and_go_on("ppo", ppo_settings(project, **changes), points, tmp_path / "left-alone", tmp_path, random.Random(5))
     fault(f"SIGKILL x {sum(kills.values())} in ppo, 8 bit, away, in turn", "gone on with --resume", "same bits")
 
 

@@ -38,7 +38,7 @@ def give_gradients(mine, step):
     """The second parameter has none in the first two steps, the last none in every third."""
     generator = torch.Generator().manual_seed(step)
     for number, parameter in enumerate(mine):
-        gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        gradient = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
         missing = (number == 1 and step < 2) or (number == 5 and step % 3 == 0)
         parameter.grad = None if missing else gradient
 

@@ -30,6 +30,22 @@ def test_json_of_one_method(model, capsys):
     assert found["responses_per_second"] is None
 
 
+def test_how_moments_are_kept_reaches_the_trainer(model, tmp_path, capsys):
+    flags = ["--optimizer", "adamw-8bit", "--update-order", "in-turn", "--offload-in-rollout"]
+    command = ["profile", "--model", model, "--simulate", *SIZES, "--rank", "32", "--json", "--output"]
+    assert main([*command, str(tmp_path / "plain")]) == 0
+    assert main([*command, str(tmp_path / "flags"), *flags]) == 0
+    capsys.readouterr()
+    plain, spared = (Record.load(tmp_path / name / "record.json").profiles[0] for name in ("plain", "flags"))
+    chosen = {"optimizer": "adamw-8bit", "update_order": "in-turn", "offload_in_rollout": True}
+    assert {name: spared.settings[name] for name in chosen} == chosen
+    assert spared.host_bytes > 0 == plain.host_bytes
+    # 12 bytes of gradient and moments a parameter were held for both roles; now 2 of moments, and of one role 4 of gradient
+    assert (spared.floor_bytes - spared.static_bytes) / (plain.floor_bytes - plain.static_bytes) == pytest.approx(
+        4 / 12, rel=0.1
+    )
+
+
 def test_methods_are_compared_and_the_report_can_be_redrawn(model, tmp_path, capsys):
     out = tmp_path / "report"
     command = ["profile", "--model", model, "--simulate", "--methods", "full,hydra", *SIZES]
@@ -75,6 +91,20 @@ def test_the_two_ways_to_train_a_reward_model(model, capsys):
         (["--from", "nothing.json"], "nothing.json: No such file"),
         (["--simulat"], "did you mean --simulate?"),
         (["--model", "gpt2", "--quantization", "q4"], "invalid choice"),
+        (["--model", "gpt2", "--optimizer", "sgd"], "invalid choice"),
+        (["--model", "gpt2", "--update-order", "in-turn", "--methods", "j-hydra"], "update_order='in-turn' steps the actor"),
+        (
+            ["--model", "gpt2", "--stage", "reward", "--offload-in-rollout"],
+            "offload_in_rollout=True has nothing to do in stage=",
+        ),
+        (
+            ["--model", "gpt2", "--optimizer", "adamw-offloaded", "--offload-in-rollout"],
+            "offload_in_rollout=True has nothing to",
+        ),
+        (
+            ["--model", "gpt2", "--device", "cpu", "--optimizer", "paged-adamw-8bit"],
+            "optimizer.name='paged-adamw-8bit' needs CUDA",
+        ),
     ],
 )
 def test_bad_input_costs_one_line(arguments, message, capsys):
