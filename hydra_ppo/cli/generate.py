@@ -24,7 +24,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample; None is as the run sampled.
+    """How to sample; None is as the run sampled, and so is what is not named here: its stop strings, its KV cache.
 
     Attributes:
         temperature: 0 takes the most likely token.

@@ -262,8 +262,8 @@ def attend_int8(query: Tensor, layer: Int8Layer, mask: Tensor | None, scaling: f
     which there are fewer by D. In half precision scores would be rounded before their softmax, which attention's own kernel
     does in fp32; so it gets the dequantised layer.
 
-    Measured on one core of an AMD EPYC, 16 rows of 8 heads of 128 for 32 queries, 300 and 1200 keys, medians of 12: 44 and
-    253 ms by products, 63 and 443 dequantised, 40 and 180 with a cache in fp32.
+    Measured on one core of an AMD EPYC, 16 rows of 8 heads of 128 for 32 queries, 95, 300 and 700 keys, processor time with
+    freed memory kept as in a run: 3.2, 9.8 and 39 ms by products, 3.5, 13 and 50 dequantised, 2.4, 8.9 and 21 in fp32.
 
     Memory: keys, then values of the layer in fp32; both at once, dequantised, in half precision.
     """

@@ -14,7 +14,9 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from hydra_ppo.cli.generate import Sampling
 from hydra_ppo.cli.main import main
+from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.model.hydra import HydraModel
 from tests.training import WORDS, llama
 
@@ -320,3 +322,10 @@ class TestGenerate:
             code, _, err = call(capsys, "generate", *argv)
             assert (code, err.count("\n")) == (2, 1)
             assert message in err
+
+
+def test_a_run_with_an_int8_cache_is_sampled_from_with_one():
+    """The policy that was trained drew so; a base that only fits so is asked the same way."""
+    run = RolloutSettings(kv_cache="int8", importance_cap=2.0)
+    assert Sampling(temperature=0, batch_size=3).over(run).kv_cache == "int8"
+    assert Sampling().over(RolloutSettings()).kv_cache == "auto"
