@@ -1,9 +1,10 @@
-"""Predicts the memory of a deep model from simulations of two and of three of its layers.
+"""Predicts the memory of a deep model from simulations of two and of three of its layers (more where layers differ).
 
 Decoder layers are alike, so at any one moment of a step every kind of memory is a constant plus a multiple of the number of
-layers, and two simulations give both. Moments are compared stretch by stretch (each announced phase is one, and sampling is
-cut at the end of the prompt), since which moment is a phase's highest may depend on the depth. One layer is too few: its
-highest moment can be one that deeper models do not have. The tests hold this against simulations of the whole depth.
+layers, and two depths give both; rows and ranks come from `recording`. Moments are compared stretch by stretch (each
+announced phase is one, and sampling is cut at the end of the prompt), since which moment is a phase's highest may depend on
+the depth. One layer is too few: its highest moment can be one that deeper models do not have. The tests hold this against
+simulations of the whole depth.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from hydra_ppo.compute.logprobs import CHUNK_BYTES
 from hydra_ppo.model.loading import DTYPES
 from hydra_ppo.profiling.measuring.recording import HIGH, LOW, Recording, Scale, Sizes, Unlike, record
 from hydra_ppo.profiling.workload import Workload
-
-DEPTHS = (2, 3)
 
 WITH_ADAPTERS = ("adapters", "gradients", "optimizer", "activations")
 """Kinds that grow with the layers above the trunk; others grow with all layers."""
@@ -59,7 +58,8 @@ class Step:
 
     def __init__(self, workload: Workload, config: Any, micros: Sequence[int]) -> None:
         self._workload = any_scale(workload)
-        self._configs = [with_depth(config, depth) for depth in DEPTHS]
+        self._depths = depths(config)
+        self._configs = [with_depth(config, depth) for depth in self._depths]
         self._row = (workload.prompt + workload.response) * config.hidden_size * DTYPES[workload.dtype].itemsize
         self.simulations = 0
         self._single: dict[Scale, list[Sizes]] = {}
@@ -85,7 +85,7 @@ class Step:
         if self._any:
             return self._any
         if scale not in self._single:
-            self._single[scale] = [Sizes(self._record(which, scale, (scale.micro,))) for which in range(len(DEPTHS))]
+            self._single[scale] = [Sizes(self._record(which, scale, (scale.micro,))) for which in (0, 1)]
         return self._single[scale]
 
     def stretches(self, scale: Scale) -> list[Stretch]:
@@ -94,8 +94,9 @@ class Step:
         stretches = []
         for (phase, low), (_, high) in zip(*found, strict=True):
             kinds = low.keys() | high.keys()
-            slope = {kind: (high.get(kind, 0.0) - low.get(kind, 0.0)) / (DEPTHS[1] - DEPTHS[0]) for kind in kinds}
-            constant = {kind: low.get(kind, 0.0) - DEPTHS[0] * slope[kind] for kind in kinds}
+            few, many = self._depths
+            slope = {kind: (high.get(kind, 0.0) - low.get(kind, 0.0)) / (many - few) for kind in kinds}
+            constant = {kind: low.get(kind, 0.0) - few * slope[kind] for kind in kinds}
             stretches.append(Stretch(phase, constant, slope, trunk_rows(phase, scale) * self._row))
         return stretches
 
@@ -132,6 +133,13 @@ def trunk_rows(phase: str, scale: Scale) -> int:
     # In the updates a micro-batch's states take the place of its embedded tokens, which the first layer's graph keeps.
     rows = {"score": scale.batch + scale.micro, "update-actor": kept, "update-critic": kept, "optimizer": kept + scale.micro}
     return rows.get(phase, 0)
+
+
+def depths(config: Any) -> tuple[int, int]:
+    """Return at which depths to simulate: two and three layers; where layers differ, once and twice what they repeat."""
+    types = getattr(config, "layer_types", None) or [None]
+    period = next(p for p in range(1, len(types) + 1) if all(a == b for a, b in zip(types, types[p:], strict=False)))
+    return (2, 3) if period == 1 else (period, 2 * period)
 
 
 def with_depth(config: Any, layers: int) -> Any:
