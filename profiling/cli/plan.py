@@ -1,8 +1,6 @@
 """Finds settings with which PPO on a model fits a GPU, and says what each of them costs.
 
-Every set-up that the search looks at is simulated (`shallow`); what set-ups have in common is simulated once: sampling
-depends on the rollout batch, scoring and updates on the micro-batch, all on how the base is held; adapters, their gradients
-and optimizer state are in proportion to the rank.
+How the base is held and what is recomputed is simulated (`shallow`); every depth, rank and number of rows follows from that.
 """
 
 from __future__ import annotations
@@ -20,7 +18,8 @@ from rich.table import Table
 
 from hydra_ppo.compute.logprobs import CHUNK_BYTES
 from hydra_ppo.profiling.measuring.capture import WARM_UP
-from hydra_ppo.profiling.measuring.shallow import Stretch, predict, simulate_stretches
+from hydra_ppo.profiling.measuring.recording import Scale
+from hydra_ppo.profiling.measuring.shallow import Step, any_scale, simulated_step
 from hydra_ppo.profiling.reporting.report import format_bytes
 from hydra_ppo.profiling.subjects.shapes import HUB_NAMES, model_config
 from hydra_ppo.profiling.workload import Workload
@@ -106,63 +105,37 @@ class Predictor:
     """
 
     def __init__(self, workload: Workload, say: Callable[[str], None]) -> None:
-        self.workload = workload
         self.say = say
         self.config = model_config(workload.model)
         self.layers: int = self.config.num_hidden_layers
-        self._known: dict[tuple[Any, bool, int, int], list[Stretch]] = {}
+        self._known: dict[Workload, Step] = {}
 
     def phases(self, workload: Workload) -> dict[str, int]:
         """Return the predicted peak of each phase, bytes; loading, which comes once and before, is left out."""
-        training = self.training(workload)  # first: sampling of a small batch is found in its simulation
-        return {"rollout": self.rollout(workload)} | training
+        scale = Scale(workload.rollout_batch, workload.microbatch, workload.rank)
+        with _blocks_of_a_gpu():
+            found = self._step(workload).phases(self.layers, scale, workload.trunk_layers)
+        return {phase: size for phase, size in found.items() if phase not in ("load", WARM_UP)}
 
     def rollout(self, workload: Workload) -> int:
         """Return the predicted peak of sampling, which depends on the rollout batch."""
-        batch = workload.rollout_batch
-        stretches = self._known_rollout(workload) or self._simulate(
-            workload.quantization, True, batch, min(batch, max(MICROBATCHES))
-        )
-        return self._predict(stretches, workload)["rollout"]
+        return self.phases(workload)["rollout"]
 
-    def training(self, workload: Workload) -> dict[str, int]:
-        """Return the predicted peaks of scoring and updating, which depend on the micro-batch."""
-        micro = workload.microbatch
-        stretches = self._known_training(workload) or self._simulate(
-            workload.quantization, workload.checkpointing, max(micro, min(ROLLOUT_BATCHES)), micro
-        )
-        found = self._predict(stretches, workload)
-        return {phase: size for phase, size in found.items() if phase not in ("load", WARM_UP, "rollout")}
+    def training(self, workload: Workload) -> int:
+        """Return the predicted peak of scoring and updating, which depends on the micro-batch."""
+        return max(size for phase, size in self.phases(workload).items() if phase != "rollout")
 
     def knows(self, workload: Workload) -> bool:
         """Return whether its prediction needs no new simulation."""
-        return self._known_rollout(workload) is not None and self._known_training(workload) is not None
+        return any_scale(workload) in self._known
 
-    def _known_rollout(self, workload: Workload) -> list[Stretch] | None:
-        wanted = (workload.quantization, workload.rollout_batch)
-        return next((found for key, found in self._known.items() if (key[0], key[2]) == wanted), None)
-
-    def _known_training(self, workload: Workload) -> list[Stretch] | None:
-        wanted = (workload.quantization, workload.checkpointing, workload.microbatch)
-        return next((found for key, found in self._known.items() if (key[0], key[1], key[3]) == wanted), None)
-
-    def _predict(self, stretches: list[Stretch], workload: Workload) -> dict[str, int]:
-        return predict(stretches, self.layers, workload.trunk_layers, workload.rank / BASE_RANK)
-
-    def _simulate(self, hold: Any, checkpointing: bool, batch: int, micro: int) -> list[Stretch]:
-        self.say(f"simulating {self.workload.model}, {hold or 'unquantised'}, {batch} responses, {micro} at a time")
-        shape = replace(
-            self.workload,
-            quantization=hold,
-            rank=BASE_RANK,
-            rollout_batch=batch,
-            microbatch=micro,
-            score_batch=micro,
-            checkpointing=checkpointing,
-        )
-        with _blocks_of_a_gpu():
-            self._known[hold, checkpointing, batch, micro] = found = simulate_stretches(shape, self.config)
-        return found
+    def _step(self, workload: Workload) -> Step:
+        shape = any_scale(workload)
+        if shape not in self._known:
+            recompute = "recomputing" if shape.checkpointing else "keeping activations"
+            self.say(f"simulating {shape.model}, {shape.quantization or 'unquantised'}, {recompute}")
+            self._known[shape] = simulated_step(shape, self.config, MICROBATCHES)
+        return self._known[shape]
 
 
 @contextmanager
@@ -216,9 +189,7 @@ def _largest(start: Workload, predictor: Predictor, usable: int) -> list[Workloa
     micros: Sequence[int] = MICROBATCHES
     for rank in RANKS:
         shape = replace(start, rank=rank)
-        micros = _up_to_the_last(
-            micros, lambda m, shape=shape: max(predictor.training(replace(shape, microbatch=m)).values()) <= usable
-        )
+        micros = _up_to_the_last(micros, lambda m, shape=shape: predictor.training(replace(shape, microbatch=m)) <= usable)
         batches = _up_to_the_last(batches, lambda b, shape=shape: predictor.rollout(replace(shape, rollout_batch=b)) <= usable)
         if not micros or not batches:
             break

@@ -76,7 +76,8 @@ def capture(
     config = config if config is not None else model_config(workload.model)
     place = torch.device("cpu") if simulate else resolve_device(device)
     eight_bit.check_available(workload.optimizer, None if simulate else place.type)
-    gc.collect()  # models refer to themselves; what an earlier capture left would count on a GPU
+    if not simulate:
+        gc.collect()  # models refer to themselves; what an earlier capture left would count on a GPU
     builder = Builder(workload, config, method, stage, place, simulate, decoder)
     tracker = tracker or Tracker()
     allocator = Allocator(place)

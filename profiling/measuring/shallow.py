@@ -1,31 +1,26 @@
-"""Predicts the memory of a deep model from simulations of two and of three of its layers.
+"""Predicts the memory of a deep model from simulations of two and of three of its layers (more where layers differ).
 
 Decoder layers are alike, so at any one moment of a step every kind of memory is a constant plus a multiple of the number of
-layers, and two simulations give both. Moments are compared stretch by stretch (each announced phase is one, and sampling is
-cut at the end of the prompt), since which moment is a phase's highest may depend on the depth. One layer is too few: its
-highest moment can be one that deeper models do not have. The tests hold this against simulations of the whole depth.
+layers, and two depths give both; rows and ranks come from `recording`. Moments are compared stretch by stretch (each
+announced phase is one, and sampling is cut at the end of the prompt), since which moment is a phase's highest may depend on
+the depth. One layer is too few: its highest moment can be one that deeper models do not have. The tests hold this against
+simulations of the whole depth.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra_ppo.compute.logprobs import CHUNK_BYTES
 from hydra_ppo.model.loading import DTYPES
-from hydra_ppo.profiling.measuring.capture import capture
-from hydra_ppo.profiling.measuring.tracker import Tracker
-from hydra_ppo.profiling.subjects.fake import LeapingDecoder
+from hydra_ppo.profiling.measuring.recording import HIGH, LOW, Recording, Scale, Sizes, Unlike, record
 from hydra_ppo.profiling.workload import Workload
-
-DEPTHS = (2, 3)
 
 WITH_ADAPTERS = ("adapters", "gradients", "optimizer", "activations")
 """Kinds that grow with the layers above the trunk; others grow with all layers."""
-
-OF_RANK = ("adapters", "gradients", "optimizer")
-"""Kinds that are in proportion to the rank of the adapters."""
 
 
 @dataclass(frozen=True)
@@ -37,66 +32,114 @@ class Stretch:
     per_layer: dict[str, float]
     with_trunk: float = 0.0
 
-    def bytes(self, layers: int, trunk: int, rank_factor: float) -> float:
+    def bytes(self, layers: int, trunk: int) -> float:
         """Return the predicted peak of a model of that depth."""
         total = self.with_trunk if trunk else 0.0
         for kind in self.constant.keys() | self.per_layer.keys():
             count = layers - trunk if kind in WITH_ADAPTERS and self.phase != "rollout" else layers
-            if kind in OF_RANK:
+            if kind in ("adapters", "gradients", "optimizer"):
                 count = layers - trunk
-            size = self.constant.get(kind, 0.0) + count * self.per_layer.get(kind, 0.0)
-            total += size * (rank_factor if kind in OF_RANK else 1.0)
+            total += self.constant.get(kind, 0.0) + count * self.per_layer.get(kind, 0.0)
         return total
 
 
-def simulate_stretches(workload: Workload, config: Any) -> list[Stretch]:
-    """Simulate the workload at two depths and return what each stretch of a step needs; what is known is not run again."""
-    workload = replace(workload, model="any", trunk_layers=0)
-    key = (workload, with_depth(config, 1).to_json_string(), CHUNK_BYTES["cpu"])
+class Step:
+    """One PPO step of a model: what its phases need at any depth and rank, for any numbers of rows.
+
+    Args:
+        workload: how the model is held and trained, and its lengths; depth, rank and rows are free.
+        config: Hugging Face config of the model.
+        micros: rows of a micro-batch that will be asked for.
+
+    Attributes:
+        simulations: made so far. Three or four are enough where tensors are in proportion to rows and rank; else each
+            `Scale` that is asked for takes two more.
+    """
+
+    def __init__(self, workload: Workload, config: Any, micros: Sequence[int]) -> None:
+        self._workload = any_scale(workload)
+        self._depths = depths(config)
+        self._configs = [with_depth(config, depth) for depth in self._depths]
+        self._row = (workload.prompt + workload.response) * config.hidden_size * DTYPES[workload.dtype].itemsize
+        self.simulations = 0
+        self._single: dict[Scale, list[Sizes]] = {}
+        shallow = self._record(0, LOW, micros)
+        try:
+            growths = shallow.growths(self._record(0, HIGH))
+            deep = self._record(1, LOW)
+            try:
+                deeper = deep.growths_like(shallow, growths)
+            except Unlike:
+                deeper = deep.growths(self._record(1, HIGH))
+            # What log-probs take does not depend on the depth.
+            self._any = [Sizes(shallow, growths), Sizes(deep, deeper, shallow.calls)]
+        except Unlike:
+            self._any = []
+
+    def _record(self, which: int, scale: Scale, micros: Sequence[int] = ()) -> Recording:
+        self.simulations += 1
+        return record(self._workload, self._configs[which], scale, micros)
+
+    def _sizes(self, scale: Scale) -> list[Sizes]:
+        """Return what holds at that scale, for both depths."""
+        if self._any:
+            return self._any
+        if scale not in self._single:
+            self._single[scale] = [Sizes(self._record(which, scale, (scale.micro,))) for which in (0, 1)]
+        return self._single[scale]
+
+    def stretches(self, scale: Scale) -> list[Stretch]:
+        """Return what each stretch of a step needs, trunk or not."""
+        found = [sizes.peaks(scale) for sizes in self._sizes(scale)]
+        stretches = []
+        for (phase, low), (_, high) in zip(*found, strict=True):
+            kinds = low.keys() | high.keys()
+            few, many = self._depths
+            slope = {kind: (high.get(kind, 0.0) - low.get(kind, 0.0)) / (many - few) for kind in kinds}
+            constant = {kind: low.get(kind, 0.0) - few * slope[kind] for kind in kinds}
+            stretches.append(Stretch(phase, constant, slope, trunk_rows(phase, scale) * self._row))
+        return stretches
+
+    def phases(self, layers: int, scale: Scale, trunk: int = 0) -> dict[str, int]:
+        """Return the predicted peak of each phase, in bytes."""
+        peaks: dict[str, float] = {}
+        for stretch in self.stretches(scale):
+            peaks[stretch.phase] = max(stretch.bytes(layers, trunk), peaks.get(stretch.phase, 0.0))
+        return {phase: round(size) for phase, size in peaks.items()}
+
+
+_known: dict[tuple[Workload, str, int, tuple[int, ...]], Step] = {}
+
+
+def simulated_step(workload: Workload, config: Any, micros: Sequence[int]) -> Step:
+    """Return a `Step`; what was simulated in this process is not simulated again, whatever depth, rank and rows it is for."""
+    shape = any_scale(replace(workload, model="any"))
+    key = (shape, with_depth(config, 1).to_json_string(), CHUNK_BYTES["cpu"], tuple(micros))
     if key not in _known:
-        _known[key] = _simulate(workload, config)
+        _known[key] = Step(shape, config, micros)
     return _known[key]
 
 
-_known: dict[tuple[Workload, str, int], list[Stretch]] = {}
+def any_scale(workload: Workload) -> Workload:
+    """Return what set-ups that differ in rows, rank and trunk have in common."""
+    default = Workload(workload.model)
+    free = ("rank", "rollout_batch", "minibatch", "microbatch", "score_batch", "trunk_layers")
+    return replace(workload, **{name: getattr(default, name) for name in free})
 
 
-def _simulate(workload: Workload, config: Any) -> list[Stretch]:
-    found = []
-    for depth in DEPTHS:
-        tracker = Tracker()
-
-        class Marked(LeapingDecoder):
-            def _advance(self, *args: Any, _phase: Any = tracker.phase) -> int:
-                _phase("rollout")  # a stretch of its own after the prompt
-                return super()._advance(*args)
-
-        capture(
-            workload,
-            simulate=True,
-            config=with_depth(config, depth),
-            timeline=False,
-            tracker=tracker,
-            decoder=Marked,
-        )
-        found.append([(phase, peak.kinds) for phase, peak in tracker.stretch_peaks()])
-    stretches = []
-    for (phase, low), (_, high) in zip(*found, strict=True):
-        kinds = low.keys() | high.keys()
-        slope = {kind: (high.get(kind, 0) - low.get(kind, 0)) / (DEPTHS[1] - DEPTHS[0]) for kind in kinds}
-        constant = {kind: low.get(kind, 0) - DEPTHS[0] * slope[kind] for kind in kinds}
-        stretches.append(Stretch(phase, constant, slope, trunk_states(workload, config, phase)))
-    return stretches
-
-
-def trunk_states(workload: Workload, config: Any, phase: str) -> float:
-    """Return the bytes of the hidden states that are kept above a trunk: of the rollout, its minibatch, a micro-batch."""
-    kept = workload.rollout_batch + (workload.minibatch or workload.rollout_batch)
+def trunk_rows(phase: str, scale: Scale) -> int:
+    """Return of how many rows hidden states are kept above a trunk: of the rollout, its minibatch, a micro-batch."""
+    kept = 2 * scale.batch  # the rollout's and, as it is one, the minibatch's
     # In the updates a micro-batch's states take the place of its embedded tokens, which the first layer's graph keeps.
-    rows = {"score": workload.rollout_batch, "update-actor": kept, "update-critic": kept}
-    rows["optimizer"] = kept + workload.microbatch
-    row = (workload.prompt + workload.response) * config.hidden_size * DTYPES[workload.dtype].itemsize
-    return float(rows.get(phase, 0) * row)
+    rows = {"score": scale.batch + scale.micro, "update-actor": kept, "update-critic": kept, "optimizer": kept + scale.micro}
+    return rows.get(phase, 0)
+
+
+def depths(config: Any) -> tuple[int, int]:
+    """Return at which depths to simulate: two and three layers; where layers differ, once and twice what they repeat."""
+    types = getattr(config, "layer_types", None) or [None]
+    period = next(p for p in range(1, len(types) + 1) if all(a == b for a, b in zip(types, types[p:], strict=False)))
+    return (2, 3) if period == 1 else (period, 2 * period)
 
 
 def with_depth(config: Any, layers: int) -> Any:
@@ -106,11 +149,3 @@ def with_depth(config: Any, layers: int) -> Any:
     if (types := getattr(config, "layer_types", None)) is not None:
         config.layer_types = [types[i % len(types)] for i in range(layers)]
     return config
-
-
-def predict(stretches: list[Stretch], layers: int, trunk: int = 0, rank_factor: float = 1.0) -> dict[str, int]:
-    """Return the predicted peak of each phase, in bytes."""
-    peaks: dict[str, float] = {}
-    for stretch in stretches:
-        peaks[stretch.phase] = max(stretch.bytes(layers, trunk, rank_factor), peaks.get(stretch.phase, 0.0))
-    return {phase: round(size) for phase, size in peaks.items()}

@@ -179,6 +179,14 @@ class Tracker(TorchDispatchMode):
         """Live bytes now of these kinds."""
         return sum(self._size(event) for event in self.events if self.storages[abs(event) - 1].kind in kinds)
 
+    def most(self, first: int, end: int) -> int:
+        """Most live bytes after any of these events, beyond those before the first."""
+        total = most = 0
+        for event in self.events[first:end]:
+            total += self._size(event)
+            most = max(most, total)
+        return most
+
     def _size(self, event: int) -> int:
         return self.storages[event - 1].bytes if event > 0 else -self.storages[-event - 1].bytes
 

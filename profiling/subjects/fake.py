@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hydra_ppo.compat import VERSION
+from hydra_ppo.compute import logprobs
 from hydra_ppo.compute.kv_cache import last_full
 from hydra_ppo.compute.quantized_rows import BLOCK_BYTES, QuantizedRows, RowsKind
 from hydra_ppo.errors import ConfigError
@@ -28,7 +29,10 @@ from hydra_ppo.model.quantized_embeddings import quantize_embeddings
 from hydra_ppo.model.whole import causal_class
 from hydra_ppo.rollout.decoder import Decoder
 from hydra_ppo.runtime.host_tensors import empty_on_host
-from hydra_ppo.training import eight_bit
+from hydra_ppo.training import eight_bit, ppo_update
+
+MOST_COLUMNS = 8
+"""Of advantages in a simulation."""
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Any:
@@ -86,9 +90,10 @@ def no_repetition() -> Iterator[None]:
 
     Of the micro-batches of a pass the first is run, of the minibatches of an update the first. Who uses this has to have the
     gradients there that a later micro-batch would find; where a minibatch is a single micro-batch, that counts gradients a
-    little too early.
+    little too early. Of the blocks in which log-probs go through the vocabulary two are run, of their groups of rows too; the
+    columns of advantages, which are found one after the other, are taken to be few and long.
     """
-    split, minibatches = Experience.split, Experience.minibatches
+    split, minibatches, cut, gae = Experience.split, Experience.minibatches, logprobs._cut, ppo_update.gae
 
     def one_group(self: Experience, *args: Any, **kwargs: Any) -> list[list[int]]:
         return split(self, *args, **kwargs)[:1]
@@ -96,9 +101,19 @@ def no_repetition() -> Iterator[None]:
     def one_minibatch(self: Experience, *args: Any, **kwargs: Any) -> Iterator[Experience]:
         yield next(minibatches(self, *args, **kwargs))
 
+    def few_blocks(*args: Any, **kwargs: Any) -> tuple[list[slice], ...]:
+        return tuple(pieces[:2] for pieces in cut(*args, **kwargs))  # the last are no larger
+
+    def few_columns(rewards: Tensor, values: Tensor, mask: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        columns = max(count for count in range(1, MOST_COLUMNS + 1) if rewards.shape[1] % count == 0)
+        found = gae(*(tensor.reshape(-1, columns) for tensor in (rewards, values, mask)), *args)
+        return tuple(tensor.view(rewards.shape) for tensor in found)
+
     with (
         patch.object(Experience, "split", one_group),
         patch.object(Experience, "minibatches", one_minibatch),
+        patch.object(logprobs, "_cut", few_blocks),
+        patch.object(ppo_update, "gae", few_columns),
     ):
         yield
 

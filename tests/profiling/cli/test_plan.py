@@ -1,4 +1,4 @@
-"""Predictions from two shallow models equal simulations of the whole depth; plans fit, and say why not more."""
+"""Plans fit, and say why not more."""
 
 from __future__ import annotations
 
@@ -14,36 +14,7 @@ from hydra_ppo.profiling.cli import plan
 from hydra_ppo.profiling.cli.main import parse_size
 from hydra_ppo.profiling.cli.plan import _up_to_the_last, points, search
 from hydra_ppo.profiling.measuring.capture import capture
-from hydra_ppo.profiling.measuring.shallow import predict, simulate_stretches, with_depth
 from tests.profiling.models import CONFIGS, workload
-
-PREDICTED = 0.002
-"""Largest relative difference between a prediction and a simulation of the whole depth."""
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("llama", {"quantization": "nf4", "dtype": "bf16"}),
-        ("llama", {"trunk_layers": 3, "microbatch": 2}),
-        ("gpt2", {"checkpointing": False, "microbatch": 2}),
-        ("qwen3-tied", {"quantization": "int8", "rollout_batch": 16}),
-        ("opt", {"response": 60}),
-    ],
-)
-def test_two_shallow_models_predict_a_deep_one(family, changes):
-    sizes, config = workload(**changes), with_depth(CONFIGS[family], 7)
-    predicted = predict(simulate_stretches(sizes, config), 7, sizes.trunk_layers)
-    deep = capture(sizes, simulate=True, config=config)
-    for phase in set(deep.phases) - {"load"}:
-        assert predicted[phase] == pytest.approx(deep.phases[phase].bytes, rel=PREDICTED), phase
-
-
-def test_bytes_of_adapters_are_in_proportion_to_their_rank():
-    config = with_depth(CONFIGS["llama"], 5)
-    predicted = predict(simulate_stretches(workload(rank=8), config), 5, 0, rank_factor=4.0)
-    deep = capture(workload(rank=32), simulate=True, config=config)
-    assert predicted["optimizer"] == pytest.approx(deep.phases["optimizer"].bytes, rel=PREDICTED)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +45,7 @@ def test_plans_fit_and_what_would_be_better_does_not(model_file):
     assert any("does not fit" in line for line in best.why)
     simulated = capture(best.workload, simulate=True)
     for phase, size in best.phases.items():
-        assert size == pytest.approx(simulated.phases[phase].bytes, rel=0.02), phase
+        assert size == pytest.approx(simulated.phases[phase].bytes, rel=0.005), phase
 
 
 def test_a_larger_gpu_never_gives_a_worse_plan(model_file):
