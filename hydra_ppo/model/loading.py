@@ -22,6 +22,7 @@ from hydra_ppo.compat import (
 )
 from hydra_ppo.errors import ConfigError, UnsupportedModelError
 from hydra_ppo.model.architecture import inspect_architecture
+from hydra_ppo.model.prequantized import check_stored, compute_in
 from hydra_ppo.model.quantized_embeddings import quantize_embeddings
 from hydra_ppo.model.whole import causal_class, first_line, load_whole, read_config, saying_why, skeleton
 
@@ -129,8 +130,8 @@ def load_base(
     prequantized = getattr(config, "quantization_config", None) is not None
     if prequantized or not NAMES_WHAT_IS_MISSING:  # 5.x too breaks off over what packed files lack
         skeleton(name_or_path, trust_remote_code=trust_remote_code)
-    if prequantized and quantization is not None:
-        logger.info("%s is quantised already; model.quantization=%s is left to it", name_or_path, quantization)
+    if prequantized:
+        check_stored(name_or_path, config, quantization, place)
         quantization = None
     wanted = quantization_config(quantization, compute) if quantization is not None else None
     if wanted is not None and loads_quantised(place):
@@ -147,6 +148,8 @@ def load_base(
         )
         if quantization is not None and "quantization_config" not in options:
             quantize_linears(model, quantization, compute)
+    if prequantized and quantization_of(model) in ("int8", "nf4", "fp4"):
+        compute_in(model, compute, stored_dtype(config))
     if quantized_embeddings is not None:
         quantize_embeddings(model, quantized_embeddings)
     return model
