@@ -40,7 +40,7 @@ def check_stored(name_or_path: str, config: PretrainedConfig, asked: str | None,
     stored = stored_quantization(config)
     if asked is not None and asked != stored:
         logger.warning(
-            "model.quantization=%s is not how %s is stored: its weights are %s, and stay that; name the unquantised model for %s.",
+            "model.quantization=%s is not how %s is stored: its weights are %s and stay so; name the unquantised model for %s.",
             *(asked, name_or_path, stored, asked),
         )
     if stored in ("int8", "nf4", "fp4") and not loads_quantised(place):
@@ -63,10 +63,11 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype, written: torch.dtype 
     Memory: where the types differ, what is not quantised once in either type, tensor by tensor.
     """
     changed = False
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None and (state.dtype != dtype or getattr(module, "compute_dtype", dtype) != dtype):
-            state.dtype = module.compute_dtype = dtype
+    layer: Any  # of bitsandbytes
+    for layer in model.modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None and (state.dtype != dtype or getattr(layer, "compute_dtype", dtype) != dtype):
+            state.dtype = layer.compute_dtype = dtype
             changed = True
     kept = _kept_in_fp32(model) if dtype != torch.float32 else ()
     for prefix, module in model.named_modules():
