@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Take = Callable[[str, Tensor], bool]
-"""Is given the name and the (V, H) weight of an embedding or a head, in the compute type, and says whether it took it."""
+Take = Callable[[str, Tensor], Any]
+"""Is given the name and the (V, H) weight of an embedding or a head, in the compute type; returns what it made of it, or None
+where it leaves it."""
 See = Callable[[str], None]
 """Is told the name of each weight that has come."""
 
@@ -34,7 +35,8 @@ class Arrivals:
         see: is told of every weight.
 
     Attributes:
-        taken: names of the weights that were taken. In the model a zero stands for each, in its shape, without its memory.
+        made: by name, what was made of the weights that were taken. In the model a one stands for each, in its shape, without
+            its memory.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class Arrivals:
         see: See | None = None,
     ) -> None:
         self.device, self.dtype, self.take, self.see = device, dtype, take, see
-        self.names = [] if empty is None else _vocabulary_weights(empty)
-        self.taken: list[str] = []
+        self.shapes = {} if empty is None else _vocabulary_weights(empty)
+        self.made: dict[str, Any] = {}
+        self._stand_ins: dict[int, str] = {}
         self._seen = False
 
     @contextmanager
@@ -64,11 +67,11 @@ class Arrivals:
             return
 
         def on_host_first(device_map: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-            return torch.device("cpu") if name in self.names else device_of(device_map, name, *args, **kwargs)
+            return torch.device("cpu") if name in self.shapes else device_of(device_map, name, *args, **kwargs)
 
         def offered(model: Any, name: str, value: Tensor, *args: Any, **kwargs: Any) -> None:
             self._seen = True
-            if name in self.names:
+            if self.shapes.get(name) == value.shape:  # of any other the loading ends in an error
                 value = self._offer(name, value)
             put(model, name, value, *args, **kwargs)
             if self.see is not None:
@@ -94,10 +97,18 @@ class Arrivals:
     def _offer(self, name: str, value: Tensor) -> Tensor:
         assert self.take is not None
         value = value.to(self.dtype)  # a folder that is stored quantised comes in the type that it was written in
-        if not self.take(name, value):
+        made = self.take(name, value)
+        if made is None:
             return value.to(self.device)
-        self.taken.append(name)
-        return torch.zeros((), dtype=value.dtype, device=self.device).expand(value.shape)
+        self.made[name] = made
+        one = torch.ones((), dtype=value.dtype, device=self.device)
+        self._stand_ins[one.data_ptr()] = name
+        return one.expand(value.shape)
+
+    def made_of(self, weight: Tensor) -> Any:
+        """Return what was made of the weight that this one in the model stands for; None where it is the weight itself."""
+        name = self._stand_ins.get(weight.data_ptr()) if weight.stride() == (0, 0) else None
+        return None if name is None else self.made[name]
 
 
 def _vocabulary_modules(model: PreTrainedModel) -> list[Any]:
@@ -105,7 +116,8 @@ def _vocabulary_modules(model: PreTrainedModel) -> list[Any]:
     return [module for module in found if isinstance(getattr(module, "weight", None), Tensor)]
 
 
-def _vocabulary_weights(model: PreTrainedModel) -> list[str]:
-    """Return the names of the weights of input embedding and output head; of tied ones under which either may be stored."""
+def _vocabulary_weights(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Return the shapes of the weights of input embedding and output head, by name; of tied ones under both."""
     modules = {id(module) for module in _vocabulary_modules(model)}
-    return [f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if id(module) in modules]
+    named = model.named_modules(remove_duplicate=False)
+    return {f"{name}.weight": module.weight.shape for name, module in named if id(module) in modules}
