@@ -64,9 +64,10 @@ def quantize_model(
     from hydra_ppo.compat import stored_dtype
     from hydra_ppo.model.architecture import inspect_architecture
     from hydra_ppo.model.for_others import save_for_others
-    from hydra_ppo.model.loading import DTYPES, load_base, quantization_config
+    from hydra_ppo.model.loading import DTYPES, load_base, quantization_config, resolve_device
     from hydra_ppo.model.whole import causal_class, skeleton
 
+    resolve_device(device)
     empty = skeleton(name)
     inspect_architecture(empty)
     stored = stored_dtype(empty.config)

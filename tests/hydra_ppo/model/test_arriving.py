@@ -71,9 +71,8 @@ def test_what_is_offered_is_in_the_compute_type(tmp_path):
     save(tmp_path / "base", llama())
     load_base(str(tmp_path / "base"), **BASE | {"quantization": "nf4"}).save_pretrained(tmp_path / "stored")
     for folder in ("base", "stored"):
-        offered = {}
-        load(tmp_path / folder, lambda name, weight: offered.setdefault(name, weight.dtype), dtype="bf16")
-        assert offered == dict.fromkeys(("lm_head.weight", "model.embed_tokens.weight"), torch.bfloat16), folder
+        _, arrivals = load(tmp_path / folder, lambda name, weight: weight.dtype, dtype="bf16")
+        assert arrivals.made == dict.fromkeys(("lm_head.weight", "model.embed_tokens.weight"), torch.bfloat16), folder
 
 
 def test_one_that_is_not_taken_can_go_beside_one_that_is(tmp_path):
