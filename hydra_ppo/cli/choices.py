@@ -7,3 +7,6 @@ from typing import Literal, get_args
 ExportedRole = Literal["actor", "reward", "critic"]
 EXPORTED_ROLES: tuple[ExportedRole, ...] = get_args(ExportedRole)
 EXPORTED_TYPES = ("auto", "fp32", "bf16", "fp16")
+
+Quantization = Literal["int8", "nf4", "fp4"]
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)

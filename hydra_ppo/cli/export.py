@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra_ppo.cli.aside import check_empty, whole_or_nothing
 from hydra_ppo.cli.choices import ExportedRole
 from hydra_ppo.cli.saved import base_if_here, beside, check_saved, run_ends, tokenizer_folder, trained_quantization
 from hydra_ppo.errors import ConfigError
@@ -54,8 +54,7 @@ def export_role(
     run, output = Path(run).expanduser(), Path(output).expanduser()
     if not (run / MANIFEST).is_file():
         raise ConfigError(f"run={str(run)!r} holds no {MANIFEST}; name the folder of a finished sft or ppo run.")
-    if output.exists() and any(output.iterdir()):
-        raise ConfigError(f"output={str(output)!r} is not empty; choose another folder.")
+    check_empty("output", output)
     manifest = check_saved(run, needs_base=not adapter_only)
     adapter = _spec(run, manifest, role)["adapter"]
     if adapter is None and adapter_only:
@@ -64,7 +63,7 @@ def export_role(
     if base is not None:
         check_base(run, base)
     export = _Export(run, manifest, role, adapter, base, output)
-    with _whole_or_nothing(output) as aside:
+    with whole_or_nothing(output) as aside:
         notes = export.write(aside, adapter_only, dtype)
         notes += _other_tokens(tokenizer_folder(run), aside, output)
     return [*notes, *export.roundings(adapter_only), export.how_to_load(adapter_only)]
@@ -277,31 +276,6 @@ class _Export:
         check_fit(adapted, "default", folder, tensor_shapes(folder / "adapter_model.safetensors"))
         merged: PreTrainedModel = adapted.merge_and_unload()
         return merged
-
-
-@contextmanager
-def _whole_or_nothing(output: Path) -> Iterator[Path]:
-    """Give a folder to write into, which is moved to `output` when the block is done, and removed where it is not.
-
-    Raises:
-        ConfigError: where nothing can be written there.
-    """
-    aside = output.parent / f".writing-{output.name}"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)  # of a process that died
-        aside.mkdir(parents=True)
-        yield aside
-        if output.is_dir():
-            output.rmdir()  # an empty one
-        aside.replace(output)
-    except OSError as error:
-        if error.errno is None:  # what transformers says of files that it does not find
-            raise
-        raise ConfigError(
-            f"output={str(output)!r} cannot be written ({error.strerror}); make room, or choose another folder."
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _config_of(base: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The command line: ``hydra-ppo sft | ppo | export | score | generate | inspect | doctor``, and what is installed beside it.
+"""The command line: ``hydra-ppo sft | ppo | export | quantize | score | generate | inspect | doctor``, and what is installed
+beside it.
 
 Other packages add commands as entry points of the group ``hydra_ppo.commands``: each a pair of one line of help and a
 function over the arguments.
@@ -206,6 +207,24 @@ def _export(arguments: list[str]) -> None:
     commands.export(options.run, options.output, options.role, options.adapter_only, options.dtype)
 
 
+def _quantize(arguments: list[str]) -> None:
+    from hydra_ppo.cli.choices import EXPORTED_TYPES, QUANTIZATIONS
+
+    parser = Parser("quantize", "Write a base with quantised linear layers into a folder of its own, which loads in seconds.")
+    parser.add_argument("model", metavar="MODEL", help="Model folder or hub name, not quantised.")
+    parser.add_argument("--output", type=local_path, required=True, metavar="DIR", help="Folder to write to.")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="nf4", help="How linear layers are held.")
+    parser.add_argument("--dtype", choices=EXPORTED_TYPES, default="auto", help="Type of all else; auto is the stored one.")
+    parser.add_argument("--device", default="auto", metavar="D", help="Where it is quantised: auto, cpu, cuda or cuda:N.")
+    options = parser.parse_args(arguments)
+    check_folder("output", options.output)
+    from hydra_ppo.cli.quantize import quantize_model
+
+    kinds = {"quantization": options.quantization, "dtype": options.dtype, "device": options.device}
+    for note in quantize_model(options.model, options.output, **kinds):
+        print(note)
+
+
 def _score(arguments: list[str]) -> None:
     flags, rest = _split_settings(arguments)
     parser = Parser("score", "Score preference pairs, or prompts with responses, with the reward head of a run." + RUN_SETTINGS)
@@ -369,6 +388,7 @@ COMMANDS: dict[str, Command] = {
     "sft": ("train the SFT model and the reward model jointly, on preference pairs", _sft),
     "ppo": ("train actor and critic with PPO", _ppo),
     "export": ("write a role of a run as a plain Hugging Face model", _export),
+    "quantize": ("write a base quantised, once, so that runs load it in seconds", _quantize),
     "score": ("score pairs or responses with the reward head of a run", _score),
     "generate": ("sample answers from the roles of a run, side by side", _generate),
     "doctor": ("say what this machine offers and what stands in the way", _doctor),

@@ -22,11 +22,15 @@ OWN_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_facto
 """Families that have had other names for the same."""
 
 
-def save_for_others(model: PreTrainedModel, folder: Path) -> list[str]:
-    """Write a model with its config; return lines on what older readers would take otherwise."""
+def save_for_others(model: PreTrainedModel, folder: Path, **options: Any) -> list[str]:
+    """Write a model with its config; return lines on what older readers would take otherwise.
+
+    Args:
+        options: for `save_pretrained`.
+    """
     if getattr(model, "generation_config", None) is not None:
         _make_valid(model.generation_config)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **options)
     return config_for_both_versions(folder)
 
 

@@ -22,6 +22,8 @@ from hydra_ppo.compat import (
 )
 from hydra_ppo.errors import ConfigError, UnsupportedModelError
 from hydra_ppo.model.architecture import inspect_architecture
+from hydra_ppo.model.arriving import Arrivals, See, Take
+from hydra_ppo.model.prequantized import check_stored, compute_in
 from hydra_ppo.model.quantized_embeddings import quantize_embeddings
 from hydra_ppo.model.whole import causal_class, first_line, load_whole, read_config, saying_why, skeleton
 
@@ -101,11 +103,18 @@ def load_base(
     dtype: str,
     device: str,
     trust_remote_code: bool,
+    take: Take | None = None,
+    see: See | None = None,
     quantized_embeddings: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM from a local folder or the hub, from safetensors only.
 
-    Memory: the base once, in the type that it is held in (on a CPU with transformers below 4.57 first unquantised).
+    Args:
+        take: is offered input embedding and output head, each on the host, before they are put on the device.
+        see: is told the name of each weight that has come (transformers from 5 on).
+
+    Memory: the base once, in the type that it is held in, and one weight of a layer before it is quantised (on a CPU with
+    transformers below 4.57 first the unquantised base).
 
     Raises:
         ConfigError: when it cannot be found or read, or its files lack weights; the message names it.
@@ -129,13 +138,15 @@ def load_base(
     prequantized = getattr(config, "quantization_config", None) is not None
     if prequantized or not NAMES_WHAT_IS_MISSING:  # 5.x too breaks off over what packed files lack
         skeleton(name_or_path, trust_remote_code=trust_remote_code)
-    if prequantized and quantization is not None:
-        logger.info("%s is quantised already; model.quantization=%s is left to it", name_or_path, quantization)
+    if prequantized:
+        check_stored(name_or_path, config, quantization, place)
         quantization = None
     wanted = quantization_config(quantization, compute) if quantization is not None else None
     if wanted is not None and loads_quantised(place):
         options["quantization_config"] = wanted
-    with saying_why(name_or_path):
+    empty = skeleton(name_or_path, trust_remote_code=trust_remote_code) if take is not None else None
+    arrivals = Arrivals(empty, place, compute, take, see)
+    with saying_why(name_or_path), arrivals.while_loading():
         model = load_whole(
             causal_class(config),
             name_or_path,
@@ -147,6 +158,9 @@ def load_base(
         )
         if quantization is not None and "quantization_config" not in options:
             quantize_linears(model, quantization, compute)
+    if prequantized and quantization_of(model) in ("int8", "nf4", "fp4"):
+        compute_in(model, compute, stored_dtype(config))
+    arrivals.after(model)
     if quantized_embeddings is not None:
         quantize_embeddings(model, quantized_embeddings)
     return model

@@ -6,7 +6,7 @@ the trainer does; what it reads back to the host comes as zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -134,15 +134,15 @@ def fake_base(
             "in an environment with transformers>=5.17."
         )
     model = meta_model(config, dtype)
-    if quantization is not None:
-        for layer in inspect_architecture(model).layers:
-            for name, linear in list(layer.named_modules()):
-                if is_linear(linear):
-                    _materialise(linear)
-                    layer.set_submodule(name, _quantised(linear, quantization, dtype))
-        setattr(model, "is_loaded_in_8bit" if quantization == "int8" else "is_loaded_in_4bit", True)
     if quantized_embeddings is not None:
         quantize_embeddings(model, quantized_embeddings, _quantized_rows)
+    if quantization is not None:
+        layers = inspect_architecture(model).layers
+        _materialise(model, leave={part for part in layers.modules() if is_linear(part)})  # by name they come before, mostly
+        for layer in layers:
+            for name in [name for name, part in layer.named_modules() if is_linear(part)]:
+                _quantise(layer, name, quantization, dtype)
+        setattr(model, "is_loaded_in_8bit" if quantization == "int8" else "is_loaded_in_4bit", True)
     _materialise(model)
     return model
 
@@ -155,13 +155,22 @@ def _quantized_rows(weight: Tensor, kind: RowsKind) -> QuantizedRows:
     return rows
 
 
-def _materialise(module: nn.Module) -> None:
-    """Give what is on the meta device storage of its own, in place, tied parameters the same.
+def _quantise(layer: nn.Module, name: str, quantization: str, dtype: torch.dtype) -> None:
+    """Replace one linear layer, whose weight is gone when this returns."""
+    linear = layer.get_submodule(name)
+    _materialise(linear)
+    layer.set_submodule(name, _quantised(linear, quantization, dtype))
+
+
+def _materialise(module: nn.Module, leave: Collection[nn.Module] = ()) -> None:
+    """Give what is on the meta device storage of its own, in place, tied parameters the same; all but some modules.
 
     `nn.Module.to_empty` cannot with fake tensors.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
+        if part in leave:
+            continue
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.device.type == "meta":
                 if parameter not in made:

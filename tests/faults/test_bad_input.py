@@ -614,6 +614,8 @@ def cli(line: str, *says: str, prepare: Iterable[Prepare] = (), weights: Any = "
     return Case(line.split(), says, tuple(prepare), weights)
 
 
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
 CLI = {
     "no command": cli("", "no command given; choose one of"),
     "an unknown command": cli("pppo", "pppo is not a command; did you mean ppo?"),
@@ -626,6 +628,37 @@ CLI = {
     "a group as a flag": cli("ppo ppo.yaml --model base", "model is a group of settings", "; set its members"),
     "a flag with a name alone": cli("ppo ppo.yaml --", "; "),
     "a switch with two values": cli("ppo ppo.yaml --run.progress true false", "'false' is one argument too many; give one"),
+    "quantize of nothing": cli("quantize gone/away --output out", "model='gone/away'", "; check the path or the name"),
+    "quantize of no name": cli("quantize ./gone --output out", "model='./gone' names no such folder"),
+    "quantize of a run": cli("quantize run --output out", "model='run' is a run", "quantise its base 'base', or what"),
+    "quantize of an adapter": cli("quantize run/actor --output out", "model='run/actor' is an adapter; quantise its base"),
+    "quantize of a quantised model": cli(
+        "quantize base --output out",
+        "model='base' is quantised already (nf4); name it in",
+        prepare=[edit("base/config.json", lambda content: content.update(quantization_config=NF4))],
+    ),
+    "quantize of a pickled model": cli(
+        "quantize base --output out", "pytorch_model.bin only; save them again as safetensors", prepare=[pickle_base]
+    ),
+    "quantize of a GGUF file": cli(
+        "quantize m.gguf --output out", "'m.gguf' is GGUF", "; name", prepare=[put("m.gguf", "GGUF")]
+    ),
+    "quantize of a GGUF folder": cli(
+        "quantize base --output out",
+        *("model='base' is GGUF", "; name the folder with"),
+        prepare=[remove("base/model.safetensors"), put("base/m.gguf", "GGUF")],
+    ),
+    "quantize of half a model": cli(
+        "quantize base --output out", "model='base': model.safetensors has", "copy", prepare=[cut("base/model.safetensors")]
+    ),
+    "quantize of a file": cli("quantize pairs.jsonl --output out", "model='pairs.jsonl' is a file; name"),
+    "quantize without an output": cli("quantize base", "--output", "; hydra-ppo quantize --help"),
+    "quantize to a folder in use": cli("quantize base --output run", "output='run' is not empty; choose another"),
+    "quantize onto itself": cli("quantize base --output base", "output='base' is not empty; choose another"),
+    "quantize to a file": cli("quantize base --output pairs.jsonl", "output='pairs.jsonl' is a file; choose"),
+    "quantize to five bits": cli("quantize base --output out --quantization nf5", "'nf5'", "'int8', 'nf4', 'fp4'"),
+    "quantize in a strange type": cli("quantize base --output out --dtype int4", "'int4'", "'bf16'"),
+    "quantize on a strange device": cli("quantize base --output out --device tpu9x", "'tpu9x'", "; use auto, cpu"),
     "export of nothing": cli("export gone --output out", "gone is not a folder; name a run"),
     "export of no run": cli("export base --output out", "run='base' holds no hydra.json; name"),
     "export without an output": cli("export run", "--output", "; hydra-ppo export --help"),
