@@ -12,6 +12,7 @@ from tests.real.packages import file_of
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.timeout(900),  # minutes where others use the cores, too
     pytest.mark.skipif(not isinstance(new_cache(1), KVCache), reason="caches of this transformers have no layers"),
 ]
 
@@ -28,7 +29,7 @@ def folder(tmp_path_factory):
 
 def test_drift_in_fp32(folder):
     """Measured on 32 responses: 0.015 on average, 0.15 at most; without mixing the keys 0.032 and 0.87."""
-    found = measure(folder, "fp32", rows=16, tokens=48)
+    found = measure(folder, "fp32", rows=12, tokens=32)
     assert found["exact cache, pass"][1] < 1e-3
     assert 1e-3 < found["int8 cache, exact cache"][0] < 0.022
     assert found["int8 cache, pass"][0] < 0.022
@@ -36,6 +37,6 @@ def test_drift_in_fp32(folder):
 
 def test_drift_in_bf16_is_that_of_bf16(folder):
     """Measured on 32 responses: 0.043 in int8, 0.042 with an exact cache."""
-    found = measure(folder, "bf16", rows=16, tokens=48)
+    found = measure(folder, "bf16", rows=12, tokens=32)
     assert found["int8 cache, pass"][0] < 1.25 * found["exact cache, pass"][0]
     assert found["int8 cache, pass"][0] < RolloutSettings().max_drift
