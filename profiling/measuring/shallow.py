@@ -93,7 +93,8 @@ def trunk_states(workload: Workload, config: Any, phase: str) -> float:
     """Return the bytes of the hidden states that are kept above a trunk: of the rollout, its minibatch, a micro-batch."""
     kept = workload.rollout_batch + (workload.minibatch or workload.rollout_batch)
     # In the updates a micro-batch's states take the place of its embedded tokens, which the first layer's graph keeps.
-    rows = {"score": workload.rollout_batch, "update-actor": kept, "update-critic": kept}
+    updating = kept + (workload.microbatch if workload.checkpoint_offload else 0)  # where the host keeps what the graph does
+    rows = {"score": workload.rollout_batch, "update-actor": updating, "update-critic": updating}
     rows["optimizer"] = kept + workload.microbatch
     row = (workload.prompt + workload.response) * config.hidden_size * DTYPES[workload.dtype].itemsize
     return float(rows.get(phase, 0) * row)

@@ -7,8 +7,8 @@ import pytest
 from hydra_ppo.profiling.measuring.capture import capture
 from hydra_ppo.profiling.measuring.shallow import predict, simulate_stretches, with_depth
 from hydra_ppo.profiling.measuring.tracker import Tracker
-from tests.profiling.models import CONFIGS, workload
 from tests.profiling.measuring.test_capture import AGREEMENT, assert_adds_up
+from tests.profiling.models import CONFIGS, workload
 
 PREDICTED = 0.002
 """Largest relative difference between a prediction and a simulation of the whole depth."""
