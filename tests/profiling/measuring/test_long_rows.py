@@ -71,15 +71,14 @@ def test_less_is_held_with_each_and_least_with_both():
     assert peaks[2]["score"].bytes < peaks[0]["score"].bytes
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_nothing_is_tokens_by_tokens(dtype):
+def test_nothing_is_tokens_by_tokens():
     """4096 tokens through actor update, critic update, scoring and sampling: no storage is as long in two of its dimensions.
 
     What is as long as the row and wider than a hidden state is a piece of the MLP at most.
     """
     tracker = Tracker()
     sizes = workload(
-        prompt=4032, response=64, rollout_batch=1, dtype=dtype, tile_tokens=512, checkpoint_offload=True, score_batch=1
+        prompt=4032, response=64, rollout_batch=1, dtype="bf16", tile_tokens=512, checkpoint_offload=True, score_batch=1
     )
     capture(sizes, simulate=True, config=with_depth(CONFIGS["llama"], 2), tracker=tracker, timeline=False)
     made = [s for s in tracker.storages if s.phase in ("rollout", "score", "update-actor", "update-critic")]
