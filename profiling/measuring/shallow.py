@@ -97,7 +97,9 @@ class Step:
             few, many = self._depths
             slope = {kind: (high.get(kind, 0.0) - low.get(kind, 0.0)) / (many - few) for kind in kinds}
             constant = {kind: low.get(kind, 0.0) - few * slope[kind] for kind in kinds}
-            stretches.append(Stretch(phase, constant, slope, trunk_rows(phase, scale) * self._row))
+            stretches.append(
+                Stretch(phase, constant, slope, trunk_rows(phase, scale, self._workload.checkpoint_offload) * self._row)
+            )
         return stretches
 
     def phases(self, layers: int, scale: Scale, trunk: int = 0) -> dict[str, int]:
@@ -127,11 +129,17 @@ def any_scale(workload: Workload) -> Workload:
     return replace(workload, **{name: getattr(default, name) for name in free})
 
 
-def trunk_rows(phase: str, scale: Scale) -> int:
-    """Return of how many rows hidden states are kept above a trunk: of the rollout, its minibatch, a micro-batch."""
+def trunk_rows(phase: str, scale: Scale, offload: bool = False) -> int:
+    """Return of how many rows hidden states are kept above a trunk: of the rollout, its minibatch, a micro-batch.
+
+    Args:
+        offload: the host keeps what the graph does.
+    """
     kept = 2 * scale.batch  # the rollout's and, as it is one, the minibatch's
     # In the updates a micro-batch's states take the place of its embedded tokens, which the first layer's graph keeps.
-    rows = {"score": scale.batch + scale.micro, "update-actor": kept, "update-critic": kept, "optimizer": kept + scale.micro}
+    updating = kept + (scale.micro if offload else 0)
+    rows = {"score": scale.batch + scale.micro, "update-actor": updating, "update-critic": updating}
+    rows["optimizer"] = kept + scale.micro
     return rows.get(phase, 0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from rich.console import Console
 from transformers import LlamaConfig
@@ -31,7 +33,7 @@ def test_what_rungs_take_off_is_what_shapes_say(monkeypatch, tmp_path):
     workload = Workload(model=str(tmp_path), quantization="nf4", prompt=48, response=48, rollout_batch=4)
     rungs = climb(workload)
     assert [rung.name for rung in rungs] == list(few)
-    for before, rung in zip(rungs, rungs[1:], strict=False):
+    for before, rung in pairwise(rungs):
         assert rung.expected
         for phase, gain in rung.expected.items():
             assert before.phases[phase] - rung.phases[phase] == pytest.approx(gain, rel=0.1), (rung.name, phase)

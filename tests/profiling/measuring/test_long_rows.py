@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hydra_ppo.profiling.measuring.capture import capture
-from hydra_ppo.profiling.measuring.shallow import predict, simulate_stretches, with_depth
+from hydra_ppo.profiling.measuring.recording import Scale
+from hydra_ppo.profiling.measuring.shallow import simulated_step, with_depth
 from hydra_ppo.profiling.measuring.tracker import Tracker
 from tests.profiling.measuring.test_capture import AGREEMENT, assert_adds_up
 from tests.profiling.models import CONFIGS, workload
@@ -37,16 +38,17 @@ def test_simulated_and_measured_peaks_agree(family, quantization, changes):
     ("family", "changes"),
     [
         ("llama", CHANGES[0] | {"quantization": "nf4", "dtype": "bf16"}),
-        ("llama", CHANGES[1] | {"microbatch": 2}),
+        ("llama", CHANGES[1] | {"microbatch": 2, "score_batch": 2}),
         ("llama", CHANGES[2] | {"quantization": "nf4"}),
-        ("llama", CHANGES[2] | {"trunk_layers": 3, "microbatch": 2}),
+        ("llama", CHANGES[2] | {"trunk_layers": 3, "microbatch": 2, "score_batch": 2}),
         ("gpt2", CHANGES[0]),
     ],
     ids=str,
 )
 def test_two_shallow_models_predict_a_deep_one(family, changes):
     sizes, config = workload(**changes), with_depth(CONFIGS[family], 7)
-    predicted = predict(simulate_stretches(sizes, config), 7, sizes.trunk_layers)
+    scale = Scale(sizes.rollout_batch, sizes.microbatch, sizes.rank)
+    predicted = simulated_step(sizes, config, (sizes.microbatch,)).phases(7, scale, sizes.trunk_layers)
     deep = capture(sizes, simulate=True, config=config)
     for phase in set(deep.phases) - {"load"}:
         assert predicted[phase] == pytest.approx(deep.phases[phase].bytes, rel=PREDICTED), phase
@@ -71,15 +73,14 @@ def test_less_is_held_with_each_and_least_with_both():
     assert peaks[2]["score"].bytes < peaks[0]["score"].bytes
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_nothing_is_tokens_by_tokens(dtype):
+def test_nothing_is_tokens_by_tokens():
     """4096 tokens through actor update, critic update, scoring and sampling: no storage is as long in two of its dimensions.
 
     What is as long as the row and wider than a hidden state is a piece of the MLP at most.
     """
     tracker = Tracker()
     sizes = workload(
-        prompt=4032, response=64, rollout_batch=1, dtype=dtype, tile_tokens=512, checkpoint_offload=True, score_batch=1
+        prompt=4032, response=64, rollout_batch=1, dtype="bf16", tile_tokens=512, checkpoint_offload=True, score_batch=1
     )
     capture(sizes, simulate=True, config=with_depth(CONFIGS["llama"], 2), tracker=tracker, timeline=False)
     made = [s for s in tracker.storages if s.phase in ("rollout", "score", "update-actor", "update-critic")]
