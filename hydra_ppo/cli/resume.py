@@ -30,7 +30,15 @@ if TYPE_CHECKING:
     from hydra_ppo.training.ppo import PPOTrainer
 
 LENGTHS = ("steps", "epochs", "max_steps")
-FREE = (*LENGTHS, "sample_every", "eval_every", "reward.time_limit", "reward.isolation", "optimizer.offload_in_rollout")
+FREE = (
+    *LENGTHS,
+    "sample_every",
+    "eval_every",
+    "reward.time_limit",
+    "reward.isolation",
+    "optimizer.offload_in_rollout",
+    "model.checkpoint_offload",
+)
 """Settings that may change between two parts of a run, besides those of `run` other than its seed."""
 ALIKE = {"optimizer.name": ("adamw", "adamw-offloaded")}
 """Values of a setting that give the same bits and checkpoints: one may take the other's place."""
