@@ -4,7 +4,7 @@ From outside: `hydra` (`HydraModel`), `roles` (`Role`, `Stage`), `answers` (wher
 model back), `manifest` (what a saved model says of itself), `fingerprint` (digests), `adapters`, `adapter_options`,
 `architecture`, `loading` (a base alone), `whole` (whether files hold all of a model), `probe` (tries the passes of a model
 that was just built), `positions` (how long a row may be), `classifier` (backbone and head as a classifier of transformers),
-`for_others` (models that other programs load), `quantized_embeddings`.
+`for_others` (models that other programs load), `quantized_embeddings`, `prequantized` (folders that are stored quantised).
 
 Never: training loops, sampling, run folders.
 """

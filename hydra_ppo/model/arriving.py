@@ -23,6 +23,9 @@ where it leaves it."""
 See = Callable[[str], None]
 """Is told the name of each weight that has come."""
 
+STAND_IN = 0.1
+"""What is in a model for all of a weight that was taken: no 0 or 1, so that what scales it can be told by what comes out."""
+
 
 class Arrivals:
     """What became of the weights that are offered to `take`.
@@ -35,8 +38,8 @@ class Arrivals:
         see: is told of every weight.
 
     Attributes:
-        made: by name, what was made of the weights that were taken. In the model a one stands for each, in its shape, without
-            its memory.
+        made: by name, what was made of the weights that were taken. In the model a number stands for each, in its shape,
+            without its memory.
     """
 
     def __init__(
@@ -101,9 +104,9 @@ class Arrivals:
         if made is None:
             return value.to(self.device)
         self.made[name] = made
-        one = torch.ones((), dtype=value.dtype, device=self.device)
-        self._stand_ins[one.data_ptr()] = name
-        return one.expand(value.shape)
+        number = torch.full((), STAND_IN, dtype=value.dtype, device=self.device)
+        self._stand_ins[number.data_ptr()] = name
+        return number.expand(value.shape)
 
     def made_of(self, weight: Tensor) -> Any:
         """Return what was made of the weight that this one in the model stands for; None where it is the weight itself."""

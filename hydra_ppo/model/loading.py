@@ -24,7 +24,7 @@ from hydra_ppo.errors import ConfigError, UnsupportedModelError
 from hydra_ppo.model.architecture import inspect_architecture
 from hydra_ppo.model.arriving import Arrivals, See, Take
 from hydra_ppo.model.prequantized import check_stored, compute_in
-from hydra_ppo.model.quantized_embeddings import quantize_embeddings
+from hydra_ppo.model.quantized_embeddings import check_width, quantize_embeddings, rows_taker
 from hydra_ppo.model.whole import causal_class, first_line, load_whole, read_config, saying_why, skeleton
 
 logger = logging.getLogger("hydra_ppo")
@@ -103,14 +103,16 @@ def load_base(
     dtype: str,
     device: str,
     trust_remote_code: bool,
+    quantized_embeddings: str | None = None,
     take: Take | None = None,
     see: See | None = None,
-    quantized_embeddings: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM from a local folder or the hub, from safetensors only.
 
     Args:
-        take: is offered input embedding and output head, each on the host, before they are put on the device.
+        quantized_embeddings: int8 or nf4: how input embedding and output head are held; None is in the compute type.
+        take: is offered input embedding and output head, each on the host, before they are put on the device; where they are
+            quantised, that is what takes them.
         see: is told the name of each weight that has come (transformers from 5 on).
 
     Memory: the base once, in the type that it is held in, and one weight of a layer before it is quantised (on a CPU with
@@ -144,7 +146,11 @@ def load_base(
     wanted = quantization_config(quantization, compute) if quantization is not None else None
     if wanted is not None and loads_quantised(place):
         options["quantization_config"] = wanted
+    if quantized_embeddings is not None:
+        take = rows_taker(quantized_embeddings, place)
     empty = skeleton(name_or_path, trust_remote_code=trust_remote_code) if take is not None else None
+    if empty is not None and quantized_embeddings is not None:
+        check_width(empty, quantized_embeddings)  # before a weight is read
     arrivals = Arrivals(empty, place, compute, take, see)
     with saying_why(name_or_path), arrivals.while_loading():
         model = load_whole(
@@ -162,7 +168,7 @@ def load_base(
         compute_in(model, compute, stored_dtype(config))
     arrivals.after(model)
     if quantized_embeddings is not None:
-        quantize_embeddings(model, quantized_embeddings)
+        quantize_embeddings(model, quantized_embeddings, lambda weight, kind: arrivals.made_of(weight))
     return model
 
 

@@ -84,13 +84,11 @@ def quantize_embeddings(
 
     Memory: one of the two weights beside its smaller self, a block of rows in fp32.
     """
-    if kind not in get_args(RowsKind):
-        raise ConfigError(f"model.quantize_embeddings={kind!r} is unknown; choose int8, nf4 or null.")
+    check_width(model, kind)
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     if isinstance(embedding, QuantizedEmbedding):
         return
-    check_width(model, kind)
     scale = _scale_of(embedding, kind)
     tied = head.weight is embedding.weight
     rows = (quantized or _quantized)(embedding.weight.data, cast(RowsKind, kind))
@@ -109,11 +107,15 @@ def embeddings_kind(model: nn.Module) -> str | None:
 
 
 def check_width(model: PreTrainedModel, kind: str) -> None:
-    """Refuse a model whose rows cannot be held in groups.
+    """Refuse a kind that there is none of, and a model whose rows cannot be held in groups.
 
     Raises:
-        UnsupportedModelError: naming the width.
+        ConfigError, UnsupportedModelError: naming the kind, or the width.
     """
+    if kind not in get_args(RowsKind):
+        raise ConfigError(f"model.quantize_embeddings={kind!r} is unknown; choose int8, nf4 or null.")
+    if isinstance(model.get_input_embeddings(), QuantizedEmbedding):
+        return
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] % GROUP:
@@ -148,8 +150,13 @@ def _scale_of(embedding: Any, kind: str) -> float | None:
     )
 
 
-def _quantized(weight: Tensor, kind: RowsKind) -> QuantizedRows:
-    rows = QuantizedRows.of(weight, kind, weight.dtype, weight.device)
+def rows_taker(kind: str, device: torch.device) -> Callable[[str, Tensor], QuantizedRows]:
+    """Return what makes rows on a device of weights as they come from files, by name; a block of rows at a time."""
+    return lambda name, weight: _quantized(weight, cast(RowsKind, kind), device)
+
+
+def _quantized(weight: Tensor, kind: RowsKind, device: torch.device | None = None) -> QuantizedRows:
+    rows = QuantizedRows.of(weight, kind, weight.dtype, device or weight.device)
     if not rows.isfinite().all():
         raise UnsupportedModelError(
             f"model.quantize_embeddings={kind!r}: a weight of {list(weight.shape)} holds numbers that are NaN or infinite; "

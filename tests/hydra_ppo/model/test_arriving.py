@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hydra_ppo.errors import ConfigError
+from hydra_ppo.errors import ConfigError, UnsupportedModelError
 from hydra_ppo.model import arriving
 from hydra_ppo.model.arriving import Arrivals
 from hydra_ppo.model.loading import load_base
+from hydra_ppo.model.quantized_embeddings import embeddings_kind, quantize_embeddings
 from hydra_ppo.model.whole import skeleton
 from tests.families import FAMILIES
 from tests.held import held
@@ -97,3 +98,39 @@ def test_every_weight_is_seen(tmp_path):
     seen: list[str] = []
     load_base(str(folder), **BASE, see=seen.append)
     assert sorted(seen) == sorted(name for name, _ in skeleton(str(folder)).named_parameters())
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma3", "opt"])
+def test_quantised_as_they_arrive_they_are_as_if_quantised_afterwards(family, kind, quantization, tmp_path):
+    if family not in FAMILIES:
+        pytest.skip("transformers does not know it yet")
+    folder = str(save(tmp_path / "base", FAMILIES[family]))
+    later = load_base(folder, **BASE | {"quantization": quantization})
+    quantize_embeddings(later, kind)
+    model = load_base(folder, **BASE | {"quantization": quantization, "quantized_embeddings": kind})
+    assert embeddings_kind(model) == kind
+    ours, theirs = model.get_input_embeddings(), later.get_input_embeddings()
+    assert ours.scale == theirs.scale
+    for one, other in ((ours.rows, theirs.rows), (model.get_output_embeddings().rows, later.get_output_embeddings().rows)):
+        assert one.dtype == other.dtype
+        assert torch.equal(one.values, other.values)
+        assert torch.equal(one.scales, other.scales)
+    assert (ours.rows is model.get_output_embeddings().rows) == FAMILIES[family].tie_word_embeddings
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, later(ids).logits)
+
+
+def test_a_broken_embedding_and_a_strange_kind_are_refused(tmp_path, monkeypatch):
+    def broken(tensors):
+        tensors["model.embed_tokens.weight"][3, 3] = float("nan")
+        return tensors
+
+    folder = str(save(tmp_path / "base", llama(), broken))
+    with pytest.raises(UnsupportedModelError, match="holds numbers that are NaN or infinite; get the model again"):
+        load_base(folder, **BASE, quantized_embeddings="int8")
+    monkeypatch.setattr("hydra_ppo.model.loading.load_whole", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(ConfigError, match=r"model\.quantize_embeddings='int5' is unknown; choose int8, nf4 or null"):
+        load_base(folder, **BASE, quantized_embeddings="int5")
