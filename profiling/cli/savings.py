@@ -1,6 +1,6 @@
 """What each saving of memory gives, one after another: simulated peaks by phase, and beside them what shapes alone say.
 
-`python -m hydra_ppo.profiling.benchmarks.savings --model llama-3.1-8b` prints the ladder of one model;
+`python -m hydra_ppo.profiling.cli.savings --model llama-3.1-8b` prints the ladder of one model;
 `--ends` the first and the last rung only.
 """
 

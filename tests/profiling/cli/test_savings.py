@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from transformers import LlamaConfig
 
-from hydra_ppo.profiling.benchmarks import savings
-from hydra_ppo.profiling.benchmarks.savings import climb, shapes_of, table_of
+from hydra_ppo.profiling.cli import savings
+from hydra_ppo.profiling.cli.savings import climb, shapes_of, table_of
 from hydra_ppo.profiling.workload import Workload
 
 SMALL = LlamaConfig(
