@@ -113,12 +113,15 @@ class _Export:
 
     def roundings(self, adapter_only: bool) -> list[str]:
         """Say that a run on a quantised base says other things on another."""
-        held = trained_quantization(self.run, self.manifest)
-        if held is None:
+        stored = self.base is not None and "quantization_config" in _config_of(self.base)
+        linears, embeddings = trained_quantization(self.run, self.manifest), self.manifest.get("embeddings")
+        parts = [*([linears] if linears else []), *([f"embeddings in {embeddings}"] if embeddings else [])]
+        if not parts:
             return []
+        held = " with ".join(parts)
         if adapter_only:
             return [f"trained over a base held as {held}: over another, or the unquantised one, it says something else"]
-        if self.base is not None and "quantization_config" in _config_of(self.base):
+        if stored and not embeddings:
             return [f"the base is stored as {held}: written are the weights that it stands for, unpacked"]
         what = "log-probs" if self.role == "actor" else "scores"
         return [f"trained over a base held as {held}, written over the unquantised one: {what} differ by its rounding"]

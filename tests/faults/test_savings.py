@@ -18,6 +18,18 @@ RANK = {"model": {"lora": {"r": 64}}}
 """So that every matrix has 4096 numbers, and 8-bit moments."""
 
 VARIANTS = {
+    "all of it": {
+        "model": {
+            **RANK["model"],
+            "quantization": "nf4",
+            "quantize_embeddings": "int8",
+            "checkpoint_offload": True,
+            "tile_tokens": 4,
+        },
+        "rollout": {"kv_cache": "int8", "max_drift": 1e-4, "importance_cap": 2.0},
+        "optimizer": {"name": "adamw-8bit", "offload_in_rollout": True},
+        "update_order": "in-turn",
+    },
     "8 bit, away, in turn": {
         **RANK,
         "optimizer": {"name": "adamw-8bit", "offload_in_rollout": True},
@@ -65,6 +77,25 @@ def test_stopped_again_and_again(variant, project, whole, monkeypatch, tmp_path,
     assert main(arguments) == 0
     assert_same(tmp_path / "run", reference)
     fault(f"SIGTERM x 8 in ppo, {variant}", "saved, exit 0, --resume", "same bits, metrics, samples")
+
+
+def test_a_run_with_all_of_it_is_read_by_the_other_commands(project, whole, tmp_path, capsys):
+    run = whole("all of it", **VARIANTS["all of it"])
+    first = records(run)[0]
+    assert first["rollout/drift"] > 1e-4
+    assert first["rollout/recomputed"] == 1.0
+    assert 0 < first["rollout/importance_weight"] < 2
+    assert main(["generate", str(run), "--prompt", "w1 w2", "--max-new-tokens", "3"]) == 0
+    assert main(["inspect", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["export", str(run), "--output", str(tmp_path / "actor")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "trained over a base held as nf4 with embeddings in int8, written over the unquantised one" in said
+    settings = ppo_settings(project, run.name, **VARIANTS["all of it"])
+    settings["model"]["quantize_embeddings"] = None
+    settings["steps"] = 7
+    assert main(["ppo", write(tmp_path / "other.yaml", settings), "--resume"]) == 2
+    assert "model.quantize_embeddings was 'int8', is None" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.timeout(600)
