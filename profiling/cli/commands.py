@@ -13,7 +13,7 @@ from typing import Literal
 from rich.console import Console
 
 from hydra_ppo.profiling.measuring.record import Record, versions
-from hydra_ppo.profiling.reporting.report import format_bytes, print_record
+from hydra_ppo.profiling.reporting.report import format_bytes, format_count, print_record
 from hydra_ppo.profiling.workload import Workload
 
 
@@ -64,6 +64,11 @@ def profile(
         profiles.append(found)
     record = Record(profiles, versions())
     _show(record, output, as_json, as_table)
+    if stage == "ppo" and not as_json:
+        from hydra_ppo.profiling.cli.predictor import parameters
+        from hydra_ppo.profiling.subjects.shapes import model_config
+
+        print(f"critic: {format_count(parameters(model_config(workload.model))[0])} parameters (the base), in each method")
     return record
 
 
@@ -120,7 +125,8 @@ def learning(
 
 def plan(workload: Workload, memory: int, margin: int | None, count: int, output: Path | None, as_json: bool) -> int:
     """Search set-ups that fit, print the best, and write the first as YAML; return 3 where nothing fits."""
-    from hydra_ppo.profiling.cli.plan import print_plans, search, write_yaml
+    from hydra_ppo.profiling.cli.plan import search
+    from hydra_ppo.profiling.cli.plan_report import print_plans, write_yaml
 
     console = Console(stderr=True)
     with console.status(f"simulating {workload.model}") as status:

@@ -118,7 +118,7 @@ def plan(arguments: list[str]) -> int:
     parser.add_argument("--gpu-memory", metavar="SIZE", help="Memory of the GPU, for example 8GiB, 24GB or bytes.")
     add_sizes(parser)
     parser.add_argument(
-        "--margin", metavar="SIZE", default=None, help="Memory kept free; by default 0.5 GiB and 4 percent of the rest."
+        "--margin", metavar="SIZE", default=None, help="Memory kept free; by default 0.4 GiB and 3 percent of the GPU."
     )
     parser.add_argument("--count", type=int, default=5, help="Set-ups to show.")
     parser.add_argument("--json", action="store_true", help="Write JSON.")

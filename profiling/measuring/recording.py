@@ -23,6 +23,7 @@ from hydra_ppo.profiling.measuring.capture import capture
 from hydra_ppo.profiling.measuring.tracker import Tracker
 from hydra_ppo.profiling.subjects.fake import LeapingDecoder
 from hydra_ppo.profiling.workload import Workload
+from hydra_ppo.training import offloaded
 
 
 class Scale(NamedTuple):
@@ -39,8 +40,23 @@ LOW, HIGH = Scale(5, 3, 16), Scale(6, 4, 20)
 GROWTHS = ((), ("batch",), ("micro",), ("rank",), ("batch", "rank"), ("micro", "rank"))
 """What a tensor can be in proportion to."""
 
-Growth = tuple[str, ...]
-"""One of them."""
+OF_RANK = ("adapters", "gradients", "optimizer")
+"""Kinds whose tensors may be a constant and a multiple of the rank, such as all moments in one piece with counts of steps."""
+
+
+class Growth(NamedTuple):
+    """What a tensor is in proportion to, and how many of its bytes are not."""
+
+    names: tuple[str, ...]
+    fixed: int = 0
+
+
+def bucket_of(scale: Scale) -> int:
+    """Return how many bytes of offloaded moments have to come together for every rank to be cut into the same buckets.
+
+    Each rank's own number of buckets would be another program. The rooms that they lie in are as large for any rank.
+    """
+    return offloaded.BUCKET_BYTES * scale.rank // LOW.rank
 
 
 class Unlike(Exception):
@@ -91,11 +107,19 @@ class Recording:
         if (self.events, self.kinds, self.stretches) != (high.events, high.kinds, high.stretches):
             raise Unlike("at another scale there are other allocations")
         found = []
+        ranks = high.scale.rank - self.scale.rank
+        rooms = bucket_of(self.scale), bucket_of(high.scale)
         for signature, size, more in zip(self.signatures, self.sizes, high.sizes, strict=True):
+            if signature[1] == "optimizer" and (size, more) == rooms:
+                found.append(Growth(()))  # such a room is always as large
+                continue
             fitting = [names for names in GROWTHS if more * _factor(names, self.scale) == size * _factor(names, high.scale)]
-            if not fitting:
+            if fitting:
+                found.append(Growth(fitting[0]))
+            elif signature[1] in OF_RANK and ranks:
+                found.append(Growth(("rank",), size - (more - size) * self.scale.rank // ranks))
+            else:
                 raise Unlike(f"{signature} is in proportion to nothing that was changed")
-            found.append(fitting[0])
         return found
 
     def growths_like(self, other: Recording, growths: Sequence[Growth]) -> list[Growth]:
@@ -125,7 +149,7 @@ def _factor(names: Sequence[str], scale: Scale) -> int:
     return factor
 
 
-def record(workload: Workload, config: Any, scale: Scale, micros: Sequence[int]) -> Recording:
+def record(workload: Workload, config: Any, scale: Scale, micros: Sequence[int], bucket: int | None = None) -> Recording:
     """Simulate a step and record it.
 
     Args:
@@ -133,6 +157,7 @@ def record(workload: Workload, config: Any, scale: Scale, micros: Sequence[int])
         config: Hugging Face config of the model.
         scale: rows and rank; scoring takes the rows of a micro-batch.
         micros: rows of a micro-batch for which calls of log-probs are tried.
+        bucket: bytes of moments that come to the device together; None is what the program takes.
     """
     tracker = Tracker()
     calls: list[Call] = []
@@ -150,7 +175,8 @@ def record(workload: Workload, config: Any, scale: Scale, micros: Sequence[int])
         return found
 
     sized = replace(workload, rollout_batch=scale.batch, microbatch=scale.micro, score_batch=scale.micro, rank=scale.rank)
-    with patch.object(role_model, "token_logprobs", tried):
+    bucket = offloaded.BUCKET_BYTES if bucket is None else bucket
+    with patch.object(role_model, "token_logprobs", tried), patch.object(offloaded, "BUCKET_BYTES", bucket):
         capture(sized, simulate=True, config=config, timeline=False, tracker=tracker, decoder=Marked)
     return _collapsed(tracker, calls, scale)
 
@@ -209,12 +235,15 @@ class Sizes:
         self._signs, self._numbers = np.sign(events), np.abs(events) - 1
         self._kinds = np.array([self._names.index(kind) for kind in recording.kinds])[self._numbers]
         self._bytes = np.array(recording.sizes, dtype=float)
-        self._growths = np.array([GROWTHS.index(growth) for growth in growths or [()] * len(recording.sizes)])
+        growths = growths or [Growth(())] * len(recording.sizes)
+        self._growths = np.array([GROWTHS.index(growth.names) for growth in growths])
+        self._fixed = np.array([growth.fixed for growth in growths], dtype=float)
 
     def peaks(self, scale: Scale) -> list[tuple[str, dict[str, float]]]:
         """Return (phase, bytes by kind at its peak) of every stretch."""
         factors = np.array([_factor(names, scale) / _factor(names, self._low.scale) for names in GROWTHS])
-        changes = self._signs * (self._bytes * factors[self._growths])[self._numbers]
+        sizes = self._fixed + (self._bytes - self._fixed) * factors[self._growths]
+        changes = self._signs * sizes[self._numbers]
         totals = np.concatenate([[0.0], np.cumsum(changes)])
         ends = [first for _, first in self._low.stretches[1:]] + [len(changes)]
         found = []

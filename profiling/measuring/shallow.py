@@ -16,7 +16,7 @@ from typing import Any
 
 from hydra_ppo.compute.logprobs import CHUNK_BYTES
 from hydra_ppo.model.loading import DTYPES
-from hydra_ppo.profiling.measuring.recording import HIGH, LOW, Recording, Scale, Sizes, Unlike, record
+from hydra_ppo.profiling.measuring.recording import HIGH, LOW, Call, Recording, Scale, Sizes, Unlike, bucket_of, record
 from hydra_ppo.profiling.workload import Workload
 
 WITH_ADAPTERS = ("adapters", "gradients", "optimizer", "activations")
@@ -52,8 +52,8 @@ class Step:
         micros: rows of a micro-batch that will be asked for.
 
     Attributes:
-        simulations: made so far. Three or four are enough where tensors are in proportion to rows and rank; else each
-            `Scale` that is asked for takes two more.
+        simulations: made so far. Three or four are enough where tensors are in proportion to rows and rank; where they are to
+            rows alone, each rank takes as many; else each `Scale` that is asked for takes two more.
     """
 
     def __init__(self, workload: Workload, config: Any, micros: Sequence[int]) -> None:
@@ -61,32 +61,48 @@ class Step:
         self._depths = depths(config)
         self._configs = [with_depth(config, depth) for depth in self._depths]
         self._row = (workload.prompt + workload.response) * config.hidden_size * DTYPES[workload.dtype].itemsize
+        self._micros = tuple(micros)
         self.simulations = 0
-        self._single: dict[Scale, list[Sizes]] = {}
-        shallow = self._record(0, LOW, micros)
+        self._calls: list[Call] | None = None
+        self._known: dict[Scale | int, list[Sizes]] = {}
+        self._rows_grow = True
+        self._any = self._grown(LOW, HIGH)
+
+    def _grown(self, few: Scale, many: Scale) -> list[Sizes] | None:
+        """Return what two recordings say of both depths; None where they are unlike."""
+        bucket = bucket_of(few) if few.rank != many.rank else None
+        shallow = self._record(0, few, self._micros if self._calls is None else (), bucket)
+        if self._calls is None:
+            self._calls = shallow.calls  # neither the depth nor the rank changes them
         try:
-            growths = shallow.growths(self._record(0, HIGH))
-            deep = self._record(1, LOW)
+            growths = shallow.growths(self._record(0, many, bucket=bucket and bucket_of(many)))
+            deep = self._record(1, few, bucket=bucket)
             try:
                 deeper = deep.growths_like(shallow, growths)
             except Unlike:
-                deeper = deep.growths(self._record(1, HIGH))
-            # What log-probs take does not depend on the depth.
-            self._any = [Sizes(shallow, growths), Sizes(deep, deeper, shallow.calls)]
+                deeper = deep.growths(self._record(1, many, bucket=bucket and bucket_of(many)))
         except Unlike:
-            self._any = []
+            return None
+        return [Sizes(shallow, growths, self._calls), Sizes(deep, deeper, self._calls)]
 
-    def _record(self, which: int, scale: Scale, micros: Sequence[int] = ()) -> Recording:
+    def _record(self, which: int, scale: Scale, micros: Sequence[int] = (), bucket: int | None = None) -> Recording:
         self.simulations += 1
-        return record(self._workload, self._configs[which], scale, micros)
+        return record(self._workload, self._configs[which], scale, micros, bucket)
 
     def _sizes(self, scale: Scale) -> list[Sizes]:
-        """Return what holds at that scale, for both depths."""
-        if self._any:
+        """Return what holds at that scale, for both depths: at any, at any of that rank, or there alone."""
+        if self._any is not None:
             return self._any
-        if scale not in self._single:
-            self._single[scale] = [Sizes(self._record(which, scale, (scale.micro,))) for which in (0, 1)]
-        return self._single[scale]
+        if scale.rank not in self._known:
+            found = self._grown(LOW._replace(rank=scale.rank), HIGH._replace(rank=scale.rank)) if self._rows_grow else None
+            self._rows_grow = found is not None
+            if found is not None:
+                self._known[scale.rank] = found
+        if scale.rank in self._known:
+            return self._known[scale.rank]
+        if scale not in self._known:
+            self._known[scale] = [Sizes(self._record(which, scale, (scale.micro,))) for which in (0, 1)]
+        return self._known[scale]
 
     def stretches(self, scale: Scale) -> list[Stretch]:
         """Return what each stretch of a step needs, trunk or not."""

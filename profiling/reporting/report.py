@@ -23,6 +23,11 @@ def unit_for(sizes: Iterable[int]) -> tuple[str, int]:
     return next((unit for unit in UNITS if largest >= unit[1]), UNITS[-1])
 
 
+def format_count(number: int) -> str:
+    """Return a number of parameters for people: 8.0 B, 494 M."""
+    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.0f} M" if number >= 1e6 else str(number)
+
+
 def format_bytes(size: int) -> str:
     """Return `size` (bytes) as text with its unit, such as "6.3 GiB"."""
     name, unit = unit_for([size])

@@ -68,9 +68,11 @@ def test_what_is_not_in_proportion_is_simulated_for_itself(monkeypatch):
     config = with_depth(CONFIGS["llama"], 3)
     monkeypatch.setattr(shallow.Recording, "growths", unlike)
     step = Step(workload(), config, MICROS)
-    first = step.simulations
     assert_predicts(step, config, Scale(5, 2, 8))
+    first = step.simulations
     step.phases(9, Scale(5, 2, 8))
+    assert step.simulations == first
+    step.phases(9, Scale(7, 2, 8))
     assert step.simulations == first + 2
 
 
