@@ -33,7 +33,7 @@ RUNGS: Mapping[str, Mapping[str, Any]] = {
     "model.quantize_embeddings: int8": {"quantize_embeddings": "int8"},
     "rollout.kv_cache: int8": {"kv_cache": "int8"},
     "model.checkpoint_offload": {"checkpoint_offload": True},
-    "model.tile_tokens: 256": {"tile_tokens": 256},
+    "model.tile_tokens": {"tile_tokens": 256},
 }
 """What is switched on, in this order, each on top of those before."""
 
@@ -125,16 +125,21 @@ class Rung:
         return max(self.phases.values())
 
 
-def climb(workload: Workload, ends: bool = False, say: Callable[[str], None] = lambda text: None) -> list[Rung]:
+def climb(
+    workload: Workload, ends: bool = False, say: Callable[[str], None] = lambda text: None, tile_tokens: int = 256
+) -> list[Rung]:
     """Simulate the ladder; with `ends` its first and last rung alone.
 
     Args:
         workload: the first rung.
+        tile_tokens: of the last rung.
         say: takes a line about what is being simulated.
     """
     shapes, predictor = shapes_of(model_config(workload.model), workload.rank), Predictor(workload, say)
     found: list[Rung] = []
     for number, (name, change) in enumerate(RUNGS.items()):
+        if "tile_tokens" in change:
+            change = {"tile_tokens": tile_tokens}
         before, workload = workload, replace(workload, **change)
         if not ends or number in (0, len(RUNGS) - 1):
             gains = expected(shapes, workload, change, before)
@@ -170,6 +175,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--response", type=int, default=512)
     parser.add_argument("--rollout-batch", type=int, default=8)
+    parser.add_argument("--tile-tokens", type=int, default=256, help="Of the last rung.")
     parser.add_argument("--ends", action="store_true", help="The first and the last rung only.")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -181,7 +187,7 @@ def main() -> None:
         response=options.response,
         rollout_batch=options.rollout_batch,
     )
-    rungs = climb(workload, options.ends, lambda text: print(text, file=sys.stderr))
+    rungs = climb(workload, options.ends, lambda text: print(text, file=sys.stderr), options.tile_tokens)
     if options.json:
         print(json.dumps([{"name": rung.name, "phases": rung.phases, "expected": rung.expected} for rung in rungs], indent=2))
     else:

@@ -36,8 +36,8 @@ def test_what_rungs_take_off_is_what_shapes_say(monkeypatch, tmp_path):
     for before, rung in pairwise(rungs):
         assert rung.expected
         for phase, gain in rung.expected.items():
-            if phase == "rollout" and "embeddings" in rung.name:
-                continue  # so small a head is one block, which sampling makes whole
+            if "embeddings" in rung.name and phase not in ("update-critic", "optimizer"):
+                continue  # so small a head is one block, which log-probs make whole
             assert before.phases[phase] - rung.phases[phase] == pytest.approx(gain, rel=0.1), (rung.name, phase)
     console = Console(width=200, record=True)
     console.print(table_of("small", rungs))
