@@ -134,6 +134,8 @@ class Builder:
         trainer.progress.batches = repeat(prompts)  # in this order: a fake permutation reads as one row again and again
 
         def warm_up() -> None:
+            # A scaler makes its scale when it is first asked for one; only fp16 has a scaler that does anything.
+            trainer.progress.scaler.scale(torch.zeros((), device=model.device))
             for roles in [("actor",), ("critic",)] if workload.update_order == "in-turn" else [("actor", "critic")]:
                 _zero_gradients(p for role in roles for p in trainer.updates.parameters[role])
                 trainer.updates.optimizer_step(roles)

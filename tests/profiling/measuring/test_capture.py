@@ -54,6 +54,15 @@ def test_simulated_and_measured_peaks_agree_for_each_method(method, changes):
         assert simulated.phases[phase].bytes == pytest.approx(peak.bytes, rel=AGREEMENT), phase
 
 
+def test_simulated_and_measured_peaks_agree_in_fp16():
+    """Whose loss is scaled, from the warm-up on."""
+    simulated, measured = (
+        capture(workload(dtype="fp16"), simulate=s, config=CONFIGS["llama"], device="cpu") for s in (True, False)
+    )
+    for phase in measured.phases.keys() - {"load"}:
+        assert simulated.phases[phase].bytes == pytest.approx(measured.phases[phase].bytes, rel=AGREEMENT), phase
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("family", ["llama", "qwen3-tied", "gemma3"])
 def test_simulated_and_measured_peaks_agree_with_quantised_embeddings(family, kind):
