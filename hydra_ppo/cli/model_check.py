@@ -29,6 +29,7 @@ def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
     """
     from hydra_ppo.model.architecture import inspect_architecture
     from hydra_ppo.model.manifest import MANIFEST, UNTRAINED_HEAD, base_folder, check_base, read_manifest
+    from hydra_ppo.model.quantized_embeddings import check_width
     from hydra_ppo.model.roles import build_stage
     from hydra_ppo.model.whole import skeleton
 
@@ -44,6 +45,8 @@ def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
         check_base(saved, base_folder(saved))
     empty = skeleton(base_folder(saved) if saved is not None else name, trust_remote_code=config.model.trust_remote_code)
     inspect_architecture(empty)
+    if config.model.quantize_embeddings is not None:
+        check_width(empty, config.model.quantize_embeddings)
     lengths = check_lengths(config, empty)
     if config.model.adapter is not None:
         _check_brought(empty, config.model.adapter, saved)

@@ -97,6 +97,14 @@ def test_rows_beyond_what_a_rotary_model_was_trained_for_get_a_line(place, capsy
     assert "positions" not in capsys.readouterr().out
 
 
+def test_embeddings_whose_rows_cannot_be_cut_into_groups(place, capsys, monkeypatch):
+    line = both(capsys, monkeypatch, "ppo", "gpt2", *FUNCTION, *SHORT, "--model.quantize_embeddings", "int8")
+    assert line == (
+        "model.quantize_embeddings='int8' needs embeddings and an output head whose width is a multiple of 64; GPT2LMHeadModel "
+        "has 32: leave it at null."
+    )
+
+
 def test_weights_that_the_files_lack(place, capsys, monkeypatch):
     drop("base/model.safetensors", "lm_head")
     line = both(capsys, monkeypatch, "sft", "base")
