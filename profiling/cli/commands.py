@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -15,6 +16,9 @@ from rich.console import Console
 from hydra_ppo.profiling.measuring.record import Record, versions
 from hydra_ppo.profiling.reporting.report import format_bytes, format_count, print_record
 from hydra_ppo.profiling.workload import Workload
+
+MOST_WORKERS = 4
+"""Processes that simulate for `plan`: more set-ups than that are seldom known to be wanted at once."""
 
 
 def profile(
@@ -130,7 +134,8 @@ def plan(workload: Workload, memory: int, margin: int | None, count: int, output
 
     console = Console(stderr=True)
     with console.status(f"simulating {workload.model}") as status:
-        found = search(workload, memory, margin, say=lambda text: status.update(text))
+        workers = min(os.cpu_count() or 1, MOST_WORKERS)
+        found = search(workload, memory, margin, say=lambda text: status.update(text), workers=workers)
     plans = found.plans[:count]
     if as_json:
         print(json.dumps(found.as_json(count), indent=2))

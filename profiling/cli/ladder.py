@@ -152,15 +152,22 @@ def savings_of(workload: Workload) -> list[Saving]:
     return [saving for saving in EVERY if saving.within(workload)]
 
 
-def pruned(savings: Sequence[Saving], fits: Callable[[Sequence[Saving]], bool]) -> tuple[Saving, ...]:
+def pruned(
+    savings: Sequence[Saving],
+    fits: Callable[[Sequence[Saving]], bool],
+    ahead: Callable[[list[list[Saving]]], None] = lambda soon: None,
+) -> tuple[Saving, ...]:
     """Return those that are needed: the dearest is left out first, and what still fits without it stays without.
 
     Args:
         savings: which together fit.
         fits: asked for fewer, or cheaper ones.
+        ahead: told what it may be asked for next.
     """
     kept = list(savings)
-    for saving in sorted(savings, key=EVERY.index, reverse=True):
+    order = sorted(savings, key=EVERY.index, reverse=True)
+    for number, saving in enumerate(order):
+        ahead([[other for other in kept if other is not left_out] for left_out in order[number : number + 2]])
         without = [other for other in kept if other is not saving]
         if fits(without):
             kept = without

@@ -7,7 +7,7 @@ How the base is held and what is kept where is simulated (`shallow`); every dept
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import log2
 from typing import Any
@@ -123,7 +123,11 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def search(
-    workload: Workload, gpu_bytes: int, margin: int | None = None, say: Callable[[str], None] = lambda text: None
+    workload: Workload,
+    gpu_bytes: int,
+    margin: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    workers: int = 1,
 ) -> Search:
     """Search set-ups that fit.
 
@@ -132,9 +136,14 @@ def search(
         gpu_bytes: memory of the GPU.
         margin: bytes to keep free; None is `CONTEXT_BYTES` and the share `FRAGMENTATION`.
         say: takes a line about what is being simulated.
+        workers: processes that simulate.
     """
+    with Predictor(workload, say, MICROBATCHES, workers) as predictor:
+        return _search(workload, predictor, gpu_bytes, margin)
+
+
+def _search(workload: Workload, predictor: Predictor, gpu_bytes: int, margin: int | None) -> Search:
     usable = gpu_bytes - (CONTEXT_BYTES + round(FRAGMENTATION * gpu_bytes) if margin is None else margin)
-    predictor = Predictor(workload, say, MICROBATCHES)
     least = replace(workload, rank=_ranks(BASE_RANK)[0], rollout_batch=min(ROLLOUT_BATCHES), microbatch=1, score_batch=1)
     small = replace(least, rank=min(RANKS))
     all_exact = exact(workload, predictor.moments(least.rank))
@@ -143,12 +152,20 @@ def search(
     starts += [(small, ladder[-1]), (replace(small, trunk_layers=predictor.layers // 2), ladder[-1])]
 
     found: list[Workload] = []
-    for start, rung in starts:
+    possible = [(start, rung) for start, rung in starts if predictor.least(with_savings(start, rung)) <= usable]
+    for number, (start, rung) in enumerate(possible):
+        predictor.begin(with_savings(*soon) for soon in possible[number : number + 2])
         if not predictor.fits(with_savings(start, rung), usable):
             continue
-        needed = pruned(rung, lambda fewer, start=start: predictor.fits(with_savings(start, fewer), usable))
+        needed = pruned(
+            rung,
+            lambda fewer, start=start: predictor.fits(with_savings(start, fewer), usable),
+            lambda soon, start=start: _begin(predictor, (with_savings(start, fewer) for fewer in soon), usable),
+        )
+        further_on = _further(needed, all_exact)
+        _begin(predictor, _with_and_without_recomputing(with_savings(start, each) for each in (needed, *further_on)), usable)
         found.append(_largest(with_savings(start, needed), predictor, usable))
-        for further in _further(needed, all_exact):
+        for further in further_on:
             larger = _largest(with_savings(start, further), predictor, usable)
             if points(larger) > points(found[-1]):
                 found.append(larger)
@@ -157,6 +174,19 @@ def search(
     smallest = with_savings(*starts[-1])
     least_plan = plans[0] if plans else _plan(smallest, predictor, gpu_bytes, usable, explain=False)
     return Search(gpu_bytes, usable, predictor.parameters, plans, least_plan)
+
+
+def _begin(predictor: Predictor, soon: Iterable[Workload], usable: int) -> None:
+    """Begin to simulate those of the set-ups that are not out of the question."""
+    predictor.begin(workload for workload in soon if predictor.least(workload) <= usable)
+
+
+def _with_and_without_recomputing(shapes: Iterable[Workload]) -> Iterator[Workload]:
+    """Yield the shapes, and those that `_largest` tries beside them."""
+    for shape in shapes:
+        yield shape
+        if not shape.checkpoint_offload:
+            yield replace(shape, checkpointing=False)
 
 
 def _ranks(least: int) -> Sequence[int]:
@@ -264,9 +294,9 @@ def _why(workload: Workload, predictor: Predictor, usable: int) -> list[str]:
     if workload.checkpointing and not workload.checkpoint_offload:
         other_ways.append(("no checkpointing", replace(workload, checkpointing=False)))
     lines = []
+    other_ways = [(name, other) for name, other in other_ways if other.microbatch <= other.rollout_batch]
+    _begin(predictor, (other for _, other in other_ways), usable)
     for name, other in other_ways:
-        if other.microbatch > other.rollout_batch:
-            continue
         if (least := predictor.least(other)) > usable:
             lines.append(f"{name}: {format_bytes(least)} of linear layers alone do not fit")
             continue

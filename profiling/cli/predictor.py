@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 
 from hydra_ppo.compute.logprobs import CHUNK_BYTES
 from hydra_ppo.model.architecture import inspect_architecture, is_linear
 from hydra_ppo.model.loading import DTYPES
+from hydra_ppo.profiling.cli.ahead import Ahead
 from hydra_ppo.profiling.cli.ladder import savings_of
 from hydra_ppo.profiling.measuring.capture import WARM_UP
 from hydra_ppo.profiling.measuring.recording import Scale
@@ -30,18 +32,32 @@ class Predictor:
         workload: model, compute type and lengths.
         say: takes a line about what is being simulated.
         micros: rows of a micro-batch that will be asked for.
+        workers: processes that simulate; 1 is this one alone. With more it has to be closed, by `with`.
 
     Attributes:
         parameters: of the base.
     """
 
-    def __init__(self, workload: Workload, say: Callable[[str], None], micros: Sequence[int] = MICROS) -> None:
-        self.micros, self.say = micros, say
+    def __init__(
+        self, workload: Workload, say: Callable[[str], None], micros: Sequence[int] = MICROS, workers: int = 1
+    ) -> None:
+        self.say = say
         self.config = model_config(workload.model)
         self.layers: int = self.config.num_hidden_layers
         self.itemsize = DTYPES[workload.dtype].itemsize
         self.parameters, self.linear, self.adapter = parameters(self.config)
         self._known: dict[Workload, Step] = {}
+        self._ahead = Ahead(partial(_simulate, self.config, tuple(micros)), workers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._ahead.__exit__(*failure)
+
+    def begin(self, workloads: Iterable[Workload]) -> None:
+        """Begin to simulate what may be asked for soon, where there are processes for that."""
+        self._ahead.begin(any_scale(workload) for workload in workloads)
 
     def phases(self, workload: Workload) -> dict[str, int]:
         """Return the predicted peak of each phase, bytes; loading, which comes once and before, is left out."""
@@ -50,7 +66,7 @@ class Predictor:
     def with_loading(self, workload: Workload) -> dict[str, int]:
         """Return the predicted peak of each phase and of loading, bytes: each weight is quantised as it comes."""
         scale = Scale(workload.rollout_batch, workload.microbatch, workload.rank)
-        with _blocks_of_a_gpu():
+        with _blocks_of_a_gpu():  # some set-ups are simulated when they are asked for
             found = self._step(workload).phases(self.layers, scale, workload.trunk_layers)
         return {phase: size for phase, size in found.items() if phase != WARM_UP}
 
@@ -85,8 +101,13 @@ class Predictor:
             settings = [saving.name for saving in savings_of(shape)]
             settings += [] if shape.checkpointing else ["model.gradient_checkpointing=false"]
             self.say(f"simulating {shape.model}: {', '.join(settings) or 'nothing saved'}")
-            self._known[shape] = simulated_step(shape, self.config, self.micros)
+            self._known[shape] = self._ahead.result(shape)
         return self._known[shape]
+
+
+def _simulate(config: Any, micros: tuple[int, ...], shape: Workload) -> Step:
+    with _blocks_of_a_gpu():
+        return simulated_step(shape, config, micros)
 
 
 def parameters(config: Any) -> tuple[int, int, int]:
