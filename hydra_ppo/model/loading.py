@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,7 @@ def base_from_config(
     quantized_embeddings: str | None = None,
 ) -> PreTrainedModel:
     """Build a causal LM with random weights (of torch's global generator), quantised where asked."""
+    config = deepcopy(config)  # into which transformers writes the type
     place = resolve_device(device)
     compute = resolve_dtype(dtype, place, None)
     kernel = _kernel_option(attention, place, compute)

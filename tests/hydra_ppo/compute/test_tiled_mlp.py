@@ -210,6 +210,7 @@ def test_what_turns_up_in_a_pass_is_said_once(caplog, monkeypatch):
     model = build("llama", check="off")
     mlp = model.architecture.layers[0].mlp
     x = torch.randn(1, 9, 64)
+    caplog.clear()
     with caplog.at_level(logging.WARNING, logger="hydra_ppo"), torch.autocast("cpu", torch.bfloat16):
         for _ in range(2):
             mlp(x)

@@ -101,6 +101,12 @@ def test_tied_weights_are_one_copy_and_others_two():
         assert not any(p.shape == (97, 64) for p in base.parameters())
 
 
+def test_the_config_that_was_given_stays_as_it_was():
+    before = FAMILIES["llama"].to_dict()
+    base_from_config(FAMILIES["llama"], quantization=None, attention="auto", dtype="bf16", device="cpu")
+    assert FAMILIES["llama"].to_dict() == before
+
+
 def test_saved_adapters_say_what_they_were_trained_on(tmp_path, caplog):
     base = base_from_config(FAMILIES["llama"], quantization=None, attention="auto", dtype="fp32", device="cpu")
     base.save_pretrained(tmp_path / "base")
