@@ -148,25 +148,35 @@ def _train(place: Path, method: str, seed: int, trunk_layers: int, full_learning
     trainer = PPOTrainer(model, tokenizer, config, prompts, eval_prompts)
     started = time.perf_counter()
     texts = [row.text for row in trainer.eval_prompts]
-    before, opponent = (
-        gold_scores(model, tokenizer, texts, config.rollout, seed, "reference"),
-        opponent_scores(place, texts, seed),
-    )
+    before = gold_scores(model, tokenizer, texts, config.rollout, seed, "reference")
+    opponent = opponent_scores(place, texts, seed)
     kl = trainer.train()["eval_kl"]
     after = gold_scores(model, tokenizer, texts, config.rollout, seed, "actor")
     reward_run = place / ("sft" if shared else "reward-alone")
     return Outcome(
         method=method,
         seed=seed,
-        gold_before=mean(before),
-        gold_after=mean(after),
-        gain_se=standard_error([b - a for a, b in zip(before, after, strict=True)]),
-        win_rate=mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(after, opponent, strict=True)]),
+        **judged(before, after, opponent),
         kl=kl,
         reward_accuracy=json.loads((reward_run / "summary.json").read_text())["eval/reward_accuracy"],
         seconds=time.perf_counter() - started,
         trunk_layers=trunk_layers,
     )
+
+
+def judged(before: Sequence[float], after: Sequence[float], opponent: Sequence[float]) -> dict[str, float]:
+    """Return gold_before, gold_after, gain_se and win_rate of an outcome.
+
+    Args:
+        before, after: gold scores of the answers to held-out prompts before and after PPO.
+        opponent: of the answers that it is compared with.
+    """
+    return {
+        "gold_before": mean(before),
+        "gold_after": mean(after),
+        "gain_se": standard_error([b - a for a, b in zip(before, after, strict=True)]),
+        "win_rate": mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(after, opponent, strict=True)]),
+    }
 
 
 def prepare_seed(place: Path, method: str, seed: int) -> None:

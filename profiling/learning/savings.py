@@ -20,7 +20,15 @@ from rich.table import Table
 
 from hydra_ppo.config.settings import PPOConfig
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.profiling.learning.compare import gold_scores, mean, opponent_scores, prepare_seed, spread, standard_error
+from hydra_ppo.profiling.learning.compare import (
+    gold_scores,
+    judged,
+    mean,
+    opponent_scores,
+    prepare_seed,
+    spread,
+    standard_error,
+)
 from hydra_ppo.quickstart import run as quickstart
 from hydra_ppo.runtime.recorder import Silent
 
@@ -125,18 +133,14 @@ def _train(place: Path, setup: str, seed: int) -> Outcome:
     trainer = PPOTrainer(model, tokenizer, config, prompts, eval_prompts, run=drifts)
     started = time.perf_counter()
     texts = [row.text for row in trainer.eval_prompts]
-    judged = quickstart.ppo_config(place, seed).rollout  # by the exact cache, all of them
-    before = gold_scores(model, tokenizer, texts, judged, seed, "reference")
+    exact = quickstart.ppo_config(place, seed).rollout  # all are judged by the exact cache
+    before = gold_scores(model, tokenizer, texts, exact, seed, "reference")
     kl = trainer.train()["eval_kl"]
-    after = gold_scores(model, tokenizer, texts, judged, seed, "actor")
-    opponent = opponent_scores(place, texts, seed)
+    after = gold_scores(model, tokenizer, texts, exact, seed, "actor")
     return Outcome(
         setup=setup,
         seed=seed,
-        gold_before=mean(before),
-        gold_after=mean(after),
-        gain_se=standard_error([b - a for a, b in zip(before, after, strict=True)]),
-        win_rate=mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(after, opponent, strict=True)]),
+        **judged(before, after, opponent_scores(place, texts, seed)),
         kl=kl,
         drift=mean(drifts.found) if drifts.found else None,
         seconds=time.perf_counter() - started,
