@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
@@ -21,7 +23,8 @@ KINDS = {**FAMILIES, "mixtral": MixtralConfig(**COMMON, num_local_experts=4)}
 
 def stored(place, config, quantization, dtype=torch.bfloat16, name="bf16"):
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, **compat.dtype_option(dtype)).save_pretrained(place / "base")
+    # Of a copy: transformers writes the type into the config, which other tests build from, too.
+    AutoModelForCausalLM.from_config(deepcopy(config), **compat.dtype_option(dtype)).save_pretrained(place / "base")
     base = load_base(str(place / "base"), **BASE | {"quantization": quantization, "dtype": name})
     save_for_others(base, place / "stored")
     return str(place / "base"), str(place / "stored")
