@@ -3,7 +3,7 @@
 Groups of `GROUP` neighbouring numbers of a row share a scale, so that any rows can be had without the others: the rows of some
 tokens, or a block of the vocabulary. The whole matrix is never there in the compute type.
 
-int8: round(127 w / max |w|) of the group. nf4: bitsandbytes' NormalFloat (Dettmers et al. 2023, arXiv 2305.14314, section 3).
+int8: as `int8` rounds a group. nf4: bitsandbytes' NormalFloat (Dettmers et al. 2023, arXiv 2305.14314, section 3).
 
 How far log-probs move, mean |difference| in nats: docs/notes.md, "Embeddings in 8 and 4 bits".
 """
@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from hydra_ppo.compute.int8 import dequantise, quantise
 from hydra_ppo.runtime.announce import allocating
 
 RowsKind = Literal["int8", "nf4"]
@@ -72,14 +73,11 @@ class QuantizedRows(nn.Module):
         """Set the rows of `block` to what (n, H) rounds to."""
         with allocating("dequantised weights"):
             wide = weight.to(self.scales.device, torch.float32).unflatten(1, (-1, GROUP))  # (n, groups, GROUP)
-            largest = wide.abs().amax(dim=-1)
             if self.kind == "int8":
-                # Rounded first: the numbers are then multiples of the scale that they are multiplied with.
-                scales = (largest / 127).to(self.dtype)
-                step = scales.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-                values = (wide / step).round_().clamp_(-127, 127).to(torch.int8).flatten(1)
+                codes, found = quantise(wide, self.dtype)
+                values, scales = codes.flatten(1), found[..., 0]
             else:
-                scales = largest.to(self.dtype)
+                scales = wide.abs().amax(dim=-1).to(self.dtype)
                 packed, _ = _bitsandbytes().quantize_4bit(wide.contiguous(), blocksize=GROUP, quant_type="nf4")
                 values = packed.view(len(wide), -1)
             self.values[block], self.scales[block] = values, scales
@@ -118,7 +116,7 @@ class QuantizedRows(nn.Module):
         """Return the rows of tokens (...), of one token or of a slice: (..., H) in the compute type."""
         values, scales = self.values[index], self.scales[index]
         if self.kind == "int8":
-            return values.to(self.dtype).unflatten(-1, (-1, GROUP)).mul_(scales[..., None]).flatten(-2)
+            return dequantise(values.unflatten(-1, (-1, GROUP)), scales[..., None]).flatten(-2)
         shape = (*values.shape[:-1], values.shape[-1] * 2)
         bnb = _bitsandbytes()
         state = bnb.QuantState(

@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hydra_ppo.compute.quantized_rows import GROUP
-from hydra_ppo.model.architecture import is_linear
-from hydra_ppo.profiling.cli.plan import Predictor
+from hydra_ppo.profiling.cli.predictor import Predictor, parameters
 from hydra_ppo.profiling.subjects.fake import meta_model
 from hydra_ppo.profiling.subjects.shapes import model_config
 from hydra_ppo.profiling.workload import Workload
@@ -70,28 +69,23 @@ def shapes_of(config: Any, rank: int) -> Shapes:
     model = meta_model(config, torch.bfloat16)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     copies = 1 if head.weight is embedding.weight else 2
-    adapter = sum(
-        rank * (module.in_features + module.out_features)
-        for module in model.modules()
-        if is_linear(module) and module is not head
-    )
+    adapter = rank * parameters(config)[2]
     layers, heads = config.num_hidden_layers, getattr(config, "num_key_value_heads", config.num_attention_heads)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     vocabulary = copies * embedding.weight.numel()
     return Shapes(vocabulary, adapter, 2 * layers * heads * width, 2 * layers * heads, layers, config.hidden_size)
 
 
-def expected(shapes: Shapes, workload: Workload, change: Mapping[str, Any], before: Workload) -> dict[str, float]:
+def expected(shapes: Shapes, workload: Workload, change: Mapping[str, Any]) -> dict[str, float]:
     """Return what a rung should take off, in bytes by phase, from shapes alone; bf16, so far as it is exact.
 
     Args:
         shapes: of the model.
         workload: sizes.
         change: what the rung switches on.
-        before: as it was.
     """
     compute = 2
-    moments = 16 * shapes.adapter if before.optimizer == "adamw" else 2 * shapes.adapter * 2
+    moments = 16 * shapes.adapter  # of both adapters, fp32
     if "update_order" in change:
         return {"update-actor": 4 * shapes.adapter, "update-critic": 4 * shapes.adapter, "optimizer": 4 * shapes.adapter}
     if "offload_in_rollout" in change:
@@ -140,9 +134,9 @@ def climb(
     for number, (name, change) in enumerate(RUNGS.items()):
         if "tile_tokens" in change:
             change = {"tile_tokens": tile_tokens}
-        before, workload = workload, replace(workload, **change)
+        workload = replace(workload, **change)
         if not ends or number in (0, len(RUNGS) - 1):
-            gains = expected(shapes, workload, change, before)
+            gains = expected(shapes, workload, change)
             found.append(Rung(name if not ends or not number else "all of it", predictor.phases(workload), gains))
     return found
 

@@ -7,8 +7,9 @@ import torch
 from transformers import DynamicCache
 
 from hydra_ppo.compute import kv_cache, kv_int8
+from hydra_ppo.compute.int8 import dequantise, quantise
 from hydra_ppo.compute.kv_cache import ConcatenatingCache, KVCache, new_cache
-from hydra_ppo.compute.kv_int8 import Int8Cache, Int8Tensor, cache_for, dequantise, mixer, quantise
+from hydra_ppo.compute.kv_int8 import Int8Cache, Int8Tensor, cache_for, mixer
 from hydra_ppo.errors import UnsupportedModelError
 
 CPU = torch.device("cpu")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, Qwen2Config
 
+from hydra_ppo.compute.int8 import dequantise, quantise
 from hydra_ppo.compute.kv_cache import KVCache, new_cache
-from hydra_ppo.compute.kv_int8 import Int8Cache, Int8Tensor, dequantise, mixer, quantise
+from hydra_ppo.compute.kv_int8 import Int8Cache, Int8Tensor, mixer
 from hydra_ppo.errors import UnsupportedModelError
 from hydra_ppo.rollout import choice, decoder, lean_decoding
 from hydra_ppo.rollout.choice import decoder_of
