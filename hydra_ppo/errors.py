@@ -39,3 +39,7 @@ class OutOfMemory(HydraError, MemoryError):
 
 class StorageError(HydraError, OSError):
     """A file of the run folder could not be written. CLI exit code 1."""
+
+
+class RankError(HydraError, RuntimeError):
+    """Another process of the run failed, does not answer, or has come apart from this one. CLI exit code 1."""

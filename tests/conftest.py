@@ -3,6 +3,8 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, and of each of pytest's own
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line does, which may come later than the import
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # likewise
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and a name that is no folder fails at once
 
 import pytest

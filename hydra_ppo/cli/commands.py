@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from hydra_ppo.config.settings import DataSettings, ModelSettings, PPOConfig, SFTConfig
-from hydra_ppo.errors import ConfigError
+from hydra_ppo.cli.loading import check_vocabulary, load_model, load_rows, load_tokenizer
+from hydra_ppo.config.settings import PPOConfig, SFTConfig
+from hydra_ppo.parallel.environment import place
 from hydra_ppo.runs.contents import CONFIG
 from hydra_ppo.runs.folder import check_output, is_starting, read_state
 from hydra_ppo.runs.run import Run
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
     from hydra_ppo.data.rows import Loaded
     from hydra_ppo.model.hydra import HydraModel
     from hydra_ppo.model.roles import StageName
+    from hydra_ppo.parallel.world import World
     from hydra_ppo.runs.checkpoint import Checkpoint
     from hydra_ppo.training.joint_sft import JointSFTTrainer
     from hydra_ppo.training.ppo import PPOTrainer
+
+Trainer = TypeVar("Trainer", bound="PPOTrainer | JointSFTTrainer")
 
 
 def sft(config: SFTConfig, resume: bool = False) -> Path:
@@ -44,23 +48,25 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
         StopRequested: on SIGTERM, SIGINT or SIGHUP, after a checkpoint was written.
     """
     folder = check_output(config.run, config, command="sft", resume=resume)
-    with _stoppable(folder, "sft"):
-        with stopping_at_once():
-            from hydra_ppo.data.rows import ensure_pad_token, load_preferences
-            from hydra_ppo.model.answers import end_tokens, settle_ends
-            from hydra_ppo.training.joint_sft import JointSFTTrainer
 
-            loaded = _load(config, load_preferences, config.stage, resume)
-            if loaded is None:
-                return folder
-            # The trainer checks the settings against model and data, so it comes before the folder.
-            trainer = JointSFTTrainer(
-                loaded.model, config, loaded.rows, loaded.eval_rows, pad_token_id=ensure_pad_token(loaded.tokenizer)
-            )
-            ends = end_tokens(loaded.model, loaded.tokenizer, config.data.end_of_turn)
-            settle_ends(loaded.model, loaded.tokenizer, ends, reads_head=False)
-            loaded.bring(trainer, config)
-        with _open(config, "sft", trainer, loaded) as run:
+    def prepare(world: World) -> tuple[_Loaded, JointSFTTrainer] | None:
+        from hydra_ppo.data.rows import ensure_pad_token, load_preferences
+        from hydra_ppo.model.answers import end_tokens, settle_ends
+        from hydra_ppo.training.joint_sft import JointSFTTrainer
+
+        loaded = _load(config, load_preferences, config.stage, resume)
+        if loaded is None:
+            return None
+        # The trainer checks the settings against model and data, so it comes before the folder.
+        pad = ensure_pad_token(loaded.tokenizer)
+        trainer = JointSFTTrainer(loaded.model, config, loaded.rows, loaded.eval_rows, pad_token_id=pad, world=world)
+        ends = end_tokens(loaded.model, loaded.tokenizer, config.data.end_of_turn)
+        settle_ends(loaded.model, loaded.tokenizer, ends, reads_head=False)
+        return loaded, trainer
+
+    with _prepared(config, "sft", folder, prepare) as found:
+        if found is not None:
+            run, loaded, trainer = found
             # Called whenever the held-out loss is the best so far; a save at the end would undo that.
             trainer.save_best = lambda: _save(run, loaded.model)
             _finish(run, trainer.train())
@@ -70,24 +76,64 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
 def ppo(config: PPOConfig, resume: bool = False) -> Path:
     """Train actor and critic with PPO; return the run folder. Arguments and errors as of `sft`."""
     folder = check_output(config.run, config, command="ppo", resume=resume)
-    with _stoppable(folder, "ppo"):
-        with stopping_at_once():
-            from hydra_ppo.data.rows import load_prompts
-            from hydra_ppo.rewards.scorer import check_source
-            from hydra_ppo.training.ppo import PPOTrainer
 
-            for source in config.reward.sources:
-                check_source(source, config.reward.isolation)  # what is wrong with it is known before a weight is read
-            loaded = _load(config, load_prompts, "ppo", resume)
-            if loaded is None:
-                return folder
-            trainer = PPOTrainer(loaded.model, loaded.tokenizer, config, loaded.rows, loaded.eval_rows)
-            loaded.bring(trainer, config)
-        with _open(config, "ppo", trainer, loaded) as run:
+    def prepare(world: World) -> tuple[_Loaded, PPOTrainer] | None:
+        from hydra_ppo.data.rows import load_prompts
+        from hydra_ppo.rewards.scorer import check_source
+        from hydra_ppo.training.ppo import PPOTrainer
+
+        for source in config.reward.sources if world.is_main else []:
+            check_source(source, config.reward.isolation)  # what is wrong with it is known before a weight is read
+        loaded = _load(config, load_prompts, "ppo", resume)
+        if loaded is None:
+            return None
+        return loaded, PPOTrainer(loaded.model, loaded.tokenizer, config, loaded.rows, loaded.eval_rows, world=world)
+
+    with _prepared(config, "ppo", folder, prepare) as found:
+        if found is not None:
+            run, loaded, trainer = found
             summary = trainer.train()
             _save(run, loaded.model)
             _finish(run, summary)
     return folder
+
+
+@contextmanager
+def _prepared(
+    config: SFTConfig | PPOConfig, command: str, folder: Path, prepare: Callable[[World], tuple[_Loaded, Trainer] | None]
+) -> Iterator[tuple[Run | None, _Loaded, Trainer] | None]:
+    """Meet the other processes, load what the run is made of, bring it to its checkpoint and open the folder.
+
+    Yields:
+        None where the run is finished; no `Run` in processes that do not write.
+    """
+    with _stoppable(folder, command):
+        with stopping_at_once() if place().size == 1 else nullcontext():
+            from hydra_ppo.parallel.world import join
+
+            world = join(config.run.rank_timeout)
+        with world.session():
+            found = world.together(partial(_bring, config, prepare, world), "loading")
+            if found is None:
+                yield None
+                return
+            loaded, trainer = found
+            where = "the checkpoint that the run goes on from"
+            world.check_same(where, trainer.position, "put run.output where all processes see the same files", "position")
+            world.copy_from_main(parameter for parameter in loaded.model.parameters() if parameter.requires_grad)
+            with _open(config, command, trainer, loaded, world.is_main) as run:
+                yield run, loaded, trainer
+
+
+def _bring(
+    config: SFTConfig | PPOConfig, prepare: Callable[[World], tuple[_Loaded, Trainer] | None], world: World
+) -> tuple[_Loaded, Trainer] | None:
+    with stopping_at_once():
+        found = prepare(world)
+        if found is not None:
+            loaded, trainer = found
+            loaded.bring(trainer, config)
+        return found
 
 
 @dataclass
@@ -144,7 +190,8 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
         steps = config.steps if isinstance(config, PPOConfig) else now["optimizer_steps"]
         if checkpoint.position == (steps, 0) and (read_state(folder) or {}).get("state") == "finished":
             longer = "steps" if isinstance(config, PPOConfig) else "epochs or max_steps"
-            print(f"{folder} is finished, with {steps} steps; raise {longer} to go on.")
+            if place().is_main:
+                print(f"{folder} is finished, with {steps} steps; raise {longer} to go on.")
             return None
     elif resume:
         notes.append(f"{folder} holds no checkpoint yet; the run starts at the first step")
@@ -160,8 +207,13 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
 
 
 @contextmanager
-def _open(config: SFTConfig | PPOConfig, command: str, trainer: PPOTrainer | JointSFTTrainer, loaded: _Loaded) -> Iterator[Run]:
-    """Open the run folder and let the trainer write to it."""
+def _open(
+    config: SFTConfig | PPOConfig, command: str, trainer: PPOTrainer | JointSFTTrainer, loaded: _Loaded, writes: bool
+) -> Iterator[Run | None]:
+    """Open the run folder and let the trainer write to it, where this process does."""
+    if not writes:
+        yield None
+        return
     from hydra_ppo.data.tokenizer_files import save_tokenizer
     from hydra_ppo.runs.checkpoint import FOLDER, drop_leftovers, save_checkpoint
 
@@ -205,7 +257,8 @@ def _stoppable(folder: Path, command: str) -> Iterator[None]:
         except StopRequested:
             known = folder / CONFIG
             again = f"hydra-ppo {command} {as_typed(known)} --resume" if known.exists() else "the same command"
-            print(f"Stopped. Go on with: {again}", flush=True)
+            if place().is_main:
+                print(f"Stopped. Go on with: {again}", flush=True)
             raise
 
 
@@ -228,124 +281,26 @@ def inspect(folder: Path, as_json: bool) -> None:
         print_inspection(report)
 
 
-def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies with the model.
-
-    Raises:
-        ConfigError: There is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(settings.name_or_path, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"model.name_or_path={settings.name_or_path!r} gives no tokenizer: {reason}; "
-            "put the tokenizer's files into the model folder."
-        ) from error
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:
-    """Refuse a tokenizer that gives tokens which the model has no embedding for, before a weight is read.
-
-    Raises:
-        ConfigError: naming both sizes.
-    """
-    from transformers import AutoConfig
-
-    from hydra_ppo.model.manifest import MANIFEST, base_folder
-
-    folder = Path(settings.name_or_path)
-    name = base_folder(folder) if (folder / MANIFEST).is_file() else settings.name_or_path
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError):
-        return  # what loads the model says why
-    rows = getattr(config.get_text_config(), "vocab_size", None)
-    last = max(tokenizer.get_vocab().values(), default=0)
-    if rows is not None and last >= rows:
-        token = tokenizer.convert_ids_to_tokens(last)
-        raise ConfigError(
-            f"model.name_or_path={settings.name_or_path!r} has embeddings for {rows} tokens, "
-            f"its tokenizer gives ids up to {last} ({token!r}); use the model's own tokenizer, or resize its embeddings."
-        )
-
-
-def load_model(settings: ModelSettings, train: StageName) -> HydraModel:
-    """Load the shared base with the adapters and heads that stage ``train`` needs."""
-    from hydra_ppo.model.hydra import HydraModel
-
-    model = HydraModel.from_pretrained(
-        settings.name_or_path,
-        quantization=settings.quantization,
-        quantize_embeddings=settings.quantize_embeddings,
-        lora=settings.lora,
-        attention=settings.attention,
-        dtype=settings.dtype,
-        trunk_layers=settings.trunk_layers,
-        packing=settings.packing,
-        device=settings.device,
-        trust_remote_code=settings.trust_remote_code,
-        train=train,
-        check=settings.check,
-        adapter=settings.adapter,
-        tile_tokens=settings.tile_tokens,
-    )
-    model.enable_checkpointing(settings.gradient_checkpointing, offload=settings.checkpoint_offload)
-    return model
-
-
-def load_rows(
-    load: Callable[..., Loaded[Any]], tokenizer: PreTrainedTokenizerBase, data: DataSettings, seed: int
-) -> tuple[list[Any], list[Any], list[str]]:
-    """Load training and held-out rows; also return a line on every reason why rows were left out or cut."""
-    from hydra_ppo.data.rows import prompt_key, repeats, shared_prompts, split_held_out
-
-    train = load(data.train, tokenizer, data, split=data.split)
-    notes = _notes("data.train", train)
-    notes += [f"data.train: {count} of {len(train.rows)} rows: {what}" for what, count in repeats(train.rows).items()]
-    if data.eval is None:
-        rows, eval_rows = split_held_out(train.rows, data.eval_fraction, seed)
-        prompts, held_out_prompts = len({prompt_key(row) for row in train.rows}), len({prompt_key(row) for row in eval_rows})
-        if prompts < len(train.rows) and data.eval_fraction > 0:
-            notes.append(
-                f"held out: {len(eval_rows)} of {len(train.rows)} rows, with {held_out_prompts} of {prompts} prompts; "
-                "rows of one prompt stay together"
-            )
-        return rows, eval_rows, notes
-    held_out = load(data.eval, tokenizer, data, split=data.eval_split)
-    notes += _notes("data.eval", held_out)
-    if shared := shared_prompts(train.rows, held_out.rows):
-        notes.append(f"data.eval: {shared} of {len(held_out.rows)} rows have a prompt that data.train has too")
-    return train.rows, held_out.rows, notes
-
-
-def _notes(setting: str, loaded: Loaded[Any]) -> list[str]:
-    seen = len(loaded.rows) + loaded.skipped
-    several = f"{setting}: {loaded.read} rows hold {seen} pairs: {len(loaded.rows)} are used"
-    first = f"{setting}: {len(loaded.rows)} of {seen} rows are used" if loaded.read in (0, seen) else several
-    what = "rows" if loaded.read in (0, seen) else "pairs"
-    return [first] + [f"{setting}: {count} of {seen} {what}: {reason}" for reason, count in loaded.reasons.items()]
-
-
 def _seed(seed: int) -> None:
     from transformers import set_seed
 
     set_seed(seed)
 
 
-def _save(run: Run, model: HydraModel) -> None:
-    with run.storing("hydra.json"):
-        _model_to(run.folder, model)
+def _save(run: Run | None, model: HydraModel) -> None:
+    if run is not None:
+        with run.storing("hydra.json"):
+            _model_to(run.folder, model)
 
 
 def _model_to(folder: Path, model: HydraModel) -> None:
     model.save_pretrained(folder)
 
 
-def _finish(run: Run, summary: dict[str, Any]) -> None:
+def _finish(run: Run | None, summary: dict[str, Any]) -> None:
     """Draw the plots and close the run."""
+    if run is None:
+        return
     from hydra_ppo.runs.plots import plot_run
 
     with run.storing("plots"):

@@ -43,8 +43,8 @@ def _model(name_or_path: str) -> Finding:
 
 
 def _ends(name_or_path: str) -> Finding:
-    from hydra_ppo.cli.commands import load_tokenizer
     from hydra_ppo.cli.example_row import configured_ends, describe_ends
+    from hydra_ppo.cli.loading import load_tokenizer
     from hydra_ppo.config.settings import ModelSettings
     from hydra_ppo.data.ends import find_ends
 

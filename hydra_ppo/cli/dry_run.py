@@ -193,8 +193,8 @@ def dry_run(config: SFTConfig | PPOConfig, console: Console | None = None, *, re
     found.append(("run.output", f"{check_output(config.run, config, command=command, resume=resume)} can be written"))
     example: Table | None = None  # made before anything is printed: what stops the run is one line
     if Path(config.model.name_or_path).is_dir():
-        from hydra_ppo.cli.commands import check_vocabulary, load_tokenizer
         from hydra_ppo.cli.example_row import example_table
+        from hydra_ppo.cli.loading import check_vocabulary, load_tokenizer
 
         tokenizer = load_tokenizer(config.model)
         check_vocabulary(tokenizer, config.model)

@@ -18,14 +18,15 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from hydra_ppo import __version__
+from hydra_ppo.cli.parser import Parser, check_folder, check_run, positive, temperature
 from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedModelError
+from hydra_ppo.parallel.environment import check_alone, place, speaks
 from hydra_ppo.runtime.interruption import StopRequested, stopping_at_once, stopping_on_signals
 from hydra_ppo.runtime.output import finish, losing_output, settle_output, without_input
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from hydra_ppo.config.settings import PPOConfig, SFTConfig
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+SHARED = ("sft", "ppo")  # commands that several processes do together
 
 SAMPLED_ROLES = ("actor", "reference", "base")
 RUN_SETTINGS = " --data.NAME VALUE and --model.NAME VALUE change the run's own settings, which hydra-ppo sft --help lists."
@@ -55,12 +57,13 @@ def set_up_output() -> None:
     The latter through the environment where possible, so that it holds without importing them.
     """
     own = logging.getLogger("hydra_ppo")
-    own.setLevel(logging.INFO)
+    own.setLevel(logging.INFO if speaks(0) else logging.ERROR)  # what several processes find, one says
     if not own.handlers:
         own.addHandler(_Stderr())
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its retries to meet other processes; what fails is an error
     # bitsandbytes looks for an optional kernel package, PEFT asks transformers a question that was renamed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -107,6 +110,8 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _complain(error: BaseException, code: int, text: str, show_traceback: bool) -> int:
+    if not speaks(getattr(error, "said_by", None)):
+        return code
     with suppress(OSError):  # a terminal that is gone
         if show_traceback:
             traceback.print_exception(error)
@@ -124,6 +129,8 @@ def _dispatch(arguments: list[str]) -> int:
     elif name in ("-V", "--version"):
         print(f"hydra-ppo {__version__}")
     elif name in commands:
+        if name not in SHARED:
+            check_alone(f"hydra-ppo {name}")
         return _command(commands[name])[1](rest) or DONE
     else:
         guess = difflib.get_close_matches(name, commands, n=1)
@@ -159,6 +166,9 @@ def _train(command: str, config_class: type[SFTConfig | PPOConfig], arguments: l
     from hydra_ppo.cli import flags as cli_config
 
     request = cli_config.parse(config_class, command, arguments)
+    shown = {"--help", "--print-config", "--dry-run"}.intersection(request.options) or request.config is None
+    if shown and not place().is_main:
+        return  # rank 0 shows it
     if "--help" in request.options:
         print(cli_config.format_help(config_class, command), end="")
     elif "--print-config" in request.options or request.config is None:
@@ -175,7 +185,8 @@ def _train(command: str, config_class: type[SFTConfig | PPOConfig], arguments: l
         request.check_place(request.config.run.output)
         with losing_output(), stopping_on_signals():
             try:
-                with stopping_at_once():
+                # One of several that stopped here would leave the others waiting for it: they stop once they have met.
+                with stopping_at_once() if place().size == 1 else nullcontext():
                     check_files(request.config)
             except StopRequested:
                 print("Stopped; nothing was begun.")
@@ -200,7 +211,7 @@ def _export(arguments: list[str]) -> None:
         help="Type of the weights; auto is the base's own for the actor and fp32 for classifiers, whose scores stay the same.",
     )
     options = parser.parse_args(arguments)
-    _check_run(options.run)
+    check_run(options.run)
     check_folder("output", options.output)
     from hydra_ppo.cli import commands
 
@@ -231,10 +242,10 @@ def _score(arguments: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", type=local_path, help="Run folder of ppo or sft, or a checkpoint.")
     parser.add_argument("data", metavar="DATA", help="File or hub dataset: pairs, or rows of prompt and response(s).")
     parser.add_argument("--output", type=local_path, metavar="FILE", help="Write scores as JSONL, a line for each row.")
-    parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="Most texts of one pass.")
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="Most texts of one pass.")
     _add_quantization(parser)
     options = parser.parse_args(rest)
-    _check_run(options.run)
+    check_run(options.run)
     from hydra_ppo.cli.score import score
 
     flags = [*_quantization(options.quantization), *flags]
@@ -251,15 +262,15 @@ def _generate(arguments: list[str]) -> None:
     parser.add_argument("--plain", action="store_true", help="Let --prompt be plain text, also where there is a chat template.")
     parser.add_argument("--role", choices=SAMPLED_ROLES, default="actor", help="Whose answers; base is without any adapter.")
     parser.add_argument("--both", action="store_true", help="Answers of base and actor, side by side.")
-    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="Longest answer; default as the run's.")
-    parser.add_argument("--temperature", type=_temperature, metavar="T", help="0 takes the likeliest; default as the run's.")
-    parser.add_argument("--samples", type=_positive, default=1, metavar="N", help="Answers to each prompt.")
+    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="Longest answer; default as the run's.")
+    parser.add_argument("--temperature", type=temperature, metavar="T", help="0 takes the likeliest; default as the run's.")
+    parser.add_argument("--samples", type=positive, default=1, metavar="N", help="Answers to each prompt.")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="Seed of the samples.")
-    parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="Answers that are decoded together.")
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="Answers that are decoded together.")
     parser.add_argument("--output", type=local_path, metavar="FILE", help="Write JSONL, a line for each prompt and sample.")
     _add_quantization(parser)
     options = parser.parse_args(rest)
-    _check_run(options.run)
+    check_run(options.run)
     if options.both and options.role != "actor":
         raise ConfigError(f"--both samples base and actor, --role {options.role} asks for another; leave one out.")
     from hydra_ppo.cli.generate import Sampling, generate
@@ -301,27 +312,6 @@ def _quantization(wanted: str | None) -> list[str]:
     return [] if wanted is None else ["--model.quantization", "null" if wanted == "none" else wanted]
 
 
-def _check_run(run: Path) -> None:
-    if not run.is_dir():
-        raise ConfigError(f"{run} is not a folder; name a run folder of ppo or sft.")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
-    return value
-
-
 def _inspect(arguments: list[str]) -> None:
     parser = Parser("inspect", "Show state, settings, last metrics and checkpoints of a run.")
     parser.add_argument("run", metavar="RUN", type=local_path, help="Run folder.")
@@ -342,46 +332,6 @@ def _doctor(arguments: list[str]) -> int:
     from hydra_ppo.cli.doctor import doctor
 
     return doctor(as_json=options.json, model=options.model)
-
-
-def check_folder(setting: str, path: Path) -> None:
-    """Refuse a file, and what would lie below one, as a folder to write to.
-
-    Raises:
-        ConfigError: naming the file that stands in the way.
-    """
-    try:
-        obstacle = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
-    except OSError as error:
-        raise ConfigError(f"{setting}={str(path)!r} cannot be made ({error.strerror}); choose another folder.") from None
-    if obstacle is not None:
-        why = "is a file" if obstacle == path else f"cannot be made, {obstacle} is a file"
-        raise ConfigError(f"{setting}={str(path)!r} {why}; choose a folder.")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are a ConfigError with the nearest option."""
-
-    def __init__(self, command: str, description: str) -> None:
-        super().__init__(prog=f"hydra-ppo {command}", description=description, allow_abbrev=False)
-        self.add_argument("--traceback", action="store_true", help="Show where an error arose.")
-
-    def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]  # takes no namespace
-        known = [option for action in self._actions for option in action.option_strings]
-        for argument in arguments:
-            option = argument.split("=", 1)[0]
-            if option.startswith("-") and not option[1:].isdecimal() and option not in known:
-                guess = difflib.get_close_matches(option, known, n=1)
-                if Path(argument).exists():
-                    raise ConfigError(f"{argument} is read as an option, for it begins with -; write ./{argument}.")
-                raise ConfigError(
-                    f"{option} is not an option; "
-                    + (f"did you mean {guess[0]}?" if guess else f"{self.prog} --help lists all options.")
-                )
-        return super().parse_args(arguments)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {self.prog} --help shows the usage.")
 
 
 COMMANDS: dict[str, Command] = {

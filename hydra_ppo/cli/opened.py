@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra_ppo.cli.commands import check_vocabulary, load_tokenizer
+from hydra_ppo.cli.loading import check_vocabulary, load_tokenizer
 from hydra_ppo.cli.saved import tokenizer_folder
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
 from hydra_ppo.errors import ConfigError

@@ -15,6 +15,7 @@ from hydra_ppo.data.ends import find_ends
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.fingerprint import model_digests, model_folder, rows_digest, tokenizer_digest
 from hydra_ppo.model.manifest import MANIFEST, base_folder
+from hydra_ppo.parallel.environment import place
 from hydra_ppo.rewards.isolated import file_of
 from hydra_ppo.runs.checkpoint import Checkpoint, Position, newest_checkpoint, why_unlike
 from hydra_ppo.runs.run import PACKAGES, version
@@ -130,6 +131,7 @@ def _surroundings() -> dict[str, str]:
 
     found = {name: version(name) or "not installed" for name in ("hydra-ppo", *PACKAGES)}
     found["threads"] = str(torch.get_num_threads())
+    found["WORLD_SIZE"] = str(place().size)
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return found
 

@@ -217,11 +217,16 @@ class RunSettings:
         "auto", "Measure peak memory by phase: auto is every step on a GPU and the first two steps on a CPU."
     )
     progress: bool = setting(True, "Show progress bars and sample tables.")
+    rank_timeout: float = setting(
+        1800.0,
+        "Where torchrun starts several processes: seconds that they wait for each other, such as for rewards, which rank 0 "
+        "alone asks for.",
+    )
 
     def __post_init__(self) -> None:
         expand_home(self, "output")
         _check(self, "output", bool(self.output), "is empty", "name a folder, for example runs/my-run")
-        _positive(self, "log_every", "keep_last")
+        _positive(self, "log_every", "keep_last", "rank_timeout")
         _not_negative(self, "save_every", "keep_best", "seed")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hydra_ppo.cli.main import Command, Parser, check_folder
+from hydra_ppo.cli.main import Command
+from hydra_ppo.cli.parser import Parser, check_folder
 from hydra_ppo.data.sources import local_path
 
 

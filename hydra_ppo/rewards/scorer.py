@@ -87,6 +87,7 @@ class Scorer:
     Args:
         settings: sources and treatment.
         device: where classifiers live. Memory: each classifier once.
+        asks: whether this process asks the sources; where there are several, one does, and the others are told.
 
     Attributes:
         names: what metrics and samples call each source.
@@ -95,11 +96,11 @@ class Scorer:
         ConfigError: when a function or a classifier cannot be found.
     """
 
-    def __init__(self, settings: RewardSettings, device: torch.device) -> None:
+    def __init__(self, settings: RewardSettings, device: torch.device, asks: bool = True) -> None:
         self.settings = settings
         self.moments = RunningMoments()
         self.names = settings.names
-        self._sources = [_load(source, device, settings.isolation) for source in settings.sources]
+        self._sources = [_load(source, device, settings.isolation) for source in settings.sources] if asks else []
 
     @property
     def needs_head(self) -> bool:

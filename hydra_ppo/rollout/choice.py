@@ -149,9 +149,11 @@ def _away(model: HydraModel, decoder: type[Decoder], **options: Any) -> Tensor:
     prompts = [long[0].tolist(), short[0].tolist(), short[0].tolist()]
     given = [STEPS, STEPS - 2, STEPS - 1]  # rows leave the batch at different times
     settings = RolloutSettings(max_new_tokens=STEPS, temperature=1.0)
-    generator = torch.Generator(device).manual_seed(0)
+    uniform = torch.rand(
+        STEPS, len(given), dtype=torch.float64, generator=torch.Generator(device).manual_seed(0), device=device
+    )
     with decoding_attention(model):  # and not around the whole pass, whose attention is the model's own
-        tokens, logprobs, _ = decoder(model, prompts, STEPS, **options).run(settings, [], generator, given)
+        tokens, logprobs, _ = decoder(model, prompts, STEPS, **options).run(settings, [], uniform, given)
     responses = [row[:length] for row, length in zip(tokens.tolist(), given, strict=True)]
     sequences = Experience.from_lists(prompts, responses, pad_id=0, device=device).sequences()
     expected = model.logprobs(sequences).logprobs

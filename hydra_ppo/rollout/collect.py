@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.experience import Experience, ScoredExperience, Sequences
 from hydra_ppo.functional import logprob_drift
 from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.rollout.sampling import Samples, sample
 from hydra_ppo.runtime.announce import allocating
 from hydra_ppo.runtime.exhaustion import Limits
@@ -35,6 +37,7 @@ def collect_experience(
     where: str = "",
     never: Sequence[int] = (),
     stopped: Callable[[Sequence[Sequence[int]]], list[bool]] | None = None,
+    world: World = ALONE,
 ) -> ScoredExperience:
     """Sample a response to each prompt and score it in the three other roles.
 
@@ -50,6 +53,8 @@ def collect_experience(
         limits: what has fitted into memory so far; where it runs out, fewer rows are decoded or scored at once.
         where: step, for the log.
         never, stopped: as of `sample`.
+        world: the processes that share the work out; all get the whole result. A sampler that is not `sample` is asked by
+            rank 0 alone.
 
     Returns:
         The rows, with the scores (B,) of the reward head.
@@ -66,11 +71,16 @@ def collect_experience(
         on_phase("rollout")
         # A sampler of somebody's own need not know what is not asked of it.
         options = {name: value for name, value in (("never", never), ("stopped", stopped)) if value}
-        return sampler(model, prompts, replace(settings, generation_batch_size=size), eos_ids, generator, **options)
+        ask = partial(sampler, model, prompts, replace(settings, generation_batch_size=size), eos_ids, generator, **options)
+        if world.size > 1 and sampler is sample:
+            return ask(world=world)
+        samples, state = world.from_main(lambda: (ask(), generator.get_state()), f"{where} phase=rollout")
+        generator.set_state(state)
+        return samples
 
     def score_all(size: int) -> ScoredExperience:
         on_phase("score")
-        return score(model, experience, logprobs, replace(settings, score_batch_size=size), eos_ids)
+        return score(model, experience, logprobs, replace(settings, score_batch_size=size), eos_ids, world)
 
     samples = limits.fit(
         "rollout.generation_batch_size",
@@ -87,11 +97,17 @@ def collect_experience(
 
 @torch.no_grad()
 def score(
-    model: HydraModel, experience: Experience, logprobs: Tensor, settings: RolloutSettings, eos_ids: Sequence[int] = ()
+    model: HydraModel,
+    experience: Experience,
+    logprobs: Tensor,
+    settings: RolloutSettings,
+    eos_ids: Sequence[int] = (),
+    world: World = ALONE,
 ) -> ScoredExperience:
     """Find reference log-probs, scores and values: two passes over the base (three where log-probs are recomputed).
 
-    Where the model has a trunk, the first pass finds what leaves it too, and the others begin there.
+    Where the model has a trunk, the first pass finds what leaves it too, and the others begin there; not where several
+    processes share the rows out, since what leaves the trunk is too much to send around.
 
     Where drift is measured, the actor's log-probs of the `MEASURED` longest rows are recomputed too; those of all rows, where
     what the sampler had is further from them than the settings allow. So neither depends on how many rows are scored at once.
@@ -99,18 +115,20 @@ def score(
     Args:
         logprobs: (B, R) of the sampled tokens under the actor, as the sampler had them, nats.
         eos_ids: tokens that end a response; a row that ends in one is scored as if it ended in the first.
+        world: the processes that share the rows out; all get the whole result.
     """
     model.eval()
     shape = experience.response_mask.shape
     with allocating("experience"):
         ref_logprobs, old_values, recomputed = (torch.zeros(shape, device=model.device) for _ in range(3))
         scores = torch.zeros(shape[0], device=model.device)
-        trunk = _room_for_trunk(model, experience, settings)
+        trunk = _room_for_trunk(model, experience, settings) if world.size == 1 else None
     measured = set(_longest(experience, MEASURED)) if settings.measures_drift and not settings.recompute_logprobs else set()
-    groups = experience.split(settings.score_batch_size)
+    groups = experience.split(world.rows_at_once(len(experience), settings.score_batch_size))
     again = [rows for rows in groups if settings.recompute_logprobs or not measured.isdisjoint(rows)]
     left = [rows for rows in groups if rows not in again]
-    for rows in groups:
+
+    def run(rows: list[int]) -> None:
         check_stop()
         with allocating("experience"):
             part = experience.select(rows)
@@ -127,18 +145,31 @@ def score(
         if rows in again:
             with model.role("actor"):
                 recomputed[index, :width] = model.logprobs(sequences, settings.temperature).logprobs
+
+    def run_actor(rows: list[int]) -> None:
+        check_stop()
+        with allocating("experience"):
+            part = experience.with_trunk(trunk).select(rows)
+            index = torch.tensor(rows, device=model.device)
+        with model.role("actor"):
+            found = model.logprobs(ending_alike(part.sequences(), eos_ids), settings.temperature).logprobs
+        recomputed[index, : found.shape[1]] = found
+
+    def tokens(rows: list[int]) -> int:
+        return sum(experience.lengths[row] for row in rows)
+
+    world.together(lambda: _each(run, world.share(groups, tokens)), f"scoring {len(groups)} groups")
+    # The rows of others are zeros here, so a sum gathers them, and to the last bit.
+    world.sum([ref_logprobs, scores, old_values, *([recomputed] if again else [])])
     drift, recompute = None, settings.recompute_logprobs
     if measured:
         drift = _drift(experience, logprobs, recomputed, sorted(measured))
         recompute = settings.max_drift is not None and drift[0] > settings.max_drift
-        for rows in left if recompute else []:
-            check_stop()
-            with allocating("experience"):
-                part = experience.with_trunk(trunk).select(rows)
-                index = torch.tensor(rows, device=model.device)
-            with model.role("actor"):
-                found = model.logprobs(ending_alike(part.sequences(), eos_ids), settings.temperature).logprobs
-            recomputed[index, : found.shape[1]] = found
+        if recompute and left:
+            if not world.is_main:
+                recomputed.zero_()  # what all have by now counts once
+            world.together(lambda: _each(run_actor, world.share(left, tokens)), f"recomputing {len(left)} groups")
+            world.sum([recomputed])
     with allocating("experience"):
         outside = ~experience.response_mask
         return ScoredExperience(
@@ -150,6 +181,11 @@ def score(
             scores=scores,
             drift=drift,
         )
+
+
+def _each(run: Callable[[list[int]], None], groups: Sequence[list[int]]) -> None:
+    for rows in groups:
+        run(rows)
 
 
 def _longest(experience: Experience, count: int) -> list[int]:

@@ -96,9 +96,15 @@ class Decoder:
             self.key_positions = torch.cat([before, self.positions[:, None] + more], dim=1)
 
     def run(
-        self, settings: RolloutSettings, eos_ids: Sequence[int], generator: torch.Generator, given: Sequence[int] | None
+        self, settings: RolloutSettings, eos_ids: Sequence[int], uniform: Tensor, given: Sequence[int] | None
     ) -> tuple[Tensor, Tensor, list[int]]:
         """Return tokens (B, steps), their log-probs (the same shape) and lengths (B,), which may be given.
+
+        Args:
+            settings, eos_ids: as of `sampling.sample`.
+            uniform: (steps, B) in [0, 1), fp64: what draws each token. A row has numbers of its own, so that what it draws does
+                not depend on who has left.
+            given: lengths.
 
         Raises:
             NonFiniteError: when logits were NaN or infinite.
@@ -106,8 +112,6 @@ class Decoder:
         count, steps, device = len(self.rows), self.steps, self.hidden.device
         tokens = torch.zeros(steps, count, dtype=torch.long, device=device)
         logprobs = torch.zeros(steps, count, device=device)
-        # Each row has numbers of its own, so that what it draws does not depend on who has left.
-        uniform = torch.rand(steps, count, dtype=torch.float64, generator=generator, device=device)
         lengths = [steps] * count
         ends = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
         keep = _processors(settings)

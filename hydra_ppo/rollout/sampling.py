@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.experience import split_by_length
 from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.rollout.choice import check_cache, decoder_of
 from hydra_ppo.rollout.decoder import Decoder, decoding_attention
 
@@ -40,6 +42,7 @@ def sample(
     decoder: type[Decoder] | None = None,
     never: Sequence[int] = (),
     stopped: Callable[[Sequence[Sequence[int]]], list[bool]] | None = None,
+    world: World = ALONE,
 ) -> Samples:
     """Sample one response per prompt from a role with the lm head.
 
@@ -47,13 +50,15 @@ def sample(
         prompts: token ids, at least one each. Those that are equal cost one pass over the prompt.
         settings: temperature, top_k, top_p, max_new_tokens, generation_batch_size, kv_cache.
         eos_ids: tokens that end a response.
-        generator: source of randomness, on the model's device.
+        generator: source of randomness, on the model's device. What a row draws depends neither on the batch that it is
+            decoded in nor on the number of processes.
         role: `actor`, or `reference` for the policy that training started from.
         lengths: tokens of each response, at least 1, where they are given and end tokens do not end anything.
         decoder: what decodes a batch; what `choice.decoder_of` finds right for the model where None.
         never: ids that are not sampled, such as rows of a padded vocabulary that stand for no token. Log-probs stay those of
             the whole distribution.
         stopped: says of responses so far, token ids, which are complete for another reason than an end token.
+        world: the processes that share the batches out.
 
     Raises:
         NonFiniteError: when logits were NaN or infinite.
@@ -66,21 +71,33 @@ def sample(
     model.eval()
     # A decoder of somebody's own need not know what is not asked of it.
     cache: dict[str, Any] = {} if settings.kv_cache == "auto" else {"kv_cache": settings.kv_cache}
-    responses: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    try:
+    together = world.rows_at_once(len(prompts), settings.generation_batch_size or len(prompts))
+    batches = split_by_length([len(p) for p in prompts], together)
+    most = settings.max_new_tokens if lengths is None else max(lengths)
+    uniform = torch.rand(most, len(prompts), dtype=torch.float64, generator=generator, device=model.device)
+    first = dict(zip(map(tuple, batches), accumulate(map(len, batches), initial=0), strict=False))  # its column
+
+    def decode() -> dict[int, tuple[list[int], list[float]]]:
+        found: dict[int, tuple[list[int], list[float]]] = {}
         with model.role(role):
-            check_cache(model, decoder := decoder or decoder_of(model), settings.kv_cache)
+            kind = decoder or decoder_of(model)
+            check_cache(model, kind, settings.kv_cache)
         with model.role(role), decoding_attention(model):
-            for rows in split_by_length([len(p) for p in prompts], settings.generation_batch_size or len(prompts)):
+            for rows in world.share(batches, len):
                 given = None if lengths is None else [lengths[i] for i in rows]
-                steps = settings.max_new_tokens if given is None else max(given)
-                batch = decoder(model, [prompts[i] for i in rows], steps, **cache)
+                steps = most if given is None else max(given)
+                batch = kind(model, [prompts[i] for i in rows], steps, **cache)
                 batch.never, batch.stopped = list(never), stopped
-                tokens, token_logprobs, found = batch.run(settings, eos_ids, generator, given)
-                for row, ids, values, length in zip(rows, tokens.tolist(), token_logprobs.tolist(), found, strict=True):
-                    responses[row] = ids[:length]
-                    logprobs[row] = values[:length]
+                start = first[tuple(rows)]
+                numbers = uniform[:steps, start : start + len(rows)]
+                tokens, logprobs, ends = batch.run(settings, eos_ids, numbers, given)
+                for row, ids, values, length in zip(rows, tokens.tolist(), logprobs.tolist(), ends, strict=True):
+                    found[row] = ids[:length], values[:length]
+        return found
+
+    try:
+        mine = world.together(decode, f"sampling {len(prompts)} responses, {together} at once")
     finally:
         model.train(was_training)
-    return Samples(responses, logprobs)
+    rows = {row: both for part in world.gather(mine) for row, both in part.items()}
+    return Samples([rows[i][0] for i in range(len(prompts))], [rows[i][1] for i in range(len(prompts))])

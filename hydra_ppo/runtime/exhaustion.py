@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from hydra_ppo.errors import OutOfMemory
+from hydra_ppo.errors import HydraError, OutOfMemory
 
 T = TypeVar("T")
 
@@ -80,6 +80,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Say whether memory ran out, on a GPU or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, HydraError):  # which may speak of it
+        return False
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from hydra_ppo.errors import ConfigError, NonFiniteError
 from hydra_ppo.experience import Experience, split_by_length
 from hydra_ppo.functional import ranking_loss
 from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.parallel.dealing import check_divides
+from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.runs.checkpoint import Position, TrainerState
 from hydra_ppo.runtime import random_sources
 from hydra_ppo.runtime.exhaustion import Limits
@@ -65,6 +68,7 @@ class JointSFTTrainer:
         save: called where a checkpoint is due, with the negative held-out loss where it was just measured: every
             `config.run.save_every` steps, at a best held-out loss, after the last step and on a wish to stop.
         on_phase: told update and optimizer as they begin.
+        world: the processes that train together. All hold what is trained and the optimizer; rank 0 writes.
 
     Attributes:
         done: steps done.
@@ -84,6 +88,7 @@ class JointSFTTrainer:
         save_best: Callable[[], None] = lambda: None,
         save: Callable[[float | None], None] = lambda score: None,
         on_phase: Callable[[str], None] = lambda phase: None,
+        world: World = ALONE,
     ) -> None:
         stage = config.stage
         if model.train_stage != stage:
@@ -93,8 +98,9 @@ class JointSFTTrainer:
             )
         if not train_rows:
             raise ConfigError("data.train holds no preference pair after the held-out ones are taken; give more rows.")
+        check_divides(world.size, batch_size=config.batch_size)
         keep_freed_memory(model.device)
-        self.model, self.config = model, config
+        self.model, self.config, self.world = model, config, world
         self.train_rows, self.eval_rows = list(train_rows), list(eval_rows)[: config.eval_pairs]
         self.pad_token_id = pad_token_id
         self.run = run or Silent()
@@ -156,7 +162,11 @@ class JointSFTTrainer:
             if best := self.best_step is None or measured(found, "eval/loss") < measured(self.best, "eval/loss"):
                 self.best, self.best_step = found, self.done
                 self.save_best()
-        self.seconds += time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
+        self.seconds += seconds
+        if self.world.size > 1:
+            metrics["parallel/waiting"] = self.world.waiting_share(seconds)
+            self.world.check_alike(self._parameters, f"step={self.done}")
         if last or evaluated or step % self.config.run.log_every == 0:
             self.run.log(self.done, metrics | self.memory.metrics())
         due = self.config.run.save_every > 0 and self.done % self.config.run.save_every == 0
@@ -226,8 +236,12 @@ class JointSFTTrainer:
             f"step={step + 1} phase=update",
             lambda size: self._step(step, rows, size),
             undo=self._drop_gradients,
-            most=len(rows),
+            most=self.world.rows_at_once(len(rows), self.limits.sizes["microbatch_size"]),
         )
+
+    @property
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _drop_gradients(self) -> None:
         """Forget what a failed step left behind."""
@@ -239,17 +253,33 @@ class JointSFTTrainer:
         self.model.train()
         tokens = sum(len(row.chosen_ids) for row in rows)
         totals = torch.zeros(3, device=self.model.device)
-        for group in split_by_length([_length(row) for row in rows], microbatch_size):
-            check_stop()
-            self._announce("update")
-            sums = self.pass_over([rows[i] for i in group])
-            loss = config.sft_coef * sums.nll / tokens + config.reward_coef * sums.ranking / len(rows)
-            self.scaler.scale(loss).backward()
-            totals += torch.stack([s.detach() for s in sums])
+        self.scaler.scale(totals)  # which readies it, also where this process has no pair of the last few
+
+        def backward() -> None:
+            for group in self._share(rows, microbatch_size):
+                check_stop()
+                self._announce("update")
+                sums = self.pass_over(group)
+                loss = config.sft_coef * sums.nll / tokens + config.reward_coef * sums.ranking / len(rows)
+                self.scaler.scale(loss).backward()
+                totals.add_(torch.stack([s.detach() for s in sums]))
+
+        where = f"step={step + 1} phase=update, microbatch_size={microbatch_size}"
+        self.world.together(backward, where)
+        self.world.sum_gradients(self._parameters, [totals])
+        return self.world.alike(partial(self._optimizer_step, step, rows, totals, tokens), where)
+
+    def _share(self, rows: Sequence[PreferenceRow], size: int) -> list[list[PreferenceRow]]:
+        """Return the micro-batches that this process does."""
+        lengths = [_length(row) for row in rows]
+        groups = self.world.share(split_by_length(lengths, size), lambda group: sum(lengths[i] for i in group))
+        return [[rows[i] for i in group] for group in groups]
+
+    def _optimizer_step(self, step: int, rows: Sequence[PreferenceRow], totals: Tensor, tokens: int) -> Metrics:
+        config = self.config
         self._announce("optimizer")
         self.scaler.unscale_(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grad_norm = clip_gradients(parameters, config.optimizer.max_grad_norm)
+        grad_norm = clip_gradients(self._parameters, config.optimizer.max_grad_norm)
         # The one wait for the device in a step, before anything is changed.
         nll, ranking, correct, norm = torch.cat([totals, grad_norm[None]]).tolist()
         for name, value in (("loss/sft", nll), ("loss/reward", ranking), ("grad_norm", norm)):
@@ -280,8 +310,13 @@ class JointSFTTrainer:
 
         def total(size: int) -> Tensor:
             totals = torch.zeros(3, device=self.model.device)
-            for group in split_by_length([_length(row) for row in rows], 4 * size):
-                totals += torch.stack(list(self.pass_over([rows[i] for i in group])))
+
+            def run() -> None:
+                for group in self._share(rows, self.world.rows_at_once(len(rows), 4 * size)):
+                    totals.add_(torch.stack(list(self.pass_over(group))))
+
+            self.world.together(run, f"step={self.done} evaluation, {size} at once")
+            self.world.sum([totals])
             return totals
 
         totals = self.limits.fit("microbatch_size", f"step={self.done} evaluation", total, most=len(rows))

@@ -30,6 +30,8 @@ from hydra_ppo.functional import adaptive_kl_coef, explained_variance
 from hydra_ppo.model.answers import end_tokens, settle_ends
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.manifest import UNTRAINED_HEAD
+from hydra_ppo.parallel.dealing import check_divides
+from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.rewards.responses import Responses
 from hydra_ppo.rewards.scorer import Scorer, Scores
 from hydra_ppo.rollout.collect import collect_experience
@@ -68,6 +70,7 @@ class PPOTrainer:
             `config.run.save_every` steps, at a best held-out score, after the last step and on a wish to stop.
         sampler: samples the responses; called as `hydra_ppo.rollout.sampling.sample` is.
         on_phase: told rollout, score, update-actor, update-critic and optimizer as they begin.
+        world: the processes that train together. All hold what is trained, the optimizer and the whole rollout; rank 0 writes.
 
     Attributes:
         progress: what the run has come to.
@@ -88,18 +91,20 @@ class PPOTrainer:
         save: Callable[[float | None], None] = lambda score: None,
         sampler: Callable[..., Samples] = sample,
         on_phase: Callable[[str], None] = lambda phase: None,
+        world: World = ALONE,
     ) -> None:
         if model.train_stage != "ppo":
             raise ConfigError(f"model is at stage {model.train_stage!r}, PPO needs 'ppo'; build it with train='ppo'.")
         if not prompts:
             raise ConfigError("data.train holds no prompt after the held-out ones are taken; give more rows.")
+        check_divides(world.size, rollout__batch_size=config.rollout.batch_size, minibatch_size=config.minibatch_size)
         keep_freed_memory(model.device)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.prompts, self.eval_prompts = list(prompts), list(eval_prompts)[: config.eval_prompts]
         self.run = run or Silent()
         self.save = save
-        self.sampler, self.on_phase = sampler, on_phase
-        scorer = Scorer(config.reward, model.device)
+        self.sampler, self.on_phase, self.world = sampler, on_phase, world
+        scorer = Scorer(config.reward, model.device, asks=world.is_main)
         if scorer.needs_head and not model.reward_head_trained:
             raise ConfigError(UNTRAINED_HEAD)
         for held in (self.prompts, self.eval_prompts):
@@ -111,7 +116,7 @@ class PPOTrainer:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self.memory = PhaseMemory(model, model.device, config.run.memory)
         self.progress = self._begin(scorer)
-        self.updates = Updates(model, config, self.progress, self._announce)
+        self.updates = Updates(model, config, self.progress, self._announce, world)
         self._begun = time.perf_counter()
 
     def _begin(self, scorer: Scorer) -> PPOState:
@@ -185,6 +190,9 @@ class PPOTrainer:
         assert progress.partial is not None
         seconds = progress.partial.seconds + time.perf_counter() - self._begun
         metrics |= self._throughput(metrics, seconds) | self.memory.metrics()
+        if self.world.size > 1:
+            metrics["parallel/waiting"] = self.world.waiting_share(seconds)
+            self.world.check_alike([*self.updates.actor_parameters, *self.updates.critic_parameters], f"step={step}")
         last = step == config.steps
         evaluated = last or (config.eval_every > 0 and step % config.eval_every == 0)
         found = self.evaluate(step) if evaluated else {}
@@ -333,6 +341,7 @@ class PPOTrainer:
             where=where,
             never=self.never,
             stopped=self.stop,
+            world=self.world,
         )
 
     @property
@@ -345,7 +354,8 @@ class PPOTrainer:
     ) -> tuple[Scores, list[float]]:
         """Return what the sources say, and the scores that PPO sees."""
         scorer = self.progress.scorer
-        found = scorer.score(experience.scores.tolist(), self._responses(experience, rows), where)
+        given = experience.scores.tolist()
+        found = self.world.from_main(lambda: scorer.score(given, self._responses(experience, rows), where), where)
         return found, scorer.shape(found.total, self._ended(experience)) if shape else found.total
 
     def _responses(self, experience: ScoredExperience, rows: Sequence[PromptRow]) -> Responses:

@@ -15,7 +15,7 @@ scale grows after as many optimizer steps as it would together, which may fall b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -34,6 +34,7 @@ from hydra_ppo.functional import (
     whiten,
 )
 from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.runtime.announce import allocating
 from hydra_ppo.runtime.interruption import check_stop
 from hydra_ppo.training.away import bring_back, send_away
@@ -51,6 +52,7 @@ class Updates:
         config: every setting.
         state: optimizer, scaler and limits, which the updates change.
         on_phase: told update-actor, update-critic and optimizer as they begin; optimizer too where its state comes and goes.
+        world: the processes that share micro-batches out; gradients are summed before each optimizer step.
 
     Raises:
         ConfigError: where actor and critic share parameters, and are to be stepped in turn.
@@ -58,8 +60,10 @@ class Updates:
     Memory: gradients of both adapters and the value head, in-turn of one role at a time; one role's graph of one micro-batch.
     """
 
-    def __init__(self, model: HydraModel, config: PPOConfig, state: PPOState, on_phase: Callable[[str], None]) -> None:
-        self.model, self.config, self.state, self.on_phase = model, config, state, on_phase
+    def __init__(
+        self, model: HydraModel, config: PPOConfig, state: PPOState, on_phase: Callable[[str], None], world: World = ALONE
+    ) -> None:
+        self.model, self.config, self.state, self.on_phase, self.world = model, config, state, on_phase, world
         self.actor_parameters = list(model.role_parameters("actor").values())
         self.critic_parameters = list(model.role_parameters("critic").values())
         self.parameters = {"actor": self.actor_parameters, "critic": self.critic_parameters}
@@ -87,15 +91,17 @@ class Updates:
         if state.moments_leave:
             self.on_phase("optimizer")
             bring_back(state.optimizer)
+        update = self._in_turn if config.update_order == "in-turn" else self._minibatch
         minibatches = part.experience.minibatches(config.ppo_epochs, config.minibatch_size, state.shuffler)
         for number, minibatch in enumerate(minibatches):
             if number < part.optimizer_steps:
                 continue
-            micro_batches = minibatch.split(state.limits.sizes["microbatch_size"], config.microbatch_tokens)
+            size = self.world.rows_at_once(len(minibatch), state.limits.sizes["microbatch_size"])
+            micro_batches = minibatch.split(size, config.microbatch_tokens)
             state.limits.fit(
                 "microbatch_size",
                 f"step={step} phase=update",
-                partial(self._in_turn if config.update_order == "in-turn" else self._minibatch, minibatch, part, train_actor),
+                partial(update, minibatch, part, train_actor, f"step={step} optimizer step {number + 1}"),
                 undo=self._drop_gradients,
                 most=max(len(rows) for rows in micro_batches),
             )
@@ -109,28 +115,41 @@ class Updates:
                 check_measured(where, dict(zip(names, row, strict=True)), state.scaler)
         return mean_of(policy, POLICY) | mean_of(value, VALUE) | {"policy/stopped_early": float(part.stopped)}
 
-    def _minibatch(self, minibatch: FinishedExperience, part: PartialStep, train_actor: bool, microbatch_size: int) -> None:
+    def _micro_batches(self, minibatch: FinishedExperience, size: int) -> Iterator[FinishedExperience]:
+        """Yield the micro-batches that this process does."""
+        pieces = minibatch.split(size, self.config.microbatch_tokens)
+        for rows in self.world.share(pieces, lambda rows: sum(minibatch.lengths[row] for row in rows)):
+            check_stop()
+            with allocating("experience"):
+                micro = minibatch.select(rows)
+            yield micro
+
+    def _minibatch(
+        self, minibatch: FinishedExperience, part: PartialStep, train_actor: bool, where: str, microbatch_size: int
+    ) -> None:
         """Take one optimizer step; the result does not depend on the micro-batch size."""
         config, device = self.config, self.model.device
         count = minibatch.response_mask.sum()
         policy, value = torch.zeros(5, device=device), torch.zeros(2, device=device)
         stopped = part.stopped
-        for rows in minibatch.split(microbatch_size, config.microbatch_tokens):
-            check_stop()
-            with allocating("experience"):
-                micro = minibatch.select(rows)
-            if train_actor and not stopped:
-                self.on_phase("update-actor")
-                policy += self.actor_backward(micro, count)
-            self.on_phase("update-critic")
-            value += self.critic_backward(micro, count)
+
+        def backward() -> None:
+            for micro in self._micro_batches(minibatch, microbatch_size):
+                if train_actor and not stopped:
+                    self.on_phase("update-actor")
+                    policy.add_(self.actor_backward(micro, count))
+                self.on_phase("update-critic")
+                value.add_(self.critic_backward(micro, count))
+
+        self.world.together(backward, f"{where}, microbatch_size={microbatch_size}")
+        self.world.sum_gradients(dict.fromkeys(self.actor_parameters + self.critic_parameters), [policy, value])
         # Reading the KL waits for the device, so only who asks for the early stop pays for it.
         if config.target_kl is not None and train_actor and not stopped and policy[1].item() > config.target_kl:
             stopped = True
             for parameter in self.actor_parameters:
                 parameter.grad = None
         self.on_phase("optimizer")
-        norms = self.optimizer_step()
+        norms = self.world.alike(self.optimizer_step, where)
         self.state.schedule.step()
         if train_actor and not stopped:
             part.actor_stats.append(torch.cat([policy, norms[:1]]))
@@ -138,34 +157,38 @@ class Updates:
         part.stopped = stopped
         part.optimizer_steps += 1
 
-    def _in_turn(self, minibatch: FinishedExperience, part: PartialStep, train_actor: bool, microbatch_size: int) -> None:
+    def _in_turn(
+        self, minibatch: FinishedExperience, part: PartialStep, train_actor: bool, where: str, microbatch_size: int
+    ) -> None:
         """Take one optimizer step, the actor first; what `part` says the actor has done is not done again."""
         if not part.actor_done:
             if train_actor and not part.stopped:
-                self._half("actor", minibatch, part, microbatch_size)
+                self._half("actor", minibatch, part, where, microbatch_size)
             part.actor_done = True
-        self._half("critic", minibatch, part, microbatch_size)
+        self._half("critic", minibatch, part, where, microbatch_size)
         self.state.schedule.step()
         part.optimizer_steps += 1
         part.actor_done = False
 
-    def _half(self, role: str, minibatch: FinishedExperience, part: PartialStep, microbatch_size: int) -> None:
+    def _half(self, role: str, minibatch: FinishedExperience, part: PartialStep, where: str, microbatch_size: int) -> None:
         """Go through the micro-batches for one role, step it, and note what it is measured by."""
         config, actor = self.config, role == "actor"
         count = minibatch.response_mask.sum()
         measured = torch.zeros(6 if actor else 3, device=self.model.device)  # the last is the norm
-        for rows in minibatch.split(microbatch_size, config.microbatch_tokens):
-            check_stop()
-            with allocating("experience"):
-                micro = minibatch.select(rows)
-            self.on_phase(f"update-{role}")
-            measured[:-1] += (self.actor_backward if actor else self.critic_backward)(micro, count)
+
+        def backward() -> None:
+            for micro in self._micro_batches(minibatch, microbatch_size):
+                self.on_phase(f"update-{role}")
+                measured[:-1] += (self.actor_backward if actor else self.critic_backward)(micro, count)
+
+        self.world.together(backward, f"{where}, {role}, microbatch_size={microbatch_size}")
+        self.world.sum_gradients(self.parameters[role], [measured])
         if actor and config.target_kl is not None and measured[1].item() > config.target_kl:
             part.stopped = True
             self.state.optimizer.zero_grad(set_to_none=True)
             return
         self.on_phase("optimizer")
-        norm = self.optimizer_step([role])
+        norm = self.world.alike(partial(self.optimizer_step, [role]), where)
         measured[-1:].copy_(norm)  # allocates nothing: where memory ran out from here on, the step would be done twice
         (part.actor_stats if actor else part.critic_stats).append(measured)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from hydra_ppo.cli.main import Parser, check_folder
+from hydra_ppo.cli.parser import Parser, check_folder
 from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.profiling.workload import KV_CACHES, OPTIMIZERS, QUANTIZATIONS, UPDATE_ORDERS, Workload

@@ -124,7 +124,7 @@ def _check_trunks(methods: Sequence[str], trunk_layers: Sequence[int]) -> None:
 def _train(place: Path, method: str, seed: int, trunk_layers: int, full_learning_rate: float) -> Outcome:
     from transformers import AutoTokenizer, set_seed
 
-    from hydra_ppo.cli import commands
+    from hydra_ppo.cli import loading
     from hydra_ppo.data.rows import load_prompts
     from hydra_ppo.model.hydra import HydraModel
     from hydra_ppo.training.ppo import PPOTrainer
@@ -135,7 +135,7 @@ def _train(place: Path, method: str, seed: int, trunk_layers: int, full_learning
     if method == "full":
         config = replace(config, optimizer=replace(config.optimizer, learning_rate=full_learning_rate))
     tokenizer = AutoTokenizer.from_pretrained(place / "sft")
-    prompts, eval_prompts, _ = commands.load_rows(load_prompts, tokenizer, config.data, seed)
+    prompts, eval_prompts, _ = loading.load_rows(load_prompts, tokenizer, config.data, seed)
     set_seed(seed)
 
     def load(stage: Any) -> HydraModel:

@@ -120,15 +120,15 @@ def compare_savings(
 def _train(place: Path, setup: str, seed: int) -> Outcome:
     from transformers import AutoTokenizer, set_seed
 
-    from hydra_ppo.cli import commands
+    from hydra_ppo.cli import loading
     from hydra_ppo.data.rows import load_prompts
     from hydra_ppo.training.ppo import PPOTrainer
 
     config = with_settings(quickstart.ppo_config(place, seed), SETUPS[setup])
     tokenizer = AutoTokenizer.from_pretrained(place / "sft")
-    prompts, eval_prompts, _ = commands.load_rows(load_prompts, tokenizer, config.data, seed)
+    prompts, eval_prompts, _ = loading.load_rows(load_prompts, tokenizer, config.data, seed)
     set_seed(seed)
-    model = commands.load_model(config.model, "ppo")
+    model = loading.load_model(config.model, "ppo")
     drifts = Drifts()
     trainer = PPOTrainer(model, tokenizer, config, prompts, eval_prompts, run=drifts)
     started = time.perf_counter()

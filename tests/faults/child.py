@@ -83,6 +83,9 @@ def _die_at(where: str, number: int) -> None:
 
         sys.addaudithook(hear_all)
         return
+    if where == "memory":  # nobody dies: a pass of the critic finds no memory
+        _lack_memory(number)
+        return
     if where == "write":
 
         def hear(event: str, arguments: tuple) -> None:
@@ -100,6 +103,20 @@ def _die_at(where: str, number: int) -> None:
     import importlib
 
     importlib.import_module(f"hydra_ppo.{PHASES[where]}").check_stop = counting
+
+
+def _lack_memory(number: int) -> None:
+    from hydra_ppo.training.ppo_update import Updates
+
+    backward = Updates.critic_backward
+
+    def failing(self, micro, count):  # type: ignore[no-untyped-def]
+        _seen["count"] += 1
+        if _seen["count"] == number:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return backward(self, micro, count)
+
+    Updates.critic_backward = failing  # type: ignore[method-assign]
 
 
 def _changes(event: str, arguments: tuple) -> bool:

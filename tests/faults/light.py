@@ -20,3 +20,8 @@ def slow(prompts: list[str], responses: list[str]) -> list[float]:
     """`noisy`, and long enough for a signal to come before the end of the run."""
     time.sleep(0.5)
     return noisy(prompts, responses)
+
+
+def fails(prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward function with a fault."""
+    raise ValueError("no such judge")

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from hydra_ppo.cli.commands import load_tokenizer
+from hydra_ppo.cli.loading import load_tokenizer
 from hydra_ppo.config.settings import ModelSettings
 from tests.real import convert
 from tests.real.conftest import loaded

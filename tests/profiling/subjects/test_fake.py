@@ -53,7 +53,7 @@ def left_behind(
     with torch.no_grad(), model.role("actor"):
         decoder = kind(model, prompts, max(LENGTHS), kv)
         settings = RolloutSettings(batch_size=3, max_new_tokens=20)
-        _, _, lengths = decoder.run(settings, [2], torch.Generator(), LENGTHS)
+        _, _, lengths = decoder.run(settings, [2], torch.rand(max(LENGTHS), len(prompts), dtype=torch.float64), LENGTHS)
     shapes = [tuple(part.filled.shape) for layer in decoder.cache.layers for part in layer.parts]
     room = [tuple(part._storage.shape) for layer in decoder.cache.layers for part in layer.parts]
     seen = [mask.tolist() for mask in decoder.seen().values()] if decoder.masked else []
