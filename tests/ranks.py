@@ -109,7 +109,7 @@ def _work(environment: dict[str, str], work: Callable[..., Any], arguments: Sequ
     os.environ.update(environment)
     import torch
 
-    from hydra_ppo.parallel.world import join
+    from hydra_ppo.parallel.joining import join
 
     torch.set_num_threads(1)
     try:

@@ -109,9 +109,10 @@ def _prepared(
     """
     with _stoppable(folder, command):
         with stopping_at_once() if place().size == 1 else nullcontext():
-            from hydra_ppo.parallel.world import join
+            from hydra_ppo.parallel.joining import join
 
             world = join(config.run.rank_timeout)
+            world.in_step = config.model.shard_base and world.size > 1  # a model that is tried when it is built makes passes
         with world.session():
             found = world.together(partial(_bring, config, prepare, world), "loading")
             if found is None:

@@ -80,6 +80,7 @@ def load_model(settings: ModelSettings, train: StageName) -> HydraModel:
         check=settings.check,
         adapter=settings.adapter,
         tile_tokens=settings.tile_tokens,
+        shard=settings.shard_base,
     )
     model.enable_checkpointing(settings.gradient_checkpointing, offload=settings.checkpoint_offload)
     return model

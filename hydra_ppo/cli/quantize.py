@@ -80,7 +80,7 @@ def quantize_model(
     begun = time.monotonic()
     options: dict[str, Any] = {"quantization": quantization, "attention": "auto", "dtype": dtype, "device": device}
     progress = _Progress(sum(1 for _ in empty.parameters()), tell)
-    model = load_base(name, trust_remote_code=False, see=progress, **options)
+    model = load_base(name, trust_remote_code=False, see=lambda model, weight: progress(weight), **options)
     if getattr(model.config, "quantization_config", None) is None:  # quantised after it was read, by older versions
         model.config.quantization_config = quantization_config(quantization, compute)
     with whole_or_nothing(output) as aside:

@@ -83,8 +83,10 @@ class FourBit:
         from bitsandbytes.functional import dequantize_4bit
 
         held = self.layer.weight
+        # A weight that was gathered from several processes is plain bytes; the layer has kept how to read them.
+        state = getattr(held, "quant_state", None) or self.layer.quant_state
         dtype = self.layer.compute_dtype or gradient.dtype
-        return times(gradient.to(dtype), dequantize_4bit(held.data, held.quant_state).to(dtype)).to(gradient.dtype)
+        return times(gradient.to(dtype), dequantize_4bit(held.data, state).to(dtype)).to(gradient.dtype)
 
 
 Base = Dense | FourBit

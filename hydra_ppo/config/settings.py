@@ -102,6 +102,11 @@ class ModelSettings:
     tile_tokens: int | None = setting(
         None, "Run MLPs, norms and the pass over prompts over pieces of this many tokens, so that long rows need less memory."
     )
+    shard_base: bool = setting(
+        False,
+        "Where torchrun starts several processes: each holds a part of every decoder layer, and gathers one layer at a time. "
+        "false gives everybody the whole base, which sends far less.",
+    )
 
     def __post_init__(self) -> None:
         expand_home(self, "name_or_path", "adapter")
@@ -115,6 +120,9 @@ class ModelSettings:
             "moves what gradient checkpointing keeps, and model.gradient_checkpointing=false keeps nothing of it",
             "set model.gradient_checkpointing=true, or leave checkpoint_offload out",
         )
+        whole = not self.shard_base or self.tile_tokens is None
+        rule = f"needs as many passes of every process, and with tile_tokens={self.tile_tokens} longer prompts take more"
+        _check(self, "shard_base", whole, rule, "leave tile_tokens out")
 
 
 @dataclass(frozen=True)

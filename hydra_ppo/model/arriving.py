@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 Take = Callable[[str, Tensor], Any]
 """Is given the name and the (V, H) weight of an embedding or a head, in the compute type; returns what it made of it, or None
 where it leaves it."""
-See = Callable[[str], None]
-"""Is told the name of each weight that has come."""
+See = Callable[[nn.Module, str], None]
+"""Is told the model, and the name of each of its weights as it has come."""
 
 STAND_IN = 0.1
 """What is in a model for all of a weight that was taken: no 0 or 1, so that what scales it can be told by what comes out."""
@@ -78,7 +78,7 @@ class Arrivals:
                 value = self._offer(name, value)
             put(model, name, value, *args, **kwargs)
             if self.see is not None:
-                self.see(name)
+                self.see(model, name)
 
         with patch.object(loading, "get_device", on_host_first), patch.object(loading, "set_param_for_module", offered):
             yield

@@ -35,6 +35,7 @@ from hydra_ppo.model.quantized_embeddings import embeddings_kind
 from hydra_ppo.model.role_model import RoleModel
 from hydra_ppo.model.roles import Stage, StageName, build_stage
 from hydra_ppo.model.saving import read_heads, write_model
+from hydra_ppo.model.sharding import check_shardable, is_sharded
 from hydra_ppo.model.tiling import tile
 
 logger = logging.getLogger("hydra_ppo")
@@ -146,6 +147,7 @@ class HydraModel(RoleModel):
             self.trained_end = manifest["end_ids"][0]
             causal_lm.generation_config.eos_token_id = manifest["end_ids"]
         self.check, self.tile_tokens = check, tile_tokens
+        self.is_sharded = any(is_sharded(layer) for layer in architecture.layers)
         if check != "off" and not without_values(architecture.output_embeddings.weight):
             probe(self, check, quantised=quantization_of(causal_lm) == "int8")
 
@@ -169,6 +171,7 @@ class HydraModel(RoleModel):
         adapter: str | os.PathLike[str] | None = None,
         quantize_embeddings: Literal["int8", "nf4"] | None = None,
         tile_tokens: int | None = None,
+        shard: bool = False,
     ) -> Self:
         """Load a causal LM (folder or hub name), or a folder that `save_pretrained` wrote.
 
@@ -184,6 +187,7 @@ class HydraModel(RoleModel):
             trust_remote_code: run Python code that comes with the model. Never on by itself.
             train, check, adapter, tile_tokens: see the class.
             quantize_embeddings: how embeddings and output head are held; None keeps them in the compute type.
+            shard: share the decoder layers out over the processes of torch.distributed, see `sharding`.
 
         Raises:
             ConfigError, UnsupportedModelError: one line that says what to do.
@@ -193,6 +197,8 @@ class HydraModel(RoleModel):
             raise ConfigError(f"model.quantization={quantization!r} leaves no weights that train='base' can train; use None.")
         if tunes_base and quantize_embeddings is not None:
             raise ConfigError(f"model.quantize_embeddings={quantize_embeddings!r} cannot be trained by train='base'; use None.")
+        if shard:
+            check_shardable(quantization, tunes_base)
         brought = None if adapter is None else adapter_folder(adapter)
         path = Path(name_or_path).expanduser()
         name_or_path = str(path) if path.is_dir() else name_or_path
@@ -208,6 +214,7 @@ class HydraModel(RoleModel):
             device=device,
             trust_remote_code=trust_remote_code,
             quantized_embeddings=quantize_embeddings,
+            shard=shard,
         )
         autocast = DTYPES.get(dtype) if tunes_base and dtype != "fp32" else None
         options: dict[str, Any] = {"trunk_layers": trunk_layers, "packing": packing, "check": check}
@@ -238,8 +245,11 @@ class HydraModel(RoleModel):
         check: CheckName = "fast",
         quantize_embeddings: Literal["int8", "nf4"] | None = None,
         tile_tokens: int | None = None,
+        shard: bool = False,
     ) -> Self:
         """Build a model with random weights from a Hugging Face config; arguments as in `from_pretrained`."""
+        if shard:
+            check_shardable(quantization, train == "base" or (isinstance(train, Stage) and train.tunes_base))
         causal_lm = base_from_config(
             config,
             quantization=quantization,
@@ -247,6 +257,7 @@ class HydraModel(RoleModel):
             dtype=dtype,
             device=device,
             quantized_embeddings=quantize_embeddings,
+            shard=shard,
         )
         options: dict[str, Any] = {"trunk_layers": trunk_layers, "packing": packing, "check": check}
         return cls(causal_lm, lora=lora, train=train, tile_tokens=tile_tokens, **options)

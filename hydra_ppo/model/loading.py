@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from hydra_ppo.model.architecture import inspect_architecture
 from hydra_ppo.model.arriving import Arrivals, See, Take
 from hydra_ppo.model.prequantized import check_stored, compute_in
 from hydra_ppo.model.quantized_embeddings import check_width, quantize_embeddings, rows_taker
+from hydra_ppo.model.sharding import Whole, one_after_the_other, shard_layers
 from hydra_ppo.model.whole import causal_class, first_line, load_whole, read_config, saying_why, skeleton
 
 logger = logging.getLogger("hydra_ppo")
@@ -107,6 +109,7 @@ def load_base(
     quantized_embeddings: str | None = None,
     take: Take | None = None,
     see: See | None = None,
+    shard: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM from a local folder or the hub, from safetensors only.
 
@@ -114,10 +117,12 @@ def load_base(
         quantized_embeddings: int8 or nf4: how input embedding and output head are held; None is in the compute type.
         take: is offered input embedding and output head, each on the host, before they are put on the device; where they are
             quantised, that is what takes them.
-        see: is told the name of each weight that has come (transformers from 5 on).
+        see: is told the model, and the name of each weight that has come (transformers from 5 on).
+        shard: share the decoder layers out over the processes that have met, each as soon as it is whole.
 
     Memory: the base once, in the type that it is held in, and one weight of a layer before it is quantised (on a CPU with
-    transformers below 4.57 first the unquantised base).
+    transformers below 4.57 first the unquantised base). Shared out: this process's part, and one whole layer; with transformers
+    below 5 first the whole base.
 
     Raises:
         ConfigError: when it cannot be found or read, or its files lack weights; the message names it.
@@ -152,8 +157,8 @@ def load_base(
     empty = skeleton(name_or_path, trust_remote_code=trust_remote_code) if take is not None else None
     if empty is not None and quantized_embeddings is not None:
         check_width(empty, quantized_embeddings)  # before a weight is read
-    arrivals = Arrivals(empty, place, compute, take, see)
-    with saying_why(name_or_path), arrivals.while_loading():
+    arrivals = Arrivals(empty, place, compute, take, Whole().see if shard else see)
+    with saying_why(name_or_path), one_after_the_other() if shard else nullcontext(), arrivals.while_loading():
         model = load_whole(
             causal_class(config),
             name_or_path,
@@ -168,6 +173,8 @@ def load_base(
     if prequantized and quantization_of(model) in ("int8", "nf4", "fp4"):
         compute_in(model, compute, stored_dtype(config))
     arrivals.after(model)
+    if shard:
+        shard_layers(model)
     if quantized_embeddings is not None:
         quantize_embeddings(model, quantized_embeddings, lambda weight, kind: arrivals.made_of(weight))
     return model
@@ -181,6 +188,7 @@ def base_from_config(
     dtype: str,
     device: str,
     quantized_embeddings: str | None = None,
+    shard: bool = False,
 ) -> PreTrainedModel:
     """Build a causal LM with random weights (of torch's global generator), quantised where asked."""
     config = deepcopy(config)  # into which transformers writes the type
@@ -198,6 +206,8 @@ def base_from_config(
         quantize_linears(model, quantization, compute)
     if quantized_embeddings is not None:
         quantize_embeddings(model, quantized_embeddings)
+    if shard:
+        shard_layers(model)
     return model
 
 
@@ -227,8 +237,9 @@ def quantization_of(model: nn.Module) -> str | None:
     for module in model.modules():
         if type(module).__name__ == "Linear8bitLt":
             return "int8"
-        if (kind := getattr(getattr(module, "weight", None), "quant_type", None)) is not None:  # a 4-bit parameter
-            return str(kind)
+        for held in (getattr(module, "weight", None), getattr(module, "quant_state", None)):  # of a 4-bit parameter
+            if (kind := getattr(held, "quant_type", None)) is not None:
+                return str(kind)
     found = getattr(getattr(model, "config", None), "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     return None if method is None else str(getattr(method, "value", method))

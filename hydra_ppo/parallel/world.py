@@ -10,12 +10,10 @@ Agreement goes through the CPU (gloo), sums through the device's own library (NC
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -23,25 +21,21 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from hydra_ppo.errors import ConfigError, HydraError, RankError
-from hydra_ppo.parallel.dealing import deal
-from hydra_ppo.parallel.environment import Place, place
+from hydra_ppo.parallel.dealing import deal, deal_in_rounds
+from hydra_ppo.parallel.environment import Place
+from hydra_ppo.parallel.failures import FINE, MEMORY, STOP, OtherOutOfMemory, code_of, is_lost, said, words_of
 from hydra_ppo.parallel.missing import Roll
 from hydra_ppo.runtime.exhaustion import is_out_of_memory
-from hydra_ppo.runtime.interruption import StopRequested
+from hydra_ppo.runtime.interruption import StopRequested, check_stop, stops_wait
 
 T = TypeVar("T")
 
-FINE, STOP, MEMORY, FAILED = range(4)
+PATIENCE = 10.0
+"""Seconds that a process which failed in the middle of a pass, where others may wait for it, waits to tell them."""
 BUCKET = 4 * 2**20
 """Numbers that are summed at once: 16 MiB, all that a sum needs beside what it sums."""
-
-
-class OtherOutOfMemory(RuntimeError):
-    """Memory ran out in another process; its text is what that one said."""
 
 
 class World:
@@ -50,6 +44,8 @@ class World:
     Attributes:
         place: rank and size.
         waited: seconds spent waiting for others and summing, so far.
+        in_step: whether all make the same number of passes, one at a time together, as a base that is shared out needs. A
+            stop is then heard at the next meeting alone, and lack of memory in a pass ends the run.
 
     Memory: `BUCKET` numbers on the device, where there are others.
     """
@@ -58,6 +54,7 @@ class World:
         """Use `join`."""
         self.place = where or Place()
         self.waited = 0.0
+        self.in_step = False
         self._roll, self._control = roll, control
         self._room: Tensor | None = None
         self._ended = self.size == 1
@@ -77,9 +74,16 @@ class World:
         """Whether this process writes and speaks for all."""
         return self.place.is_main
 
-    def share(self, pieces: Sequence[T], cost: Callable[[T], float]) -> list[T]:
-        """Return those of the pieces of work that this process does; all of them where it is alone."""
-        return [pieces[number] for number in deal([cost(piece) for piece in pieces], self.size)[self.rank]]
+    def share(self, pieces: Sequence[T], cost: Callable[[T], float]) -> list[tuple[T, bool]]:
+        """Return the pieces of work that this process does, and whether each counts; all of them where it is alone.
+
+        In step everybody gets as many. What does not count is done for the sake of the others, and is the smallest there is.
+        """
+        costs = [cost(piece) for piece in pieces]
+        if not self.in_step:
+            return [(pieces[number], True) for number in deal(costs, self.size)[self.rank]]
+        least = min(range(len(pieces)), key=costs.__getitem__, default=0)
+        return [(pieces[least if n is None else n], n is not None) for n in deal_in_rounds(costs, self.size)[self.rank]]
 
     def rows_at_once(self, rows: int, asked: int) -> int:
         """Return how many of `rows` to take at once, so that every process has some to do: as many as asked where it has."""
@@ -104,13 +108,21 @@ class World:
             return work()
         failure: BaseException | None = None
         try:
-            found = work()
-            if dist.get_backend() == "nccl":
-                torch.cuda.synchronize()  # what the device could not do is known before the others are told
+            with stops_wait() if self.in_step else nullcontext():
+                found = work()
+                if dist.get_backend() == "nccl":
+                    torch.cuda.synchronize()  # what the device could not do is known before the others are told
+            check_stop()
         except BaseException as error:
             failure = error
         self._settle(failure, where)
         return found
+
+    def anybody(self, wish: bool) -> bool:
+        """Return whether any process has a wish; asked in step."""
+        flag = torch.tensor(int(wish))
+        self._meet(lambda: dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control))
+        return bool(flag)
 
     def alike(self, work: Callable[[], T], where: str) -> T:
         """Do what everybody does alike after they have agreed, where lack of memory in one process cannot be taken back.
@@ -179,29 +191,53 @@ class World:
         """Learn how everybody fares; raise what ends the work of all where somebody does not fare well."""
         if isinstance(failure, RankError) and self._roll is not None and self._roll.broken:
             raise failure
-        code = _code(failure)
+        code = code_of(failure)
         tag = zlib.crc32(where.encode()) if where else 0
         # The largest of each: how bad it is, and whether all are at the same place; 0 is anywhere.
         words = torch.tensor([code, tag, -tag if tag else -(2**40)], dtype=torch.int64)
-        self._meet(lambda: dist.all_reduce(words, op=dist.ReduceOp.MAX, group=self._control))
+        if failure is not None and self.in_step:
+            self._tell_in_time(words, failure)
+        else:
+            self._meet(lambda: dist.all_reduce(words, op=dist.ReduceOp.MAX, group=self._control))
         worst, highest, lowest = words.tolist()
         if worst == FINE and (highest == 0 or highest == -lowest):
             return
-        told = self.gather((code, where, type(failure) if isinstance(failure, HydraError) else None, _words(failure)))
+        told = self.gather((code, where, type(failure) if isinstance(failure, HydraError) else None, words_of(failure)))
         if worst == FINE:
             self._ended = True
             places = sorted({place for _, place, *_ in told if place})
-            raise _spoken(RankError(f"the processes have come apart: {' | '.join(places)}. The last checkpoint is intact."), 0)
-        self._ended = worst != MEMORY
+            raise said(RankError(f"the processes have come apart: {' | '.join(places)}. The last checkpoint is intact."), 0)
+        self._ended = worst != MEMORY or self.in_step
         if code == worst and failure is not None:
-            raise _spoken(failure, 0)
+            raise said(failure, 0)
         rank = next(rank for rank, (other, *_) in enumerate(told) if other == worst)
         _, _, kind, text = told[rank]
         if worst == STOP:
             raise StopRequested(text) from failure
         if worst == MEMORY:
             raise OtherOutOfMemory(f"out of memory on rank {rank}: {text}") from failure
-        raise _spoken((kind or HydraError)(f"rank {rank}: {text}"), 0) from failure
+        raise said((kind or HydraError)(f"rank {rank}: {text}"), 0) from failure
+
+    def _tell_in_time(self, words: Tensor, failure: BaseException) -> None:
+        """Meet the others where they have failed too; else end alone, for they are in the middle of a pass and cannot hear."""
+        assert self._roll is not None
+        if is_lost(failure):
+            self._ended = True
+            raise self._roll.call(failure) from failure
+        try:
+            meeting = dist.all_reduce(words, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
+            meeting.wait(timedelta(seconds=PATIENCE))
+        except RuntimeError:
+            self._ended = self._roll.broken = True
+            if code_of(failure) != MEMORY:
+                raise said(failure, self.rank) from None
+            raise said(
+                RankError(
+                    f"rank {self.rank}: {words_of(failure)}; with model.shard_base others are in the middle of the same pass, "
+                    "so it cannot be done again in smaller pieces: choose a smaller batch. The last checkpoint is intact."
+                ),
+                self.rank,
+            ) from failure
 
     def _meet(self, collective: Callable[[], Any]) -> None:
         """Take part in a collective, and find out who is missing where it fails."""
@@ -294,7 +330,7 @@ class World:
         found = self.gather(int(torch.stack(sums).sum()) if sums else 0)
         if others := [rank for rank, value in enumerate(found) if value != found[0]]:
             self._ended = True  # everybody sees it
-            raise _spoken(
+            raise said(
                 RankError(
                     f"{where}: rank {others[0]} no longer holds what rank 0 does; the machines do not compute alike, or one of "
                     "them is faulty. The last checkpoint is intact."
@@ -311,67 +347,3 @@ class World:
 
 ALONE = World()
 """A run of one process."""
-
-
-def join(timeout: float) -> World:
-    """Meet the other processes that torchrun started; `ALONE` where it did not.
-
-    Args:
-        timeout: seconds that anybody is waited for, now and later.
-
-    Raises:
-        ConfigError: the environment is not that of torchrun, or there are fewer GPUs than processes.
-        RankError: not all have come in time.
-    """
-    where = place()
-    if where.size == 1:
-        return ALONE
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus:
-        if where.local_rank >= gpus:
-            raise ConfigError(
-                f"LOCAL_RANK={where.local_rank}, and this machine has {gpus} GPU{'s' * (gpus > 1)}; start at most {gpus} "
-                "processes here (torchrun --nproc-per-node)."
-            )
-        torch.cuda.set_device(where.local_rank)
-    limit = timedelta(seconds=timeout)
-    try:
-        store, _, _ = next(rendezvous("env://", timeout=limit))
-        store.set_timeout(limit)
-        dist.init_process_group(
-            "nccl" if gpus else "gloo",
-            store=PrefixStore("run", store),
-            rank=where.rank,
-            world_size=where.size,
-            timeout=limit,
-        )
-        roll = Roll(PrefixStore("roll", store), where, timeout)
-        control = dist.new_group(backend="gloo", timeout=limit) if gpus else dist.group.WORLD
-    except (RuntimeError, OSError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = " ".join(str(error).split())[:160]
-        raise RankError(
-            f"WORLD_SIZE={where.size}: rank {where.rank} on {socket.gethostname()} did not meet the others at {address} within "
-            f"{timeout:g} s ({reason}); see that all are started and can reach it."
-        ) from error
-    return World(where, roll, control)
-
-
-def _code(failure: BaseException | None) -> int:
-    if failure is None:
-        return FINE
-    if isinstance(failure, StopRequested):
-        return STOP
-    return MEMORY if not isinstance(failure, HydraError) and is_out_of_memory(failure) else FAILED
-
-
-def _words(failure: BaseException | None) -> str:
-    if failure is None or isinstance(failure, HydraError | StopRequested):
-        return str(failure or "")
-    return f"{type(failure).__name__}: {failure}".rstrip(": ")
-
-
-def _spoken(error: Any, rank: int) -> Any:
-    """Note on an error which rank says it; the others end without a word."""
-    error.said_by = rank
-    return error

@@ -125,10 +125,11 @@ def score(
         trunk = _room_for_trunk(model, experience, settings) if world.size == 1 else None
     measured = set(_longest(experience, MEASURED)) if settings.measures_drift and not settings.recompute_logprobs else set()
     groups = experience.split(world.rows_at_once(len(experience), settings.score_batch_size))
-    again = [rows for rows in groups if settings.recompute_logprobs or not measured.isdisjoint(rows)]
+    every = settings.recompute_logprobs or (world.in_step and bool(measured))  # in step all make the same passes
+    again = [rows for rows in groups if every or not measured.isdisjoint(rows)]
     left = [rows for rows in groups if rows not in again]
 
-    def run(rows: list[int]) -> None:
+    def run(rows: list[int], counts: bool) -> None:
         check_stop()
         with allocating("experience"):
             part = experience.select(rows)
@@ -136,24 +137,32 @@ def score(
         index = torch.tensor(rows, device=model.device)
         width = part.response_ids.shape[1]
         with model.taking_trunk() as states:
-            ref_logprobs[index, :width], scores[index] = model.reference_and_reward(sequences, settings.temperature)
+            found, scored = model.reference_and_reward(sequences, settings.temperature)
+        if counts:
+            ref_logprobs[index, :width], scores[index] = found, scored
+        del found, scored
         if trunk is not None:  # the first pass ran it; no other has to
             sequences = replace(sequences, trunk=states[0])
             trunk[index.to(trunk.device), : states[0].shape[1]] = states[0].to(trunk.device)
         with model.role("critic"):
-            old_values[index, :width] = model.values(sequences)
+            values = model.values(sequences)
+        if counts:
+            old_values[index, :width] = values
         if rows in again:
             with model.role("actor"):
-                recomputed[index, :width] = model.logprobs(sequences, settings.temperature).logprobs
+                actors = model.logprobs(sequences, settings.temperature).logprobs
+            if counts:
+                recomputed[index, :width] = actors
 
-    def run_actor(rows: list[int]) -> None:
+    def run_actor(rows: list[int], counts: bool) -> None:
         check_stop()
         with allocating("experience"):
             part = experience.with_trunk(trunk).select(rows)
             index = torch.tensor(rows, device=model.device)
         with model.role("actor"):
             found = model.logprobs(ending_alike(part.sequences(), eos_ids), settings.temperature).logprobs
-        recomputed[index, : found.shape[1]] = found
+        if counts:
+            recomputed[index, : found.shape[1]] = found
 
     def tokens(rows: list[int]) -> int:
         return sum(experience.lengths[row] for row in rows)
@@ -183,9 +192,9 @@ def score(
         )
 
 
-def _each(run: Callable[[list[int]], None], groups: Sequence[list[int]]) -> None:
-    for rows in groups:
-        run(rows)
+def _each(run: Callable[[list[int], bool], None], groups: Sequence[tuple[list[int], bool]]) -> None:
+    for rows, counts in groups:
+        run(rows, counts)
 
 
 def _longest(experience: Experience, count: int) -> list[int]:

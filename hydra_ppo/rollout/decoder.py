@@ -41,6 +41,8 @@ class Decoder:
 
     Attributes:
         never, stopped: as of `sampling.sample`.
+        anybody: where processes decode in step, tells whether any of them has rows that go on; none leaves before all have
+            ended, and no row leaves its batch.
         takes_int8: whether this kind of decoder knows the cache in int8.
     """
 
@@ -48,6 +50,7 @@ class Decoder:
 
     never: Sequence[int] = ()
     stopped: Callable[[Sequence[Sequence[int]]], list[bool]] | None = None
+    anybody: Callable[[bool], bool] | None = None
 
     def __init__(
         self, model: HydraModel, prompts: Sequence[Sequence[int]], steps: int, kv_cache: Literal["auto", "int8"] = "auto"
@@ -137,12 +140,15 @@ class Decoder:
                 so_far = tokens[: step + 1, self.index].T.tolist()
                 ended = [a or b for a, b in zip(ended, self.stopped(so_far), strict=True)]
             token = drawn.tokens
-            if True in ended:
-                for row, done in zip(self.rows, ended, strict=True):
-                    if done:
-                        lengths[row] = step + 1
-                if False not in ended:
+            for row, done in zip(self.rows, ended, strict=True):
+                if done:
+                    lengths[row] = min(lengths[row], step + 1)
+            if self.anybody is not None:
+                if not self.anybody(steps in lengths):
                     break
+            elif False not in ended:
+                break
+            elif True in ended:
                 token = token[self._drop(ended)]
             step = self._advance(token[:, None], step, given)
         if torch.isnan(logprobs).any():
@@ -152,7 +158,7 @@ class Decoder:
         return tokens.T, logprobs.T, lengths
 
     def _given_ends(self, given: Sequence[int], length: int) -> list[bool]:
-        return [given[row] == length for row in self.rows] if length in given else []
+        return [given[row] == length for row in self.rows]
 
     def _drop(self, ended: Sequence[bool]) -> Tensor:
         """Drop the rows that have ended; return (B,) the former places of those that are left.

@@ -83,16 +83,18 @@ def sample(
             kind = decoder or decoder_of(model)
             check_cache(model, kind, settings.kv_cache)
         with model.role(role), decoding_attention(model):
-            for rows in world.share(batches, len):
+            for rows, counts in world.share(batches, len):
                 given = None if lengths is None else [lengths[i] for i in rows]
-                steps = most if given is None else max(given)
+                steps = most if given is None or world.in_step else max(given)
                 batch = kind(model, [prompts[i] for i in rows], steps, **cache)
                 batch.never, batch.stopped = list(never), stopped
+                batch.anybody = world.anybody if world.in_step else None
                 start = first[tuple(rows)]
                 numbers = uniform[:steps, start : start + len(rows)]
                 tokens, logprobs, ends = batch.run(settings, eos_ids, numbers, given)
                 for row, ids, values, length in zip(rows, tokens.tolist(), logprobs.tolist(), ends, strict=True):
-                    found[row] = ids[:length], values[:length]
+                    if counts:
+                        found[row] = ids[:length], values[:length]
         return found
 
     try:

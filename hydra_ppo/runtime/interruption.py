@@ -28,6 +28,7 @@ class _Request:
     def __init__(self) -> None:
         self.made = False
         self.at_once = 0
+        self.waiting = 0
         self.when = 0.0
         self.depth = 0
 
@@ -50,7 +51,7 @@ def _forget_in_child() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) == _request.hear:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    _request.made, _request.at_once, _request.depth = False, 0, 0
+    _request.made, _request.at_once, _request.waiting, _request.depth = False, 0, 0, 0
 
 
 if hasattr(os, "register_at_fork"):
@@ -107,7 +108,17 @@ def stopping_at_once() -> Iterator[None]:
     check_stop()  # one that was lost on the way
 
 
+@contextmanager
+def stops_wait() -> Iterator[None]:
+    """Let `check_stop` pass over a wish inside the block: where one process that stopped would leave others waiting."""
+    _request.waiting += 1
+    try:
+        yield
+    finally:
+        _request.waiting -= 1
+
+
 def check_stop() -> None:
     """Raise StopRequested where a stop was asked for. Called between micro-steps; costs nothing."""
-    if _request.made:
+    if _request.made and not _request.waiting:
         raise StopRequested

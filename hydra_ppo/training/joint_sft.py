@@ -35,6 +35,7 @@ from hydra_ppo.runtime.host_memory import keep_freed_memory
 from hydra_ppo.runtime.interruption import StopRequested, check_stop
 from hydra_ppo.runtime.memory import PhaseMemory
 from hydra_ppo.runtime.recorder import Recorder, Silent
+from hydra_ppo.training.in_step import end_step, keep_in_step
 from hydra_ppo.training.metrics import Metrics, measured
 from hydra_ppo.training.optim import (
     build_optimizer,
@@ -101,6 +102,7 @@ class JointSFTTrainer:
         check_divides(world.size, batch_size=config.batch_size)
         keep_freed_memory(model.device)
         self.model, self.config, self.world = model, config, world
+        keep_in_step(world, model)
         self.train_rows, self.eval_rows = list(train_rows), list(eval_rows)[: config.eval_pairs]
         self.pad_token_id = pad_token_id
         self.run = run or Silent()
@@ -164,9 +166,7 @@ class JointSFTTrainer:
                 self.save_best()
         seconds = time.perf_counter() - begun
         self.seconds += seconds
-        if self.world.size > 1:
-            metrics["parallel/waiting"] = self.world.waiting_share(seconds)
-            self.world.check_alike(self._parameters, f"step={self.done}")
+        metrics |= end_step(self.world, self._parameters, seconds, f"step={self.done}")
         if last or evaluated or step % self.config.run.log_every == 0:
             self.run.log(self.done, metrics | self.memory.metrics())
         due = self.config.run.save_every > 0 and self.done % self.config.run.save_every == 0
@@ -256,24 +256,25 @@ class JointSFTTrainer:
         self.scaler.scale(totals)  # which readies it, also where this process has no pair of the last few
 
         def backward() -> None:
-            for group in self._share(rows, microbatch_size):
+            for group, counts in self._share(rows, microbatch_size):
                 check_stop()
                 self._announce("update")
                 sums = self.pass_over(group)
                 loss = config.sft_coef * sums.nll / tokens + config.reward_coef * sums.ranking / len(rows)
-                self.scaler.scale(loss).backward()
-                totals.add_(torch.stack([s.detach() for s in sums]))
+                self.scaler.scale(loss if counts else loss * 0.0).backward()
+                if counts:
+                    totals.add_(torch.stack([s.detach() for s in sums]))
 
         where = f"step={step + 1} phase=update, microbatch_size={microbatch_size}"
         self.world.together(backward, where)
         self.world.sum_gradients(self._parameters, [totals])
         return self.world.alike(partial(self._optimizer_step, step, rows, totals, tokens), where)
 
-    def _share(self, rows: Sequence[PreferenceRow], size: int) -> list[list[PreferenceRow]]:
-        """Return the micro-batches that this process does."""
+    def _share(self, rows: Sequence[PreferenceRow], size: int) -> list[tuple[list[PreferenceRow], bool]]:
+        """Return the micro-batches that this process does, and whether each counts."""
         lengths = [_length(row) for row in rows]
         groups = self.world.share(split_by_length(lengths, size), lambda group: sum(lengths[i] for i in group))
-        return [[rows[i] for i in group] for group in groups]
+        return [([rows[i] for i in group], counts) for group, counts in groups]
 
     def _optimizer_step(self, step: int, rows: Sequence[PreferenceRow], totals: Tensor, tokens: int) -> Metrics:
         config = self.config
@@ -312,8 +313,10 @@ class JointSFTTrainer:
             totals = torch.zeros(3, device=self.model.device)
 
             def run() -> None:
-                for group in self._share(rows, self.world.rows_at_once(len(rows), 4 * size)):
-                    totals.add_(torch.stack(list(self.pass_over(group))))
+                for group, counts in self._share(rows, self.world.rows_at_once(len(rows), 4 * size)):
+                    sums = torch.stack(list(self.pass_over(group)))
+                    if counts:
+                        totals.add_(sums)
 
             self.world.together(run, f"step={self.done} evaluation, {size} at once")
             self.world.sum([totals])

@@ -44,6 +44,7 @@ from hydra_ppo.runtime.host_memory import keep_freed_memory
 from hydra_ppo.runtime.interruption import StopRequested
 from hydra_ppo.runtime.memory import PhaseMemory
 from hydra_ppo.runtime.recorder import Recorder, Silent
+from hydra_ppo.training.in_step import end_step, keep_in_step
 from hydra_ppo.training.metrics import Metrics, measured
 from hydra_ppo.training.optim import build_optimizer, check_finite, state_tensors
 from hydra_ppo.training.ppo_metrics import compare, reward_metrics, rollout_metrics
@@ -53,8 +54,7 @@ from hydra_ppo.training.ppo_update import Updates, build_scaler, check_measured,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-EVAL_SEED = 1_000_003
-"""Held-out prompts are sampled with this seed, so that evaluations differ by the policy alone."""
+EVAL_SEED = 1_000_003  # of held-out prompts, so that evaluations differ by the policy alone
 
 
 class PPOTrainer:
@@ -102,8 +102,8 @@ class PPOTrainer:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.prompts, self.eval_prompts = list(prompts), list(eval_prompts)[: config.eval_prompts]
         self.run = run or Silent()
-        self.save = save
-        self.sampler, self.on_phase, self.world = sampler, on_phase, world
+        self.save, self.sampler, self.on_phase, self.world = save, sampler, on_phase, world
+        keep_in_step(world, model)
         scorer = Scorer(config.reward, model.device, asks=world.is_main)
         if scorer.needs_head and not model.reward_head_trained:
             raise ConfigError(UNTRAINED_HEAD)
@@ -190,9 +190,9 @@ class PPOTrainer:
         assert progress.partial is not None
         seconds = progress.partial.seconds + time.perf_counter() - self._begun
         metrics |= self._throughput(metrics, seconds) | self.memory.metrics()
-        if self.world.size > 1:
-            metrics["parallel/waiting"] = self.world.waiting_share(seconds)
-            self.world.check_alike([*self.updates.actor_parameters, *self.updates.critic_parameters], f"step={step}")
+        metrics |= end_step(
+            self.world, [*self.updates.actor_parameters, *self.updates.critic_parameters], seconds, f"step={step}"
+        )
         last = step == config.steps
         evaluated = last or (config.eval_every > 0 and step % config.eval_every == 0)
         found = self.evaluate(step) if evaluated else {}

@@ -115,14 +115,14 @@ class Updates:
                 check_measured(where, dict(zip(names, row, strict=True)), state.scaler)
         return mean_of(policy, POLICY) | mean_of(value, VALUE) | {"policy/stopped_early": float(part.stopped)}
 
-    def _micro_batches(self, minibatch: FinishedExperience, size: int) -> Iterator[FinishedExperience]:
-        """Yield the micro-batches that this process does."""
+    def _micro_batches(self, minibatch: FinishedExperience, size: int) -> Iterator[tuple[FinishedExperience, bool]]:
+        """Yield the micro-batches that this process does, and whether each counts."""
         pieces = minibatch.split(size, self.config.microbatch_tokens)
-        for rows in self.world.share(pieces, lambda rows: sum(minibatch.lengths[row] for row in rows)):
+        for rows, counts in self.world.share(pieces, lambda rows: sum(minibatch.lengths[row] for row in rows)):
             check_stop()
             with allocating("experience"):
                 micro = minibatch.select(rows)
-            yield micro
+            yield micro, counts
 
     def _minibatch(
         self, minibatch: FinishedExperience, part: PartialStep, train_actor: bool, where: str, microbatch_size: int
@@ -134,12 +134,12 @@ class Updates:
         stopped = part.stopped
 
         def backward() -> None:
-            for micro in self._micro_batches(minibatch, microbatch_size):
+            for micro, counts in self._micro_batches(minibatch, microbatch_size):
                 if train_actor and not stopped:
                     self.on_phase("update-actor")
-                    policy.add_(self.actor_backward(micro, count))
+                    policy.add_(self.actor_backward(micro, count, counts))
                 self.on_phase("update-critic")
-                value.add_(self.critic_backward(micro, count))
+                value.add_(self.critic_backward(micro, count, counts))
 
         self.world.together(backward, f"{where}, microbatch_size={microbatch_size}")
         self.world.sum_gradients(dict.fromkeys(self.actor_parameters + self.critic_parameters), [policy, value])
@@ -177,9 +177,9 @@ class Updates:
         measured = torch.zeros(6 if actor else 3, device=self.model.device)  # the last is the norm
 
         def backward() -> None:
-            for micro in self._micro_batches(minibatch, microbatch_size):
+            for micro, counts in self._micro_batches(minibatch, microbatch_size):
                 self.on_phase(f"update-{role}")
-                measured[:-1] += (self.actor_backward if actor else self.critic_backward)(micro, count)
+                measured[:-1] += (self.actor_backward if actor else self.critic_backward)(micro, count, counts)
 
         self.world.together(backward, f"{where}, {role}, microbatch_size={microbatch_size}")
         self.world.sum_gradients(self.parameters[role], [measured])
@@ -197,8 +197,12 @@ class Updates:
         self.state.optimizer.zero_grad(set_to_none=True)
         self.state.scaler = fresh_scaler(self.state.scaler, self.model.device)
 
-    def actor_backward(self, micro: FinishedExperience, count: Tensor) -> Tensor:
-        """Add the actor's gradients of one micro-batch; return (5,) loss, approx_kl, clip_frac, ratio, entropy."""
+    def actor_backward(self, micro: FinishedExperience, count: Tensor, counts: bool = True) -> Tensor:
+        """Add the actor's gradients of one micro-batch; return (5,) loss, approx_kl, clip_frac, ratio, entropy.
+
+        Args:
+            counts: else zeros are added and returned, by the same passes.
+        """
         config = self.config
         with self.model.role("actor"):
             found = self.model.logprobs(micro.sequences(), config.rollout.temperature, entropy_grad=config.entropy_coef > 0)
@@ -213,16 +217,20 @@ class Updates:
             )
             entropy = masked_mean(found.entropy, micro.response_mask, count)
             loss = out.loss - config.entropy_coef * entropy if config.entropy_coef > 0 else out.loss
-            self.state.scaler.scale(loss).backward()
+            self.state.scaler.scale(loss if counts else loss * 0.0).backward()
+        if not counts:
+            return torch.zeros(5, device=count.device)
         return torch.stack([out.loss.detach(), out.approx_kl, out.clip_frac, out.ratio, entropy.detach()])
 
-    def critic_backward(self, micro: FinishedExperience, count: Tensor) -> Tensor:
-        """Add the critic's gradients of one micro-batch; return (2,) loss, clip_frac."""
+    def critic_backward(self, micro: FinishedExperience, count: Tensor, counts: bool = True) -> Tensor:
+        """Add the critic's gradients of one micro-batch; return (2,) loss, clip_frac. `counts` as of the actor."""
         config = self.config
         with self.model.role("critic"):
             values = self.model.values(micro.sequences())
             out = value_loss(values, micro.old_values, micro.returns, micro.response_mask, config.value_clip_range, count)
-            self.state.scaler.scale(config.vf_coef * out.loss).backward()
+            self.state.scaler.scale((config.vf_coef if counts else 0.0) * out.loss).backward()
+        if not counts:
+            return torch.zeros(2, device=count.device)
         return torch.stack([out.loss.detach(), out.clip_frac])
 
     def optimizer_step(self, roles: Sequence[str] = ("actor", "critic")) -> Tensor:

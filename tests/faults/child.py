@@ -110,11 +110,11 @@ def _lack_memory(number: int) -> None:
 
     backward = Updates.critic_backward
 
-    def failing(self, micro, count):  # type: ignore[no-untyped-def]
+    def failing(self, *arguments):  # type: ignore[no-untyped-def]
         _seen["count"] += 1
         if _seen["count"] == number:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
-        return backward(self, micro, count)
+        return backward(self, *arguments)
 
     Updates.critic_backward = failing  # type: ignore[method-assign]
 

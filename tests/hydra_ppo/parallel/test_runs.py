@@ -110,7 +110,8 @@ def test_three_processes_and_pieces_of_all_kinds(project, tmp_path):
         "rollout": {"batch_size": 6, "generation_batch_size": None},
         "minibatch_size": 3,
         "microbatch_size": 1,
-        "steps": 3,
+        "steps": 1,
+        "optimizer": {"learning_rate": 1e-3},
     }
     for size in (1, 3):
         codes, said = go(tmp_path, "ppo", settings(project, tmp_path / str(size), changes), size)
@@ -124,6 +125,58 @@ def test_a_trunk_without_its_cache(project, tmp_path, trunk):
         codes, said = go(tmp_path, "ppo", settings(project, tmp_path / str(size), {"model": {"trunk_layers": trunk}}), size)
         assert codes == [0] * size, said
     near(tmp_path / "2", tmp_path / "1", 1e-5)
+
+
+SHARED_OUT = {"model": {"shard_base": True}}
+
+
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param(None, marks=pytest.mark.long)])
+def test_a_base_that_is_shared_out(project, tmp_path, quantization):
+    """Uneven pieces, answers of many lengths, drift measured: the same but for the order of sums."""
+    uneven = {
+        "model": {"quantization": quantization},
+        "microbatch_tokens": 14,
+        "microbatch_size": 3,
+        "rollout": {"generation_batch_size": 3, "score_batch_size": 3, "measure_drift": True},
+        "steps": 1,
+        "optimizer": {"learning_rate": 1e-3},
+    }
+    for size, more in ((1, {}), (2, SHARED_OUT)):
+        codes, said = go(tmp_path, "ppo", settings(project, tmp_path / str(size), uneven, more), size)
+        assert codes == [0] * size, said
+    near(tmp_path / "2", tmp_path / "1", 2e-5)
+    one, two = ((tmp_path / name / "samples.jsonl").read_text() for name in "12")
+    assert [json.loads(line)["response"] for line in one.splitlines()] == [
+        json.loads(line)["response"] for line in two.splitlines()
+    ]
+
+
+def test_joint_sft_on_a_base_that_is_shared_out(project, tmp_path):
+    for size, more in ((1, {}), (2, SHARED_OUT)):
+        made = settings(project, tmp_path / str(size), {"epochs": 1, "microbatch_size": 3}, more, command="sft")
+        codes, said = go(tmp_path, "sft", made, size)
+        assert codes == [0] * size, said
+    near_sft = load_file(tmp_path / "1/sft/adapter_model.safetensors")
+    for name, tensor in load_file(tmp_path / "2/sft/adapter_model.safetensors").items():
+        numpy.testing.assert_allclose(tensor, near_sft[name], rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_a_stop_and_a_lack_of_memory_where_others_wait_in_a_pass(project, tmp_path):
+    """A stop is heard once a batch is done; memory that runs out ends all, with a line that says why."""
+    made = settings(project, tmp_path / "run", SHARED_OUT, {"reward": {"sources": SLOW}})
+    ranks = Ranks(["ppo", write(tmp_path / "run.yaml", made)], tmp_path / "stopped")
+    wait_for_more(tmp_path / "run/log.txt", 0, ranks.processes[1])
+    time.sleep(1)
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)
+    assert ranks.wait() == [0, 0], ranks.said()
+    assert ranks.said()[0].count("Stopped. Go on with:") == 1
+    codes, said = go(tmp_path, "ppo", made, 2, "--resume", points={1: ("memory", 3)})
+    assert codes == [1, 1], said
+    assert "with model.shard_base others are in the middle of the same pass" in said[1]
+    assert go(tmp_path, "ppo", made, 2, "--resume")[0] == [0, 0]
+
+
+SLOW = [{"kind": "function", "target": "tests.faults.light:slow"}]
 
 
 def test_a_run_goes_on_with_another_number_of_processes(project, whole, tmp_path):

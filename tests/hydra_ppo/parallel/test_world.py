@@ -13,7 +13,10 @@ from torch import nn
 
 from hydra_ppo.errors import ConfigError, DataError, HydraError, RankError
 from hydra_ppo.parallel import world as module
-from hydra_ppo.parallel.world import ALONE, OtherOutOfMemory, World
+from hydra_ppo.parallel.environment import Place
+from hydra_ppo.parallel.failures import OtherOutOfMemory
+from hydra_ppo.parallel.joining import join
+from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.runtime.exhaustion import is_out_of_memory
 from hydra_ppo.runtime.interruption import StopRequested
 from tests.ranks import together
@@ -73,13 +76,13 @@ def test_alone_nothing_is_sent():
     assert parameter.grad is None
     assert ALONE.gather(3) == [3]
     assert ALONE.from_main(lambda: 4, "") == 4
-    assert ALONE.share([3, 1, 2], lambda piece: piece) == [3, 1, 2]
+    assert ALONE.share([3, 1, 2], lambda piece: piece) == [(3, True), (1, True), (2, True)]
     with pytest.raises(ZeroDivisionError):
         ALONE.together(lambda: 1 // 0, "")
 
 
 def test_as_many_rows_as_asked_where_all_have_some():
-    two = World(module.Place(0, 2))
+    two = World(Place(0, 2))
     assert two.rows_at_once(8, 4) == 4
     assert two.rows_at_once(8, 8) == 4
     assert two.rows_at_once(4, 3) == 3  # 3 and 1
@@ -260,7 +263,7 @@ def test_nobody_comes(monkeypatch):
     for name, value in variables(1, 2, free_port()).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RankError, match=r"WORLD_SIZE=2: rank 1 on .* did not meet the others at 127.0.0.1:.* within 1 s"):
-        module.join(1.0)
+        join(1.0)
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -271,4 +274,4 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="LOCAL_RANK=2, and this machine has 2 GPUs; start at most 2 processes here"):
-        module.join(1.0)
+        join(1.0)
