@@ -36,6 +36,8 @@ class Workload:
         checkpoint_offload: keep the layers' inputs, which checkpointing keeps, in host memory.
         tile_tokens: run MLPs, norms and the pass over prompts over pieces of this many tokens; None is all at once.
         kv_cache: keys and values while sampling: auto in the compute type, or int8.
+        world: processes that share the work out; batches are those of all. A profile is rank 0's, which has most to do.
+        shard_base: each process holds a part of every decoder layer.
     """
 
     model: str
@@ -57,12 +59,20 @@ class Workload:
     checkpoint_offload: bool = False
     tile_tokens: int | None = None
     kv_cache: Literal["auto", "int8"] = "auto"
+    world: int = 1
+    shard_base: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("rank", "prompt", "response", "rollout_batch", "minibatch", "microbatch", "score_batch", "tile_tokens"):
+        rows = ("rollout_batch", "minibatch", "microbatch", "score_batch")
+        for name in ("rank", "prompt", "response", *rows, "tile_tokens", "world"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1; choose a positive number.")
+        for name in ("rollout_batch", "minibatch"):
+            if (value := getattr(self, name)) is not None and value % self.world:
+                raise ConfigError(f"{name}={value} is not a multiple of world={self.world}; choose one that is.")
+        if self.shard_base:
+            self._check_shared_out()
         if self.trunk_layers < 0:
             raise ConfigError(f"trunk_layers={self.trunk_layers} must not be negative; use 0 or more.")
         if self.checkpoint_offload and not self.checkpointing:
@@ -82,6 +92,16 @@ class Workload:
                 "memory already; leave it out."
             )
 
+    def _check_shared_out(self) -> None:
+        wrong = {
+            "world=1 has nobody to share the base out with": self.world == 1,
+            "quantization='int8' cannot be shared out": self.quantization == "int8",
+            f"tile_tokens={self.tile_tokens} makes unequal numbers of passes": self.tile_tokens is not None,
+        }
+        for what, there in wrong.items():
+            if there:
+                raise ConfigError(f"shard_base=True: {what}; leave one of them out.")
+
     def settings(self) -> dict[str, Any]:
         """Return the fields as plain data."""
         return asdict(self)
@@ -92,6 +112,10 @@ class Workload:
             raise ConfigError(
                 f"quantize_embeddings={self.quantize_embeddings!r} leaves embeddings that the method 'full' could not train; "
                 "leave 'full' out of methods, or quantize_embeddings."
+            )
+        if method == "full" and self.shard_base:
+            raise ConfigError(
+                "shard_base=True shares out a frozen base, and the method 'full' trains it; leave 'full' out of methods."
             )
         if method == "full" and self.quantization is not None:
             raise ConfigError(

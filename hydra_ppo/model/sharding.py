@@ -10,6 +10,7 @@ Every process must run the same passes in the same order: whoever left one out w
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
@@ -51,19 +52,25 @@ def shard_layer(layer: nn.Module) -> None:
 
     Memory: a part of its weights for good, all of one layer while it runs; scales of 4-bit weights stay whole.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     kept = {name: _attributes(parameter) for name, parameter in layer.named_parameters()}
     for module in layer.modules():
         if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
             module.quant_state = state  # which bitsandbytes looks for where the weight has none
-    device = next(layer.parameters()).device.type
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    mesh = all_processes(next(layer.parameters()).device.type, dist.group.WORLD)
     fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     for name, parameter in layer.named_parameters():
         for attribute, value in kept[name].items():
             setattr(parameter, attribute, value)
+
+
+@cache
+def all_processes(device: str, group: Any) -> Any:
+    """Return the mesh of all processes of a group, one line of them."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device, (dist.get_world_size(group),))
 
 
 def _attributes(parameter: Tensor) -> dict[str, Any]:

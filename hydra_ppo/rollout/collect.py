@@ -72,7 +72,7 @@ def collect_experience(
         # A sampler of somebody's own need not know what is not asked of it.
         options = {name: value for name, value in (("never", never), ("stopped", stopped)) if value}
         ask = partial(sampler, model, prompts, replace(settings, generation_batch_size=size), eos_ids, generator, **options)
-        if world.size > 1 and sampler is sample:
+        if world.size > 1 and getattr(sampler, "func", sampler) is sample:
             return ask(world=world)
         samples, state = world.from_main(lambda: (ask(), generator.get_state()), f"{where} phase=rollout")
         generator.set_state(state)

@@ -120,7 +120,7 @@ def exact(workload: Workload, moments: int) -> tuple[Saving, ...]:
         workload: lengths; rows that are hardly longer than a piece are not cut.
         moments: bytes of them; offloaded ones need room on the device to come to, which few would not repay.
     """
-    long = workload.prompt + workload.response > 4 * TILE_TOKENS
+    long = workload.prompt + workload.response > 4 * TILE_TOKENS and not workload.shard_base
     away = OFFLOADED if moments > 2 * ROOMS * BUCKET_BYTES else AWAY
     return (IN_TURN, away, CHECKPOINTS, TILES) if long else (IN_TURN, away, CHECKPOINTS)
 

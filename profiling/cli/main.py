@@ -58,6 +58,10 @@ def profile(arguments: list[str]) -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="How AdamW keeps its moments.")
     parser.add_argument("--update-order", choices=UPDATE_ORDERS, default="together", help="How actor and critic are stepped.")
     parser.add_argument("--offload-in-rollout", action="store_true", help="Moments are in host memory while sampling, scoring.")
+    parser.add_argument(
+        "--world", type=int, default=1, metavar="N", help="Simulate rank 0 of N processes; batches are those of all."
+    )
+    parser.add_argument("--shard-base", action="store_true", help="Each of them holds a part of every decoder layer.")
     parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="A,B", help="Seeds of --learning.")
     options = parser.parse_args(arguments)
     methods = options.methods or ["hydra" if options.stage == "ppo" else "lora"]
@@ -97,7 +101,11 @@ def profile(arguments: list[str]) -> None:
             checkpoint_offload=options.checkpoint_offload,
             tile_tokens=options.tile_tokens,
             kv_cache=options.kv_cache,
+            world=options.world,
+            shard_base=options.shard_base,
         )
+        if workload.world > 1 and not options.simulate:
+            raise ConfigError(f"world={workload.world} is simulated, in one process; add --simulate.")
         commands.profile(
             workload,
             methods,
@@ -116,6 +124,7 @@ def plan(arguments: list[str]) -> int:
     parser = Parser("plan", "Find the settings with which PPO on a model fits a GPU, by simulation.")
     parser.add_argument("--model", metavar="NAME", help="Shipped name, model folder or config.json.")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="Memory of the GPU, for example 8GiB, 24GB or bytes.")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="How many of them: one process each.")
     add_sizes(parser)
     parser.add_argument(
         "--margin", metavar="SIZE", default=None, help="Memory kept free; by default 0.4 GiB and 3 percent of the GPU."
@@ -137,11 +146,14 @@ def plan(arguments: list[str]) -> int:
         raise ConfigError(f"output={str(options.output)!r} exists; name another file.")
     if options.output is not None:
         check_folder("output", options.output.parent)
+    if options.gpus < 1:
+        raise ConfigError(f"gpus={options.gpus} must be at least 1; choose a positive number.")
     if options.count < 1:
         raise ConfigError(f"count={options.count} must be at least 1; choose a positive number.")
     from hydra_ppo.profiling.cli import commands
 
-    workload = Workload(model=_required(options.model), dtype=options.dtype, prompt=options.prompt, response=options.response)
+    sizes = {"dtype": options.dtype, "prompt": options.prompt, "response": options.response}
+    workload = Workload(model=_required(options.model), rollout_batch=8 * options.gpus, world=options.gpus, **sizes)
     return commands.plan(workload, memory, margin, options.count, options.output, options.json)
 
 

@@ -42,7 +42,7 @@ RANKS = (8, 16, 32, 64)
 BASE_RANK = 16
 
 SETTINGS = (
-    *("quantization", "rank", "trunk_layers", "checkpointing", "microbatch", "rollout_batch"),
+    *("quantization", "rank", "trunk_layers", "checkpointing", "microbatch", "rollout_batch", "world", "shard_base"),
     *(
         "quantize_embeddings",
         "optimizer",
@@ -132,22 +132,26 @@ def search(
     """Search set-ups that fit.
 
     Args:
-        workload: model, compute type and lengths; everything else is searched.
-        gpu_bytes: memory of the GPU.
+        workload: model, compute type, lengths and processes, one on each GPU; everything else is searched. With several, each
+            holds the whole base where that fits, else a part.
+        gpu_bytes: memory of a GPU.
         margin: bytes to keep free; None is `CONTEXT_BYTES` and the share `FRAGMENTATION`.
         say: takes a line about what is being simulated.
         workers: processes that simulate.
     """
     with Predictor(workload, say, MICROBATCHES, workers) as predictor:
-        return _search(workload, predictor, gpu_bytes, margin)
+        found = _search(workload, predictor, gpu_bytes, margin)
+        if not found.plans and workload.world > 1:  # which sends more, so only where it has to be
+            found = _search(replace(workload, shard_base=True), predictor, gpu_bytes, margin)
+    return found
 
 
 def _search(workload: Workload, predictor: Predictor, gpu_bytes: int, margin: int | None) -> Search:
     usable = gpu_bytes - (CONTEXT_BYTES + round(FRAGMENTATION * gpu_bytes) if margin is None else margin)
-    least = replace(workload, rank=_ranks(BASE_RANK)[0], rollout_batch=min(ROLLOUT_BATCHES), microbatch=1, score_batch=1)
+    least = replace(workload, rank=_ranks(BASE_RANK)[0], rollout_batch=_batches(workload)[0], microbatch=1, score_batch=1)
     small = replace(least, rank=min(RANKS))
     all_exact = exact(workload, predictor.moments(least.rank))
-    ladder = rungs(all_exact, HOLDS)
+    ladder = rungs(all_exact, [held for held in HOLDS if held != "int8" or not workload.shard_base])
     starts = [(least, rung) for rung in ladder]
     starts += [(small, ladder[-1]), (replace(small, trunk_layers=predictor.layers // 2), ladder[-1])]
 
@@ -189,6 +193,11 @@ def _with_and_without_recomputing(shapes: Iterable[Workload]) -> Iterator[Worklo
             yield replace(shape, checkpointing=False)
 
 
+def _batches(workload: Workload) -> Sequence[int]:
+    """Return the rollout batches to try, of all processes."""
+    return [rows * workload.world for rows in ROLLOUT_BATCHES]
+
+
 def _ranks(least: int) -> Sequence[int]:
     """Return the ranks from that one on; the largest where there is none."""
     return [rank for rank in RANKS if rank >= least] or [max(RANKS)]
@@ -213,7 +222,7 @@ def _largest(start: Workload, predictor: Predictor, usable: int) -> Workload:
     """
     found = [start]
     for checkpointing in (True,) if start.checkpoint_offload else (True, False):
-        batches: Sequence[int] = ROLLOUT_BATCHES
+        batches: Sequence[int] = _batches(start)
         micros: Sequence[int] = MICROBATCHES
         for rank in _ranks(start.rank):
             shape = replace(start, rank=rank, checkpointing=checkpointing)
@@ -225,7 +234,7 @@ def _largest(start: Workload, predictor: Predictor, usable: int) -> Workload:
             )
             if not batches:
                 break
-            micro = min(micros[-1], batches[-1])
+            micro = min(micros[-1], batches[-1] // start.world)
             best = replace(shape, microbatch=micro, score_batch=micro, rollout_batch=batches[-1])
             if max(predictor.with_loading(best).values()) <= usable:  # an update holds the rollout's data
                 found.append(best)
@@ -277,6 +286,7 @@ def _plan(workload: Workload, predictor: Predictor, gpu_bytes: int, usable: int,
 def _why(workload: Workload, predictor: Predictor, usable: int) -> list[str]:
     """Say what each saving is needed for, and what stands in the way of the next better value of each other setting."""
     default = replace(workload, **{name: getattr(Workload("any"), name) for saving in EVERY for name in saving.changes})
+    batches = _batches(workload)
     savings = savings_of(workload)
     other_ways = [
         (f"without {saving.name}", with_savings(default, [other for other in savings if other is not saving]))
@@ -287,14 +297,14 @@ def _why(workload: Workload, predictor: Predictor, usable: int) -> list[str]:
         other_ways.append((f"{EIGHT_BIT.name} in its place", with_savings(default, [*others, EIGHT_BIT])))
     if workload.trunk_layers:
         other_ways.append(("adapters on all layers", replace(workload, trunk_layers=0)))
-    for setting, values in (("rank", RANKS), ("microbatch", MICROBATCHES), ("rollout_batch", ROLLOUT_BATCHES)):
+    for setting, values in (("rank", RANKS), ("microbatch", MICROBATCHES), ("rollout_batch", batches)):
         larger = [value for value in values if value > getattr(workload, setting)]
         if larger:
             other_ways.append((f"{setting} {larger[0]}", replace(workload, **{setting: larger[0]})))
     if workload.checkpointing and not workload.checkpoint_offload:
         other_ways.append(("no checkpointing", replace(workload, checkpointing=False)))
     lines = []
-    other_ways = [(name, other) for name, other in other_ways if other.microbatch <= other.rollout_batch]
+    other_ways = [(name, other) for name, other in other_ways if other.microbatch <= other.rollout_batch // other.world]
     _begin(predictor, (other for _, other in other_ways), usable)
     for name, other in other_ways:
         if (least := predictor.least(other)) > usable:

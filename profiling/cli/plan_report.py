@@ -54,6 +54,11 @@ def print_plans(found: Search, count: int, console: Console) -> None:
         )
     console.print(table)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    if (first := shown[0].workload).world > 1:
+        say(
+            f"{first.world} GPUs, one process each; {'a part of each decoder layer' if first.shard_base else 'the whole base'} on each."
+        )
+        say("micro: rows of one process; rollout: of all. Start with torchrun --nproc-per-node, see docs/scale.md.")
     say(f"critic: {format_count(found.parameters)} parameters (the base)")
     before: list[Saving] = []
     for number, plan in enumerate(shown, 1):
@@ -91,6 +96,7 @@ def write_yaml(plan: Plan, path: Path) -> None:
             "gradient_checkpointing": workload.checkpointing,
             "checkpoint_offload": workload.checkpoint_offload,
             "tile_tokens": workload.tile_tokens,
+            "shard_base": workload.shard_base,
             "lora": {"r": workload.rank, "alpha": 2 * workload.rank},
         },
         "data": {"train": "prompts.jsonl", "max_prompt_tokens": workload.prompt},
@@ -103,7 +109,7 @@ def write_yaml(plan: Plan, path: Path) -> None:
         },
         "optimizer": {"name": workload.optimizer, "offload_in_rollout": workload.offload_in_rollout},
         "update_order": workload.update_order,
-        "minibatch_size": min(workload.rollout_batch, 16),
+        "minibatch_size": min(workload.rollout_batch, -(-16 // workload.world) * workload.world),
         "microbatch_size": workload.microbatch,
     }
     head = (

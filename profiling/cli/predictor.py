@@ -65,7 +65,7 @@ class Predictor:
 
     def with_loading(self, workload: Workload) -> dict[str, int]:
         """Return the predicted peak of each phase and of loading, bytes: each weight is quantised as it comes."""
-        scale = Scale(workload.rollout_batch, workload.microbatch, workload.rank)
+        scale = Scale(workload.rollout_batch // workload.world, workload.microbatch, workload.rank)
         with _blocks_of_a_gpu():  # some set-ups are simulated when they are asked for
             found = self._step(workload).phases(self.layers, scale, workload.trunk_layers)
         return {phase: size for phase, size in found.items() if phase != WARM_UP}
@@ -81,7 +81,7 @@ class Predictor:
     def least(self, workload: Workload) -> int:
         """Return what the base's linear layers alone take, without a simulation: no set-up needs less."""
         bits = BITS.get(workload.quantization or "", 8 * self.itemsize)
-        return self.linear * bits // 8
+        return self.linear * bits // 8 // (workload.world if workload.shard_base else 1)
 
     def moments(self, rank: int) -> int:
         """Return the bytes of AdamW's moments of both adapters."""
@@ -100,6 +100,7 @@ class Predictor:
         if shape not in self._known:
             settings = [saving.name for saving in savings_of(shape)]
             settings += [] if shape.checkpointing else ["model.gradient_checkpointing=false"]
+            settings += [f"shared out over {shape.world}"] if shape.shard_base else []
             self.say(f"simulating {shape.model}: {', '.join(settings) or 'nothing saved'}")
             self._known[shape] = self._ahead.result(shape)
         return self._known[shape]

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from hydra_ppo.model.loading import resolve_device
+from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.profiling.measuring.allocator import Allocator, snapshot
 from hydra_ppo.profiling.measuring.record import SHARED, Profile
 from hydra_ppo.profiling.measuring.tracker import Tracker
 from hydra_ppo.profiling.subjects.baselines import SeparateModels
 from hydra_ppo.profiling.subjects.fake import fake_tensors, no_repetition
+from hydra_ppo.profiling.subjects.ranks import pretended, watched
 from hydra_ppo.profiling.subjects.shapes import model_config
 from hydra_ppo.profiling.subjects.subjects import Builder, Models
 from hydra_ppo.profiling.workload import Workload
@@ -50,6 +52,7 @@ def capture(
     tracker: Tracker | None = None,
     decoder: type[Decoder] | None = None,
     snapshot_to: Path | None = None,
+    world: World = ALONE,
 ) -> Profile:
     """Profile one step, after the optimizer has made its state.
 
@@ -66,6 +69,7 @@ def capture(
         tracker: takes the counts; a fresh one where None.
         decoder: what decodes; None is the usual one, in a simulation the one that leaps.
         snapshot_to: file for the CUDA allocator's own record of a real run.
+        world: of a real run, the processes that have met, as many as the workload says.
 
     Raises:
         ConfigError: when the method cannot be had with this workload.
@@ -78,7 +82,6 @@ def capture(
     eight_bit.check_available(workload.optimizer, None if simulate else place.type)
     if not simulate:
         gc.collect()  # models refer to themselves; what an earlier capture left would count on a GPU
-    builder = Builder(workload, config, method, stage, place, simulate, decoder)
     tracker = tracker or Tracker()
     allocator = Allocator(place)
     roles: dict[str, list[nn.Parameter]] = {}
@@ -104,10 +107,14 @@ def capture(
     with ExitStack() as stack:
         stack.enter_context(snapshot(place, snapshot_to))
         if simulate:
+            world = stack.enter_context(pretended(workload.world, workload.rollout_batch, tracker.resized))
             stack.enter_context(fake_tensors())
             stack.enter_context(no_repetition())
+        elif workload.shard_base:
+            stack.enter_context(watched(tracker.resized))
         stack.enter_context(tracker)
         allocator("load")
+        builder = Builder(workload, config, method, stage, place, simulate, decoder, world)
         model = builder.models()
         on_model(model)
         tracker.role = lambda: model.current_role

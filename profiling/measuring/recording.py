@@ -155,7 +155,8 @@ def record(workload: Workload, config: Any, scale: Scale, micros: Sequence[int],
     Args:
         workload: model, how it is trained, and lengths.
         config: Hugging Face config of the model.
-        scale: rows and rank; scoring takes the rows of a micro-batch.
+        scale: rows and rank; scoring takes the rows of a micro-batch. Where several processes share a rollout out, the rows
+            that each samples.
         micros: rows of a micro-batch for which calls of log-probs are tried.
         bucket: bytes of moments that come to the device together; None is what the program takes.
     """
@@ -174,7 +175,8 @@ def record(workload: Workload, config: Any, scale: Scale, micros: Sequence[int],
         calls.append(Call(start, len(tracker.events), extra))
         return found
 
-    sized = replace(workload, rollout_batch=scale.batch, microbatch=scale.micro, score_batch=scale.micro, rank=scale.rank)
+    rows = scale.batch * workload.world
+    sized = replace(workload, rollout_batch=rows, microbatch=scale.micro, score_batch=scale.micro, rank=scale.rank)
     bucket = offloaded.BUCKET_BYTES if bucket is None else bucket
     with patch.object(role_model, "token_logprobs", tried), patch.object(offloaded, "BUCKET_BYTES", bucket):
         capture(sized, simulate=True, config=config, timeline=False, tracker=tracker, decoder=Marked)

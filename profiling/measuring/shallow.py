@@ -140,7 +140,7 @@ def simulated_step(workload: Workload, config: Any, micros: Sequence[int]) -> St
 
 def any_scale(workload: Workload) -> Workload:
     """Return what set-ups that differ in rows, rank and trunk have in common."""
-    default = Workload(workload.model)
+    default = Workload(workload.model, rollout_batch=8 * workload.world)
     free = ("rank", "rollout_batch", "minibatch", "microbatch", "score_batch", "trunk_layers")
     return replace(workload, **{name: getattr(default, name) for name in free})
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hydra_ppo.profiling.measuring.record import KINDS, SHARED, LiveTensor, Peak, Timeline
+from hydra_ppo.profiling.measuring.record import GATHERED, KINDS, SHARED, LiveTensor, Peak, Timeline
 from hydra_ppo.runtime.announce import HOST, allocated_kind
 from hydra_ppo.runtime.host_tensors import is_on_host
 
@@ -59,6 +59,7 @@ class Tracker(TorchDispatchMode):
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._phase = "load"
         self._hooks: list[Any] = []
+        self._dead: set[int] = set()
 
     # -- taking in -------------------------------------------------------------------------------------------------------
 
@@ -96,6 +97,7 @@ class Tracker(TorchDispatchMode):
     def _see(self, tensor: Tensor, func: Any) -> None:
         if tensor.device.type == "meta":
             return
+        tensor = getattr(tensor, "_local_tensor", tensor)  # of what several processes hold in parts, the part here
         storage = tensor.untyped_storage()
         if storage in self._numbers or storage in self._on_host:
             return
@@ -127,7 +129,21 @@ class Tracker(TorchDispatchMode):
         self.host_bytes -= size
 
     def _died(self, number: int) -> None:
-        self.events.append(-number - 1)
+        if number in self._dead:
+            self._dead.discard(number)
+        else:
+            self.events.append(-number - 1)
+
+    def resized(self, tensor: Tensor) -> None:
+        """Take in that a storage was emptied or filled again, which no dispatch mode sees."""
+        storage = tensor.untyped_storage()
+        if (number := self._numbers.pop(storage, None)) is not None:
+            self._died(number)
+            self._dead.add(number)  # once more when the storage itself goes
+        if size := storage.nbytes():
+            number = self._born(size, tuple(tensor.shape), tensor.dtype, GATHERED, None)
+            self._numbers[storage] = number
+            weakref.finalize(storage, self._died, number)
 
     def _kind(self, func: Any, role: str | None) -> str:
         announced = allocated_kind()
@@ -143,7 +159,8 @@ class Tracker(TorchDispatchMode):
         """Say what these tensors are for; those not seen before are alive from now on."""
         for tensor in tensors:
             self._see(tensor, None)
-            if (number := self._numbers.get(tensor.untyped_storage())) is not None:  # None: it is the host's
+            part = getattr(tensor, "_local_tensor", tensor)
+            if (number := self._numbers.get(part.untyped_storage())) is not None:  # None: it is the host's
                 self.storages[number].kind, self.storages[number].role = kind, role
 
     def watch(self, parameters: dict[str, Iterable[nn.Parameter]]) -> None:

@@ -26,6 +26,7 @@ from hydra_ppo.errors import ConfigError
 from hydra_ppo.experience import Experience
 from hydra_ppo.model.architecture import inspect_architecture, is_linear
 from hydra_ppo.model.quantized_embeddings import quantize_embeddings
+from hydra_ppo.model.sharding import shard_layer
 from hydra_ppo.model.whole import causal_class
 from hydra_ppo.rollout.decoder import Decoder
 from hydra_ppo.runtime.host_tensors import empty_on_host
@@ -119,11 +120,15 @@ def no_repetition() -> Iterator[None]:
 
 
 def fake_base(
-    config: PretrainedConfig, quantization: str | None, dtype: torch.dtype, quantized_embeddings: str | None = None
+    config: PretrainedConfig,
+    quantization: str | None,
+    dtype: torch.dtype,
+    quantized_embeddings: str | None = None,
+    shard: bool = False,
 ) -> PreTrainedModel:
     """Build a causal LM of fake tensors as `from_pretrained` loads one: each weight is quantised as it arrives.
 
-    Must be called within `fake_tensors`.
+    Must be called within `fake_tensors`. A base that is shared out gives each layer away as soon as it is whole.
 
     Raises:
         ConfigError: on a transformers whose masks and caches need real numbers.
@@ -142,7 +147,12 @@ def fake_base(
         for layer in layers:
             for name in [name for name, part in layer.named_modules() if is_linear(part)]:
                 _quantise(layer, name, quantization, dtype)
+            if shard:
+                shard_layer(layer)
         setattr(model, "is_loaded_in_8bit" if quantization == "int8" else "is_loaded_in_4bit", True)
+    for layer in inspect_architecture(model).layers if shard and quantization is None else []:
+        _materialise(layer)
+        shard_layer(layer)
     _materialise(model)
     return model
 

@@ -16,6 +16,7 @@ from hydra_ppo.data.rows import PreferenceRow, PromptRow
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.loading import DTYPES, base_from_config
 from hydra_ppo.model.roles import Role, Stage
+from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.profiling.subjects.baselines import SeparateModels, build, drop_lm_head
 from hydra_ppo.profiling.subjects.fake import LeapingDecoder, fake_base
 from hydra_ppo.profiling.subjects.stand_ins import NoTokenizer, unused_settings
@@ -62,6 +63,7 @@ class Builder:
         place: device of a real run.
         simulate: use fake tensors.
         decoder: what decodes; None is the usual one, in a simulation the one that leaps.
+        world: the processes that share the work out.
     """
 
     workload: Workload
@@ -71,6 +73,7 @@ class Builder:
     place: torch.device
     simulate: bool
     decoder: type[Decoder] | None = None
+    world: World = ALONE
 
     def models(self) -> Models:
         """Build the models of the method, random weights, checkpointing as asked for."""
@@ -85,7 +88,8 @@ class Builder:
     def _base(self, stage: Stage) -> HydraModel:
         workload = self.workload
         if self.simulate:
-            base = fake_base(self.config, workload.quantization, DTYPES[workload.dtype], workload.quantize_embeddings)
+            dtype, embeddings, shard = DTYPES[workload.dtype], workload.quantize_embeddings, workload.shard_base
+            base = fake_base(self.config, workload.quantization, dtype, embeddings, shard)
         else:
             torch.manual_seed(0)
             base = base_from_config(
@@ -95,6 +99,7 @@ class Builder:
                 dtype=workload.dtype,
                 device=str(self.place),
                 quantized_embeddings=workload.quantize_embeddings,
+                shard=workload.shard_base,
             )
         lora = LoraSettings(r=workload.rank, alpha=2 * workload.rank)
         # What checks a new model is no part of a step; that of an 8B in nf4 takes 0.2 GiB beside the base.
@@ -130,7 +135,8 @@ class Builder:
         # No two alike, where there are tokens enough: a prompt that is sampled from several times is run once.
         prompts = [PromptRow("", _tokens(workload.prompt, row)) for row in range(rows)]
         # With given lengths no token ends a response, whichever the end token is.
-        trainer = PPOTrainer(model, NoTokenizer(end_token=0), settings, prompts, sampler=sampler, on_phase=on_phase)
+        shared: dict[str, Any] = {"on_phase": on_phase, "world": self.world}
+        trainer = PPOTrainer(model, NoTokenizer(end_token=0), settings, prompts, sampler=sampler, **shared)
         trainer.progress.batches = repeat(prompts)  # in this order: a fake permutation reads as one row again and again
 
         def warm_up() -> None:
@@ -159,7 +165,7 @@ class Builder:
         )
         prompt, response = _tokens(workload.prompt), _tokens(workload.response)
         rows = [PreferenceRow("", "", "", prompt, response, response)] * workload.rollout_batch
-        trainer = JointSFTTrainer(model, settings, rows, pad_token_id=0, on_phase=on_phase)
+        trainer = JointSFTTrainer(model, settings, rows, pad_token_id=0, on_phase=on_phase, world=self.world)
         taken = rows[: workload.microbatch] if self.simulate else rows
 
         def warm_up() -> None:

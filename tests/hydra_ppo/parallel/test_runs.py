@@ -105,7 +105,10 @@ def near(run, other, tolerance):
 
 
 def test_three_processes_and_pieces_of_all_kinds(project, tmp_path):
-    """Six rows in uneven pieces over three processes: the same but for the order of sums."""
+    """Six rows in uneven pieces over three processes: the same but for the order of sums.
+
+    Where a gradient is about AdamW's eps, its last bits are a part of a step: a hundredth of the learning rate is allowed.
+    """
     changes = {
         "rollout": {"batch_size": 6, "generation_batch_size": None},
         "minibatch_size": 3,
@@ -116,7 +119,7 @@ def test_three_processes_and_pieces_of_all_kinds(project, tmp_path):
     for size in (1, 3):
         codes, said = go(tmp_path, "ppo", settings(project, tmp_path / str(size), changes), size)
         assert codes == [0] * size, said
-    near(tmp_path / "3", tmp_path / "1", 1e-6)
+    near(tmp_path / "3", tmp_path / "1", 1e-5)
 
 
 @pytest.mark.parametrize("trunk", [pytest.param(1, marks=pytest.mark.long)])
