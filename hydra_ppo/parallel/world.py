@@ -272,7 +272,7 @@ class World:
                 self._room_on(piece.device)[filled : filled + piece.numel()].copy_(piece)
                 waiting.append((piece, filled, filled + piece.numel()))
                 filled += piece.numel()
-            if flat.data_ptr() != tensor.data_ptr():
+            if not tensor.is_contiguous():
                 self._sum_room(filled, waiting)
                 filled, waiting = 0, []
                 tensor.copy_(flat.view_as(tensor))
@@ -314,7 +314,7 @@ class World:
         for tensor in tensors:
             flat = tensor.detach().contiguous()
             self._meet(partial(dist.broadcast, flat, src=0))
-            if flat.data_ptr() != tensor.data_ptr():
+            if not tensor.is_contiguous():
                 tensor.copy_(flat)
 
     def check_alike(self, tensors: Iterable[Tensor], where: str) -> None:

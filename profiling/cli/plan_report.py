@@ -55,9 +55,8 @@ def print_plans(found: Search, count: int, console: Console) -> None:
     console.print(table)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     if (first := shown[0].workload).world > 1:
-        say(
-            f"{first.world} GPUs, one process each; {'a part of each decoder layer' if first.shard_base else 'the whole base'} on each."
-        )
+        held = "a part of each decoder layer" if first.shard_base else "the whole base"
+        say(f"{first.world} GPUs, one process each; {held} on each.")
         say("micro: rows of one process; rollout: of all. Start with torchrun --nproc-per-node, see docs/scale.md.")
     say(f"critic: {format_count(found.parameters)} parameters (the base)")
     before: list[Saving] = []
