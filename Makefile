@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REAL := $(VENV)/.real
 
-.PHONY: test rooms families test-faults test-real soak test-hosts quickstart real-text real-model bench bench-linear bench-peers lint clean
+.PHONY: test rooms families test-faults test-long test-real soak test-hosts quickstart real-text real-model bench bench-linear bench-peers lint clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -26,6 +26,10 @@ test-faults: $(STAMP)
 $(REAL): $(STAMP) tests/real/packages.py tests/real/convert.py
 	$(BIN)/python -m tests.real.packages
 	touch $@
+
+# What takes minutes: more cases of each kind, and what `make test-faults` does.
+test-long: $(REAL)
+	$(BIN)/python -m pytest -m long -n auto --dist worksteal
 
 # Their files through data, training and export; fails where one is missing.
 test-real: $(REAL)

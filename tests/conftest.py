@@ -10,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and a name that is 
 import pytest
 import torch
 
+from tests.long import is_long
+
 # The models are tiny: a second thread costs more than it brings, and much more where another process wants the core.
 torch.set_num_threads(1)
 
@@ -30,3 +32,11 @@ def models_of_one_make_are_tried_once():
     hydra.probe = once
     yield
     hydra.probe = plain
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
+def pytest_collection_modifyitems(items):
+    """Mark what is long."""
+    for item in items:
+        if is_long(item.nodeid):
+            item.add_marker(pytest.mark.long)

@@ -1,0 +1,55 @@
+"""What `make test` leaves to `make test-long`, because one case of its kind is enough for every change: by module and test.
+
+A test alone is all of its cases; a case is what stands between the brackets of its name, or a beginning of it.
+"""
+
+AGREE = "test_simulated_and_measured_peaks_agree"
+
+LONG = {
+    "profiling/cli/test_plan.py": [
+        "test_plans_fit_and_what_would_be_better_does_not",
+        "test_a_larger_gpu_costs_no_more_and_does_no_less",
+        "test_where_nothing_fits_it_says_by_how_much",
+        "test_the_critic_is_as_large_as_the_base",
+    ],
+    "profiling/cli/test_savings.py": ["test_what_rungs_take_off_is_what_shapes_say"],
+    "profiling/validate/test_validate.py": ["test_everything_on_a_cpu"],
+    "profiling/learning/test_learning.py": [
+        "test_every_method_is_trained_once_and_judged_against_one_opponent",
+        "test_a_trunk_is_there_and_spared_by_the_update",
+    ],
+    "profiling/measuring/test_capture.py": [
+        *(f"{AGREE}_in_each_phase[{family}" for family in ("qwen3-tied", "gpt2", "opt", "gemma3")),
+        *(f"{AGREE}_for_each_method[{name}" for name in ("lora", "dlora", "j-hydra")),
+        *(f"{AGREE}_with_quantised_embeddings[{name}" for name in ("llama", "qwen3", "gemma3-nf4")),
+        f"{AGREE}_in_fp16",
+        "test_a_leaked_logits_tensor_is_named_with_its_phase_and_kind[False",
+        "test_methods_hold_as_many_bases_as_their_table_says",
+    ],
+    "profiling/measuring/test_capture_optimizers.py": [
+        *(f"{AGREE}_for_each_way_to_keep_moments[{name}]" for name in ("8 bit", "offloaded", "in turn", "away")),
+        "test_a_reward_model_with_8_bit_moments",
+    ],
+    "profiling/measuring/test_int8_cache.py": [
+        *(f"{AGREE}[{name}" for name in ("llama-60", "llama-100", "gpt2", "gemma3")),
+        "test_bytes_of_the_cache_by_hand[fp32",
+    ],
+    "profiling/measuring/test_long_rows.py": [
+        *(f"test_two_shallow_models_predict_a_deep_one[{name}" for name in ("llama", "gpt2")),
+        f"{AGREE}[llama-None",
+        f"{AGREE}[gemma3",
+    ],
+    "profiling/measuring/test_shallow.py": [
+        *(f"test_shallow_models_predict_a_deep_one[{name}" for name in ("gpt2", "qwen3-tied", "opt", "gemma3")),
+        "test_what_is_not_in_proportion_is_simulated_for_itself",
+    ],
+    "real/test_quantized_embeddings.py": ["test_logprobs_of_real_text[nf4"],
+    "hydra_ppo/training/test_ppo.py": ["test_the_kl_penalty_holds_the_actor_back"],
+}
+
+
+def is_long(nodeid: str) -> bool:
+    """Say whether a test is left to `make test-long`."""
+    module, _, test = nodeid.partition("::")
+    names = LONG.get(module.removeprefix("tests/"), ())
+    return any(test == name or test.startswith(name if "[" in name else f"{name}[") for name in names)
