@@ -6,6 +6,7 @@ A test alone is all of its cases; a case is what stands between the brackets of 
 AGREE = "test_simulated_and_measured_peaks_agree"
 
 LONG = {
+    "profiling/benchmarks/test_ranks.py": ["test_teams_take_turns"],
     "profiling/cli/test_plan.py": [
         "test_plans_fit_and_what_would_be_better_does_not",
         "test_a_larger_gpu_costs_no_more_and_does_no_less",

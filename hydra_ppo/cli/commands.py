@@ -258,6 +258,8 @@ def _stoppable(folder: Path, command: str) -> Iterator[None]:
         except StopRequested:
             known = folder / CONFIG
             again = f"hydra-ppo {command} {as_typed(known)} --resume" if known.exists() else "the same command"
+            if place().size > 1:
+                again = f"torchrun ... -m {again.replace('hydra-ppo', 'hydra_ppo', 1)}" if known.exists() else again
             if place().is_main:
                 print(f"Stopped. Go on with: {again}", flush=True)
             raise

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from hydra_ppo.config.settings import LoraSettings, PPOConfig, RolloutSettings
 from hydra_ppo.data.rows import PromptRow
 from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.profiling.subjects.stand_ins import NoTokenizer, unused_settings
 from hydra_ppo.training.ppo import PPOTrainer
 
@@ -52,6 +53,7 @@ def make_trainer(
     *,
     memory: Literal["always", "never"] = "never",
     on_phase: Callable[[str], None] = lambda phase: None,
+    world: World = ALONE,
     **settings: Any,
 ) -> PPOTrainer:
     """Return a trainer on the head's rewards.
@@ -61,7 +63,7 @@ def make_trainer(
         prompts: ids.
         rollout: batch sizes and the length of every response.
         memory: whether it keeps peaks by phase.
-        on_phase: as of the trainer.
+        on_phase, world: as of the trainer.
         settings: further fields of PPOConfig.
     """
     return PPOTrainer(
@@ -69,4 +71,5 @@ def make_trainer(
         PPOConfig(**unused_settings(memory), rollout=rollout, **settings),
         [PromptRow("", tuple(ids)) for ids in prompts],
         on_phase=on_phase,
+        world=world,
     )
