@@ -62,7 +62,8 @@ class PhaseMemory:
 
     Args:
         model: its parameters and buffers count from the start.
-        mode: "always", "never", or "auto" (every step on a GPU, the first `CPU_STEPS` on a CPU).
+        mode: "always", "never", or "auto" (every step on a GPU, the first `CPU_STEPS` on a CPU). A base that several processes
+            share out is measured on a GPU alone.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, mode: Literal["auto", "always", "never"]) -> None:
@@ -84,7 +85,10 @@ class PhaseMemory:
         """
         self.peaks, self._phase, self._live = {}, None, None
         on_gpu = self.device.type == "cuda"
+        parts = any(hasattr(parameter, "_local_tensor") for parameter in self.model.parameters())
         wanted = self.mode == "always" or (self.mode == "auto" and (on_gpu or number < CPU_STEPS))
+        if wanted and parts and not on_gpu:
+            wanted = False  # what a base that is shared out gathers and lets go of, no dispatch mode sees
         if wanted and not on_gpu:
             self._live = LiveBytes([*self.model.parameters(), *self.model.buffers(), *others])
         self._on = wanted
