@@ -39,3 +39,7 @@ class OutOfMemory(HydraError, MemoryError):
 
 class StorageError(HydraError, OSError):
     """A file of the run folder could not be written. CLI exit code 1."""
+
+
+class ServerError(HydraError, RuntimeError):
+    """A server that samples cannot be asked, or answers what no response can be made of. CLI exit code 1."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -70,8 +70,9 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
 def ppo(config: PPOConfig, resume: bool = False) -> Path:
     """Train actor and critic with PPO; return the run folder. Arguments and errors as of `sft`."""
     folder = check_output(config.run, config, command="ppo", resume=resume)
-    with _stoppable(folder, "ppo"):
+    with _stoppable(folder, "ppo"), ExitStack() as at_the_end:
         with stopping_at_once():
+            from hydra_ppo.cli.rollouts import Sampling
             from hydra_ppo.data.rows import load_prompts
             from hydra_ppo.rewards.scorer import check_source
             from hydra_ppo.training.ppo import PPOTrainer
@@ -81,9 +82,12 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
             loaded = _load(config, load_prompts, "ppo", resume)
             if loaded is None:
                 return folder
-            trainer = PPOTrainer(loaded.model, loaded.tokenizer, config, loaded.rows, loaded.eval_rows)
+            sampling = Sampling(loaded.notes.append)
+            sampler = at_the_end.enter_context(sampling.sampler(config, loaded.model, loaded.rows))
+            trainer = PPOTrainer(loaded.model, loaded.tokenizer, config, loaded.rows, loaded.eval_rows, sampler=sampler)
             loaded.bring(trainer, config)
         with _open(config, "ppo", trainer, loaded) as run:
+            sampling.note = run.note
             summary = trainer.train()
             _save(run, loaded.model)
             _finish(run, summary)
