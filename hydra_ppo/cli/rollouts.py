@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra_ppo.config.settings import PPOConfig
+from hydra_ppo.config.settings import ModelSettings, PPOConfig
 from hydra_ppo.model.manifest import MANIFEST, base_folder, read_manifest
 from hydra_ppo.rollout.vllm.asking import Server
 from hydra_ppo.rollout.vllm.launch import Launch, adapter_rank
@@ -47,13 +47,28 @@ def needs_of(config: PPOConfig) -> Needs:
     rank = adapter_rank(actor_options(config))
     url = config.rollout.vllm.urls[0] if config.rollout.vllm.urls else "http://127.0.0.1:8000"
     port = int(url.rpartition(":")[2]) if url.rpartition(":")[2].isdecimal() else 8000
-    dtype = DTYPES.get(config.model.dtype, "auto")
-    launch = Launch(base_of(config.model.name_or_path), rank=rank, max_model_len=tokens, dtype=dtype, port=port)
+    base = base_of(config.model.name_or_path)
+    launch = Launch(base, rank=rank, max_model_len=tokens, dtype=_dtype(config.model, base), port=port)
     return Needs(tokens, rank, config.rollout.vllm.model, launch)
 
 
+def _dtype(settings: ModelSettings, base: str) -> str:
+    """Return what the run computes in, as vLLM calls it: its own auto is another."""
+    from hydra_ppo.model.loading import resolve_device
+
+    if settings.dtype != "auto":
+        return DTYPES[settings.dtype]
+    if resolve_device(settings.device).type == "cpu":
+        return "float32"
+    try:
+        content = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
+        return str(content.get("dtype") or content.get("torch_dtype") or "auto")
+    except (OSError, ValueError, AttributeError):  # a name on the hub
+        return "auto"
+
+
 def base_of(name_or_path: str) -> str:
-    """Return what a server is to load: the base of a run of this program, absolute where it is a folder, or the model itself."""
+    """Return what a server is to load: the base of a run of this program, or the model itself; a folder by its whole path."""
     folder = Path(name_or_path).expanduser()
     name = base_folder(folder) if (folder / MANIFEST).is_file() else name_or_path
     return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name

@@ -161,5 +161,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         found.update(name.encode())
-        found.update(memoryview(tensors[name].contiguous().view(torch.uint8).numpy()))
+        found.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -9,10 +9,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
-from peft import LoraConfig
 
 from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.errors import ConfigError, ServerError
@@ -99,7 +98,7 @@ class VLLMSampler:
         """
         for role in model.trainable_roles:
             if model.roles[role].head == "lm" and (name := model.roles[role].adapter) is not None:
-                needs = replace(needs, rank=adapter_rank(cast(LoraConfig, model.base.peft_config[name]).to_dict()))
+                needs = replace(needs, rank=adapter_rank(vars(model.base.peft_config[name])))
         self.seen = [look(server, needs) for server in self.servers]
         for seen in self.seen:
             self.note(f"rollout.engine=vllm: {seen}")
@@ -225,8 +224,8 @@ class VLLMSampler:
         if drift > (limit := self.tolerance(model)):
             self._told_of_drift = True
             self.note(
-                f"{where}: log-probs of the vLLM servers are {drift:.2g} nats per token away from ours, up to {limit:g} would be "
-                "rounding; they may serve another base, another adapter, or log-probs of another temperature"
+                f"{where}: log-probs of the vLLM servers are {drift:.2g} nats per token away from ours, up to {limit:g} would "
+                "be rounding; they may serve another base, another adapter, or log-probs of another temperature"
             )
 
 
