@@ -33,12 +33,15 @@ IN_FLIGHT = 256
 
 PROBE_PROMPTS, PROBE_TOKENS, PROBE_RESPONSE = 2, 64, 16
 """Prompts, most tokens of each, and tokens of the response by which a base is told from another."""
-PROBE_TEMPERATURE = 1.5
-"""Another than 1, so that log-probs with and without it differ."""
+PROBE_TEMPERATURE = 0.7
+"""Another than 1, so that log-probs with and without it differ; below it, where bases differ more and rounding hardly does."""
 
-EXACT, ROUNDED, QUANTISED = 0.05, 0.15, 0.5
-"""Mean |difference| of log-probs, nats per token, up to which two ways of computing a model are taken for one: both in fp32,
-one in 16 bits, one on a quantised base. Measured: docs/vllm.md."""
+EXACT, ROUNDED, QUANTISED = 0.02, 0.15, 1.5
+"""Mean |difference| of log-probs of a first prompt, nats per token, up to which a base is taken for ours: both computed in
+fp32, one of them in 16 bits, one of them quantised. Measured on a small model, which quantising hurts most: docs/vllm.md."""
+
+DRIFT = 0.05
+"""The same for a rollout, both computed in fp32; otherwise ROUNDED, or twice what the first prompt showed, if that is more."""
 
 
 class VLLMSampler:
@@ -71,6 +74,7 @@ class VLLMSampler:
         self.run = hashlib.sha256(place.encode()).hexdigest()[:8]
         self.seen: list[Seen] = []
         self.adapters: Adapters | None = None
+        self.apart = 0.0
         self._told_of_drift = False
 
     def __enter__(self) -> Self:
@@ -105,7 +109,7 @@ class VLLMSampler:
             if not seen.told:
                 self.note(
                     f"{seen.url} does not say how it was started (VLLM_SERVER_DEV_MODE=1 makes it); rank, replicas and "
-                    "--max-loras are not checked"
+                    "--max-loras are not checked, --logprobs-mode by its numbers alone"
                 )
         self.adapters = Adapters(self.servers, self.seen, self.folder, self.run)
         probes = [list(prompt[:PROBE_TOKENS]) for prompt in prompts[:PROBE_PROMPTS]]
@@ -141,6 +145,12 @@ class VLLMSampler:
             away[temperature] = logprob_drift(theirs, ours, experience.response_mask)[0].item()
         limit = self.tolerance(model)
         if away[PROBE_TEMPERATURE] <= limit:
+            self.apart = max(self.apart, away[PROBE_TEMPERATURE])
+            if limit > EXACT:
+                self.note(
+                    f"log-probs of {theirs.numel()} tokens of {server.url} are {away[PROBE_TEMPERATURE]:.2g} nats from ours: "
+                    "the rounding of the base"
+                )
             return
         if away[1.0] <= min(limit, away[PROBE_TEMPERATURE] / 2):
             raise ConfigError(
@@ -154,11 +164,15 @@ class VLLMSampler:
         )
 
     def tolerance(self, model: HydraModel) -> float:
-        """Return the mean |difference| of log-probs, nats per token, up to which servers and model may hold one base."""
+        """Return the mean |difference| of log-probs, nats per token, up to which the bases of servers and model may be one."""
         if quantization_of(model.causal_lm) or embeddings_kind(model.causal_lm) or any(seen.quantization for seen in self.seen):
             return QUANTISED
         exact = model.causal_lm.dtype is torch.float32 and all(seen.dtype == "float32" for seen in self.seen)
         return EXACT if exact else ROUNDED
+
+    def expected_drift(self, model: HydraModel) -> float:
+        """Return the mean |difference| of log-probs of a rollout, nats per token, that the rounding of the base explains."""
+        return max(DRIFT if self.tolerance(model) == EXACT else ROUNDED, 2 * self.apart)
 
     # -- sampling ----------------------------------------------------------------------------------------------------
 
@@ -221,7 +235,7 @@ class VLLMSampler:
         if self._told_of_drift or found.sampler_logprobs is None:
             return
         drift = logprob_drift(found.sampler_logprobs, found.old_logprobs, found.response_mask)[0].item()
-        if drift > (limit := self.tolerance(model)):
+        if drift > (limit := self.expected_drift(model)):
             self._told_of_drift = True
             self.note(
                 f"{where}: log-probs of the vLLM servers are {drift:.2g} nats per token away from ours, up to {limit:g} would "

@@ -160,7 +160,7 @@ def test_another_base_is_known_by_its_tokens(fresh, model, tmp_path):
             ConfigError, match=rf"^rollout.vllm.urls: {fresh.url} serves another base than ours .* nats away"
         ) as error:
             begin(fresh, model, tmp_path)
-        assert "up to 0.05 would be rounding; start it with: VLLM" in str(error.value)
+        assert "up to 0.02 would be rounding; start it with: VLLM" in str(error.value)
     finally:
         with torch.no_grad():
             weight.copy_(before)

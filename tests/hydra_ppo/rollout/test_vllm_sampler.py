@@ -167,13 +167,31 @@ def test_collecting_recomputes_weighs_and_watches(server, model, tmp_path):
 
 def test_what_is_rounding_depends_on_the_types(model, base, server, tmp_path):
     with begun(model, rollout(server), tmp_path) as sampler:
-        assert sampler.tolerance(model) == 0.05
+        assert sampler.tolerance(model) == 0.02
+        assert sampler.expected_drift(model) == 0.05
         sampler.seen = [replace(sampler.seen[0], dtype="bfloat16")]
         assert sampler.tolerance(model) == 0.15
+        assert sampler.expected_drift(model) == 0.15
         sampler.seen = [replace(sampler.seen[0], dtype="float32", quantization="fp8")]
-        assert sampler.tolerance(model) == 0.5
-        sampler.seen = [replace(sampler.seen[0], quantization=None)]
-        assert sampler.tolerance(HydraModel.from_pretrained(base, quantization="nf4", check="off")) == 0.5
+        assert sampler.tolerance(model) == 1.5
+        sampler.apart = 0.3
+        assert sampler.expected_drift(model) == 0.6
+
+
+def test_a_quantised_base_of_ours_on_a_whole_one_there(base, server, tmp_path):
+    """What the rounding makes is said, and what the actor may differ by follows from it."""
+    model, notes = HydraModel.from_pretrained(base, quantization="nf4", dtype="fp32", check="off"), []
+    randomise(model)
+    settings = rollout(server)
+    with begun(model, settings, tmp_path, notes) as sampler:
+        assert 0.02 < sampler.apart < 1.5
+        said = f"log-probs of 32 tokens of {server.url} are {sampler.apart:.2g} nats from ours: the rounding of the base"
+        assert notes[1:] == [said]
+        options = {"eos_ids": ENDS, "pad_id": 0, "generator": torch.Generator(), "sampler": sampler}
+        found = collect_experience(model, PROMPTS, settings, **options)
+        assert len(notes) == 2
+    away = (found.sampler_logprobs - found.old_logprobs).abs()[found.response_mask]
+    assert 0.01 < away.mean() < sampler.expected_drift(model)
 
 
 def test_nothing_else_samples_for_another_engine(server, model):
