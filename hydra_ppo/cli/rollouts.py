@@ -45,10 +45,8 @@ def needs_of(config: PPOConfig) -> Needs:
     """Return what a run asks of a server, as far as its settings and the files of its model say."""
     tokens = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     rank = adapter_rank(actor_options(config))
-    url = config.rollout.vllm.urls[0] if config.rollout.vllm.urls else "http://127.0.0.1:8000"
-    port = int(url.rpartition(":")[2]) if url.rpartition(":")[2].isdecimal() else 8000
     base = base_of(config.model.name_or_path)
-    launch = Launch(base, rank=rank, max_model_len=tokens, dtype=_dtype(config.model, base), port=port)
+    launch = Launch(base, rank=rank, max_model_len=tokens, dtype=_dtype(config.model, base))
     return Needs(tokens, rank, config.rollout.vllm.model, launch)
 
 

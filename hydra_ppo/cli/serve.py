@@ -129,9 +129,10 @@ def subject_of(name: str) -> Subject:
 
 def _of_config(config: PPOConfig) -> Subject:
     check_model("model.name_or_path", config.model.name_or_path)
-    launch = needs_of(config).launch
+    launch, urls = needs_of(config).launch, config.rollout.vllm.urls
     _check_plain(launch.model)
-    return Subject(launch, _held(config.model.quantization))
+    several = (f"the run samples on {len(urls)} servers: start one at each of {', '.join(urls)} (--host, --port)",)
+    return Subject(launch.at(urls[0]) if urls else launch, _held(config.model.quantization) + several * (len(urls) > 1))
 
 
 def _held(quantization: str | None) -> tuple[str, ...]:

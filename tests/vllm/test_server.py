@@ -315,7 +315,7 @@ def test_a_real_model(tmp_path):
     randomise(model)
     with torch.no_grad():
         for parameter in model.role_parameters("actor").values():
-            parameter.mul_(0.1)
+            parameter.mul_(0.3)
     longest = max(map(len, prompts)) + 24
     with serving(REAL_BASE, tmp_path / "server", "--dtype", "float32", "--max-model-len", str(longest)) as server:
         settings = rollout(server, batch_size=8, max_new_tokens=24)

@@ -133,7 +133,7 @@ class Adapters:
                 "does not see that folder, name one in rollout.vllm.adapter_folder that it sees too."
             ) from None
 
-    def _unload(self, names: Mapping[str, Sequence[str]]) -> None:
+    def _unload(self, names: Mapping[str, Sequence[str]], *, stoppable: bool = True) -> None:
         """Unload adapters by the address of their server; a server that does not know one, or is gone, is none of our worry."""
         todo = [(server, name) for server in self.servers for name in names.get(server.url, ())]
 
@@ -142,13 +142,13 @@ class Adapters:
                 Server(server.url, CLOSING, 0).ask(waiting, UNLOAD, {"lora_name": name})
 
         if todo:
-            together([partial(unload, server, name) for server, name in todo], len(todo))
+            together([partial(unload, server, name) for server, name in todo], len(todo), stoppable=stoppable)
 
     def close(self) -> None:
         """Unload what is loaded and remove its folders; says nothing of what fails."""
         named = [name for known in self._known.values() for name in known.names]
         with suppress(Exception, GivenUp):
-            self._unload({server.url: named for server in self.servers})
+            self._unload({server.url: named for server in self.servers}, stoppable=False)
         for known in self._known.values():
             for folder in known.folders:
                 shutil.rmtree(folder, ignore_errors=True)

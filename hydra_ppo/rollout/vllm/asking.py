@@ -173,12 +173,13 @@ class Server:
             return text.decode(errors="replace")
 
 
-def together(jobs: Sequence[Callable[[Waiting], T]], at_once: int) -> list[T]:
+def together(jobs: Sequence[Callable[[Waiting], T]], at_once: int, *, stoppable: bool = True) -> list[T]:
     """Run jobs on threads, and return what they return, in their order; the first that fails ends the others.
 
     Args:
         jobs: each gets what it has to give its connections to.
         at_once: most threads.
+        stoppable: whether a wish to stop is heard; not at the end, where it was.
 
     Raises:
         StopRequested: on a wish to stop, requests hung up.
@@ -212,10 +213,12 @@ def together(jobs: Sequence[Callable[[Waiting], T]], at_once: int) -> list[T]:
     try:
         for _ in range(count):
             while not left.acquire(timeout=LISTEN):
-                check_stop()
+                if stoppable:
+                    check_stop()
             if errors:
                 break
-        check_stop()
+        if stoppable:
+            check_stop()
     except BaseException:
         waiting.give_up()
         raise

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from hydra_ppo.errors import ConfigError
 
@@ -83,6 +84,11 @@ class Launch:
         }
         given = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
         return [self.python, "-m", MODULE, "--enable-lora", *given, *self.more]
+
+    def at(self, url: str) -> Launch:
+        """Return how the same server is started that listens at an address."""
+        parts = urlsplit(url)
+        return replace(self, host=parts.hostname or self.host, port=parts.port or self.port)
 
     def line(self) -> str:
         """Return the command as a shell reads it, variables first."""

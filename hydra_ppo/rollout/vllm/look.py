@@ -31,6 +31,10 @@ class Needs:
     model: str | None
     launch: Launch
 
+    def start(self, url: str) -> str:
+        """Say how the server at an address is started."""
+        return f"start it with: {self.launch.at(url).line()}"
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -68,7 +72,7 @@ def look(server: Server, needs: Needs) -> Seen:
     Raises:
         ConfigError: naming the first thing that is wrong, and the command that starts a server right.
     """
-    start = f"start it with: {needs.launch.line()}"
+    start = needs.start(server.url)
     where = f"rollout.vllm.urls: {server.url}"
     waiting = Waiting()
     quick = Server(server.url, min(server.timeout, PATIENCE), 0)

@@ -155,12 +155,12 @@ class VLLMSampler:
         if away[1.0] <= min(limit, away[PROBE_TEMPERATURE] / 2):
             raise ConfigError(
                 f"rollout.vllm.urls: {server.url} gives log-probs without the temperature, not those of what it draws from "
-                f"(--logprobs-mode); start it with: {needs.launch.line()}"
+                f"(--logprobs-mode); {needs.start(server.url)}"
             )
         raise ConfigError(
             f"rollout.vllm.urls: {server.url} serves another base than ours ({seen.root!r}): log-probs of {theirs.numel()} "
-            f"tokens are {away[PROBE_TEMPERATURE]:.2g} nats away on average, up to {limit:g} would be rounding; start it with: "
-            f"{needs.launch.line()}"
+            f"tokens are {away[PROBE_TEMPERATURE]:.2g} nats away on average, up to {limit:g} would be rounding; "
+            f"{needs.start(server.url)}"
         )
 
     def tolerance(self, model: HydraModel) -> float:

@@ -89,6 +89,19 @@ def test_the_settings_of_a_run_that_has_not_begun(project, capsys):
     assert "the run holds its base in nf4, the server whole: log-probs differ by the rounding" in capsys.readouterr().err
 
 
+def test_several_servers_and_other_machines(project, capsys):
+    urls = ["http://10.0.0.5:8001", "http://10.0.0.6:8001"]
+    path = write(project / "several.yaml", ppo_settings(project, rollout={"engine": "vllm", "vllm": {"urls": urls}}))
+    _, options = served(capsys, path)
+    assert (options["--host"], options["--port"]) == ("10.0.0.5", "8001")
+    main(["serve", path, *PYTHON])
+    err = capsys.readouterr().err
+    assert (
+        "the run samples on 2 servers: start one at each of http://10.0.0.5:8001, http://10.0.0.6:8001 (--host, --port)" in err
+    )
+    assert "whoever reaches 10.0.0.5:8001" in err
+
+
 def test_a_saved_run(project, tmp_path, capsys):
     """Its base, and the rank that its adapters have."""
     model = HydraModel.from_pretrained(project / "base", dtype="fp32", lora=LoraSettings(r=24), check="off", train="sft")

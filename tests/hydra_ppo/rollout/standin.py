@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ class StandIn(ThreadingHTTPServer):
         self.runtime, self.version, self.longest, self.key = True, "0.32.0", 64, None
         self.owner, self.raw = "vllm", False
         self.lock = threading.Lock()
+        self.errors: list[BaseException | None] = []
         self.changed: dict[str, Any] = {}
 
     @property
@@ -76,6 +78,12 @@ class StandIn(ThreadingHTTPServer):
     def bodies(self, path: str) -> list[Any]:
         """Return the contents of all requests to a path."""
         return [body for asked, body in self.asked if asked == path]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Keep what went wrong, for the end of the test; a connection that broke is the other side's."""
+        found = sys.exception()
+        if not isinstance(found, ConnectionError | StopRequested):
+            self.errors.append(found)
 
     def models(self) -> dict[str, Any]:
         card = {"object": "model", "owned_by": self.owner}
@@ -242,3 +250,4 @@ def standing_in(base: Path, port: int = 0, **options: Any) -> Iterator[StandIn]:
         server.shutdown()
         server.server_close()
         thread.join()
+    assert server.errors == []

@@ -83,6 +83,7 @@ def test_what_is_wrong_is_one_line_with_the_right_command(name, fresh):
         seen(fresh)
     assert "\n" not in str(error.value)
     assert START in str(error.value)
+    assert f" --host 127.0.0.1 --port {fresh.server_port} " in str(error.value)
     assert "--max-lora-rank 16 --max-loras 2 --logprobs-mode processed_logprobs --generation-config vllm" in str(error.value)
 
 

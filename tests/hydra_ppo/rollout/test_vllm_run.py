@@ -139,6 +139,7 @@ def test_a_stop_while_rows_are_drawn(project, there, whole, tmp_path, monkeypatc
     assert go(project, there, str(run)) == 0
     assert "Stopped. Go on with: hydra-ppo ppo" in capsys.readouterr().out
     assert there.adapters == {}
+    assert not (run / "vllm").exists()
     monkeypatch.undo()
     assert go(project, there, str(run), "--resume") == 0
     assert_same(run, whole)
@@ -190,6 +191,15 @@ def test_what_is_left_goes_with_a_run_that_is_replaced(project, there, tmp_path)
     (left / "adapter_config.json").write_text("{}")
     assert go(project, there, str(run), "--run.overwrite", "true", steps=1) == 0
     assert not (run / "vllm").exists()
+
+
+def test_a_run_answers_without_its_servers(whole, here, capsys):
+    """`hydra-ppo generate` samples here, also where the run did not."""
+    before = len(here.asked)
+    for options in ([], ["--temperature", "0"]):
+        assert main(["generate", str(whole), "--prompt", "w1 w2", *options]) == 0
+        assert "actor: 1 answers" in capsys.readouterr().out
+    assert len(here.asked) == before
 
 
 def test_a_dry_run_looks_at_the_server(project, there, tmp_path, monkeypatch, capsys):

@@ -471,6 +471,7 @@ def test_a_wish_to_stop_is_heard_while_a_server_is_waited_for(server, model, tmp
         time.sleep(0.05)
     assert server.hung_up == 4  # a server drops a request whose asker has gone
     assert server.adapters == {}
+    assert not (tmp_path / "vllm").exists()
 
 
 def test_a_wish_to_stop_is_heard_between_two_tries(server, model, tmp_path, monkeypatch):
