@@ -42,8 +42,8 @@ $(VLLM)/.installed: constraints.txt
 	touch $@
 
 # A real server at loopback: log-probs against ours, PPO steps, a server and a run that are killed. About a quarter of an hour.
-test-vllm: $(STAMP) $(VLLM)/.installed
-	$(BIN)/python -m pytest tests/vllm -m vllm -s --durations=5
+test-vllm: $(REAL) $(VLLM)/.installed
+	HYDRA_TEST_REAL=1 $(BIN)/python -m pytest tests/vllm -m vllm -s --durations=5
 
 # 300 PPO steps on a tiny model: memory, file handles and metrics. Table, and a picture under runs/soak.
 soak: $(STAMP)

@@ -305,22 +305,37 @@ def test_a_server_that_was_started_otherwise(project, tmp_path):
         print(f"found by its numbers: {str(error.value).split('; start')[0]}")
 
 
-@pytest.mark.skipif(not REAL_BASE.is_dir(), reason="make real-model makes runs/real_model/base")
-def test_a_real_model(tmp_path):
+@pytest.fixture
+def smollm2(tmp_path):
+    """The folder that make real-model left, or one made out of the same package."""
+    from tests.real.convert import SMOLLM2
+    from tests.real.packages import file_of
+
+    if REAL_BASE.is_dir():
+        return REAL_BASE
+    file_of(*SMOLLM2)  # or fail
+    from examples.real_model.prepare import convert
+
+    convert(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_real_model(smollm2, tmp_path):
     """SmolLM2-135M-Instruct, fp32 on both sides."""
     from tests.real.int8_cache import prompts_of
 
-    prompts, end = prompts_of(str(REAL_BASE), 8)
-    model = HydraModel.from_pretrained(REAL_BASE, dtype="fp32")
+    prompts, end = prompts_of(str(smollm2), 8)
+    model = HydraModel.from_pretrained(smollm2, dtype="fp32")
     randomise(model)
     with torch.no_grad():
         for parameter in model.role_parameters("actor").values():
             parameter.mul_(0.3)
     longest = max(map(len, prompts)) + 24
-    with serving(REAL_BASE, tmp_path / "server", "--dtype", "float32", "--max-model-len", str(longest)) as server:
+    with serving(smollm2, tmp_path / "server", "--dtype", "float32", "--max-model-len", str(longest)) as server:
         settings = rollout(server, batch_size=8, max_new_tokens=24)
         with VLLMSampler(settings, tmp_path / "vllm", note=print) as sampler:
             sampler.begin(model, prompts, needs(tokens=longest))
+            drawn = {}
             for role in ("actor", "reference"):
                 began = time.monotonic()
                 found = sampler(model, prompts, settings, [end], torch.Generator().manual_seed(0), role=role)
@@ -329,4 +344,6 @@ def test_a_real_model(tmp_path):
                 count = sum(map(len, found.responses))
                 print(f"SmolLM2-135M, {role}: {count} tokens in {seconds:.1f} s, {away(mean, largest)}")
                 assert largest < 1e-4
+                drawn[role] = found.responses
+        assert drawn["actor"] != drawn["reference"]
         print(json.dumps(server.get("/version")))

@@ -27,6 +27,8 @@ from hydra_ppo.rollout.vllm.look import LOAD, UNLOAD, Seen
 
 LOADING = AGAIN - {500}
 """A server answers 500 where it cannot take an adapter, and will not another time either."""
+PREFIX = "hydra-"
+"""Begins the names of all adapters that are loaded by this program."""
 CLOSING = 5.0
 """Seconds for a server to take leave of the adapters at the end."""
 
@@ -46,14 +48,15 @@ class Adapters:
     Args:
         servers: all of them, each with what was seen there.
         folder: where they are written.
-        run: tells runs apart that share servers or folder; the same whenever a run goes on.
+        run: tells runs apart that share servers or folder; the same whenever a run goes on in the same place.
+        alone: whether the folder is this run's alone, so that all that lies in it was left by processes that are dead.
 
     Memory: a copy of one adapter on the host, in the base's type.
     """
 
-    def __init__(self, servers: Sequence[Server], seen: Sequence[Seen], folder: Path, run: str) -> None:
-        self.servers, self.seen, self.folder = list(servers), list(seen), folder
-        self.ours = f"hydra-{run}-"
+    def __init__(self, servers: Sequence[Server], seen: Sequence[Seen], folder: Path, run: str, *, alone: bool = False) -> None:
+        self.servers, self.seen, self.folder, self.alone = list(servers), list(seen), folder, alone
+        self.ours = f"{PREFIX}{run}-"
         self.process = os.urandom(4).hex()  # not of a seeded source: a run that goes on must find other names
         self.count = 0
         self._made_room = False
@@ -109,11 +112,15 @@ class Adapters:
             raise ServerError(
                 f"rollout.vllm.adapter_folder={str(self.folder)!r} cannot be made ({error.strerror}); choose another folder."
             ) from None
-        left = {seen.url: [name for name in seen.adapters if name.startswith(self.ours)] for seen in self.seen}
-        self._unload(left)
-        for folder in self.folder.glob(f"{self.ours}*"):
+        self._unload({seen.url: [name for name, root in seen.adapters.items() if self._left(name, root)] for seen in self.seen})
+        for folder in self.folder.glob(f"{PREFIX if self.alone else self.ours}*"):
             shutil.rmtree(folder, ignore_errors=True)
         self._made_room = True
+
+    def _left(self, name: str, root: str) -> bool:
+        """Say whether a loaded adapter is one that a dead process of this run left, which may have run on another machine."""
+        in_ours = self.alone and name.startswith(PREFIX) and Path(root).parent == self.folder.resolve()
+        return name.startswith(self.ours) or in_ours
 
     def load_again(self, waiting: Waiting, server: Server, name: str) -> None:
         """Load the version in force on a server that does not know it, for it was started anew."""

@@ -11,7 +11,7 @@ from hydra_ppo.rollout.vllm.asking import KEY, Failed, Refused, Server, Waiting
 from hydra_ppo.rollout.vllm.launch import Launch, in_words, served_rank
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds that a server may take to say what it is; the first time it looks at the machine that it runs on."""
 
 

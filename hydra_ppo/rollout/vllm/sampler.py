@@ -111,7 +111,8 @@ class VLLMSampler:
                     f"{seen.url} does not say how it was started (VLLM_SERVER_DEV_MODE=1 makes it); rank, replicas and "
                     "--max-loras are not checked, --logprobs-mode by its numbers alone"
                 )
-        self.adapters = Adapters(self.servers, self.seen, self.folder, self.run)
+        alone = self.rollout.vllm.adapter_folder is None
+        self.adapters = Adapters(self.servers, self.seen, self.folder, self.run, alone=alone)
         probes = [list(prompt[:PROBE_TOKENS]) for prompt in prompts[:PROBE_PROMPTS]]
         for server, seen in zip(self.servers, self.seen, strict=True):
             self._probe(model, server, seen, probes, needs)

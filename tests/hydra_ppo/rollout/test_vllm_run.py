@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hydra_ppo.cli import rollouts
+from hydra_ppo.cli.doctor_model import examine_model
 from hydra_ppo.cli.main import main
 from hydra_ppo.rollout.vllm import asking
 from hydra_ppo.rollout.vllm.adapters import Adapters
@@ -200,6 +201,23 @@ def test_a_run_answers_without_its_servers(whole, here, capsys):
         assert main(["generate", str(whole), "--prompt", "w1 w2", *options]) == 0
         assert "actor: 1 answers" in capsys.readouterr().out
     assert len(here.asked) == before
+
+
+def test_the_doctor_looks_at_the_servers_of_a_run(whole, there):
+    """With the command that starts one as the hint, where there is a problem."""
+    found = {finding.name: finding for finding in examine_model(str(whole))}
+    assert found["vLLM server"].value.startswith(f"vLLM 0.32.0 at {there.url} serves")
+    there.runtime = False
+    try:
+        last = examine_model(str(whole))[-1]
+    finally:
+        there.runtime = True
+    assert (last.name, last.state) == ("vLLM servers", "problem")
+    assert (
+        last.value
+        == f"failed: rollout.vllm.urls: {there.url} takes no adapters while it runs (VLLM_ALLOW_RUNTIME_LORA_UPDATING is not 1)"
+    )
+    assert last.hint.startswith("VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 VLLM_SERVER_DEV_MODE=1 python -m vllm")
 
 
 def test_a_dry_run_looks_at_the_server(project, there, tmp_path, monkeypatch, capsys):

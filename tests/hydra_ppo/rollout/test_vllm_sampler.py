@@ -302,6 +302,20 @@ def test_what_a_killed_process_left_is_cleared_and_nothing_of_others(server, mod
     assert [path.name for path in (tmp_path / "shared").iterdir()] == ["notes"]
 
 
+def test_what_was_left_on_another_machine_is_cleared_from_the_runs_own_folder(server, model, tmp_path, monkeypatch):
+    settings = rollout(server)
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    drawn(begun(model, settings, tmp_path), model, settings)
+    monkeypatch.undo()
+    left = list(server.adapters)
+    server.adapters["hydra-0-0-actor-v1"] = (str(tmp_path / "other" / "hydra-0-0-actor-v1"), {})  # of another run
+    with begun(model, settings, tmp_path) as sampler:
+        drawn(sampler, model, settings)
+        assert left[0] not in server.adapters
+        assert len(list((tmp_path / "vllm").iterdir())) == 1
+    assert list(server.adapters) == ["hydra-0-0-actor-v1"]
+
+
 def test_a_server_that_was_started_anew_gets_the_adapter_again(server, model, tmp_path):
     settings = rollout(server)
     with begun(model, settings, tmp_path) as sampler:

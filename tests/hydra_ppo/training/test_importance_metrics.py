@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import log
 
 import pytest
 import torch
 
+from hydra_ppo.config.settings import RewardSettings, RewardSource, RolloutSettings, VLLMSettings
 from hydra_ppo.experience import Experience, ScoredExperience
+from hydra_ppo.rollout.sampling import Samples, sample
+from hydra_ppo.training.ppo import PPOTrainer
 from hydra_ppo.training.ppo_metrics import rollout_metrics
+from tests.training import hydra, ppo_config, prompts, tokenizer
 
 
 def scored(old, sampler):
@@ -58,3 +63,35 @@ def test_nothing_is_measured_where_nothing_was_recomputed():
 
 def test_without_a_cap_nothing_is_weighed():
     assert "rollout/importance_max" not in measured([[-1.0]], [[-1.1]], None)
+
+
+LOW_WORDS = RewardSettings(isolation="thread", sources=[RewardSource("function", "tests.training:count_low_tokens")])
+
+
+def elsewhere(model, rows, settings, *arguments, **options):
+    """Sample as a server does that computes log-probs a little otherwise."""
+    plain = replace(settings, engine="native", vllm=VLLMSettings())
+    found = sample(model, rows, plain, *arguments, **options)
+    return Samples(found.responses, [[p - 0.4 * (i % 3) for i, p in enumerate(row)] for row in found.logprobs])
+
+
+def trained(**rollout):
+    model = hydra()
+    settings = RolloutSettings(batch_size=8, max_new_tokens=6, **rollout)
+    trainer = PPOTrainer(model, tokenizer(), ppo_config(rollout=settings, reward=LOW_WORDS), prompts(), sampler=elsewhere)
+    metrics = [trainer.step(1), trainer.step(2)]
+    return [p.detach().clone() for p in model.role_parameters("actor").values()], metrics
+
+
+def test_a_run_on_servers_is_one_that_recomputes_and_weighs():
+    """The same bits as with the settings that ask for both; without weights the actor becomes another."""
+    servers = VLLMSettings(urls=["http://host:1"], importance_cap=1.3)
+    actor, metrics = trained(engine="vllm", vllm=servers)
+    same, others = trained(recompute_logprobs=True, importance_cap=1.3)
+    assert all(torch.equal(one, other) for one, other in zip(actor, same, strict=True))
+    assert metrics == others
+    assert metrics[0]["rollout/importance_weight"] > 1
+    assert metrics[0]["rollout/importance_truncated"] > 0.2
+    unweighed, plain = trained(engine="vllm", vllm=replace(servers, importance_cap=None))
+    assert any(not torch.equal(one, other) for one, other in zip(actor, unweighed, strict=True))
+    assert plain[0]["rollout/drift"] == metrics[0]["rollout/drift"]
