@@ -86,9 +86,10 @@ class Reader:
             NonFiniteError: where a log-prob is none.
         """
         ids, logprobs, reason = _parts(answer, row, where)
-        if any(not isinstance(i, int) or not 0 <= i < self.tokens for i in ids):
+        strange = [i for i in ids if not isinstance(i, int) or not 0 <= i < self.tokens]
+        if strange:
             raise ServerError(
-                f"{where} gave a token that the model does not have ({max(ids)} of {self.tokens}); it serves another base."
+                f"{where} gave a token that the model does not have ({strange[0]} of {self.tokens}); it serves another base."
             )
         if any(not isinstance(p, float | int) or not math.isfinite(p) or p <= NONE for p in logprobs):
             raise NonFiniteError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -125,8 +125,3 @@ def adapter_rank(options: Mapping[str, Any]) -> int:
     rank = max([options["r"], *(options.get("rank_pattern") or {}).values()])
     served_rank(rank)
     return int(rank)
-
-
-def in_words(names: Sequence[str]) -> str:
-    """Return names in a row, or that there are none."""
-    return ", ".join(names) or "nothing"

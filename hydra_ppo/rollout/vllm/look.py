@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.rollout.vllm.asking import KEY, Failed, Refused, Server, Waiting
-from hydra_ppo.rollout.vllm.launch import Launch, in_words, served_rank
+from hydra_ppo.rollout.vllm.launch import Launch, served_rank
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 PATIENCE = 60.0
@@ -81,9 +81,10 @@ def look(server: Server, needs: Needs) -> Seen:
     bases = [card for card in cards if card.get("parent") is None]
     base = next((card for card in bases if needs.model in (None, card.get("id"))), None)
     if base is None:
+        names = ", ".join(str(card.get("id")) for card in bases) or "nothing"
         raise ConfigError(
-            f"rollout.vllm.model={needs.model!r} is not what {server.url} serves, which is "
-            f"{in_words([str(card.get('id')) for card in bases])}; name one of those, or leave it null."
+            f"rollout.vllm.model={needs.model!r} is not what {server.url} serves, which is {names}; name one of those, or "
+            "leave it null."
         )
     longest = base.get("max_model_len")
     if isinstance(longest, int) and longest < needs.tokens:

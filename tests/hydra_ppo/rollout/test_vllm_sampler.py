@@ -454,6 +454,7 @@ def test_a_refusal_is_one_line(server, model, tmp_path):
         ({"token_ids": [99] * 8}, ServerError, r"a token that the model does not have \(99 of 32\); it serves another base"),
         ({"token_ids": [21] * 3, "finish_reason": "length"}, ServerError, "after 3 of 8 tokens, where nothing of ours ends it"),
         ({"finish_reason": "abort"}, ServerError, "broke a response off .finish_reason='abort'"),
+        ({"token_ids": [21] * 7 + [None]}, ServerError, r"a token that the model does not have \(None of 32\)"),
         ({"token_ids": []}, ServerError, "gave no whole response"),
         ({"logprobs": {"token_logprobs": [-9999.0] * 8}}, NonFiniteError, "are nan or infinite"),
         ({"logprobs": {"token_logprobs": [None] * 8}}, NonFiniteError, "are nan or infinite"),
