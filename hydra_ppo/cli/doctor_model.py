@@ -30,7 +30,7 @@ def examine_model(name_or_path: str) -> list[Finding]:
     try:
         return found + _servers(Path(name_or_path))
     except Exception as error:
-        what, _, start = first_line(error).partition("; start it with: ")
+        what, _, start = first_line(error).removeprefix("ConfigError: ").partition("; start it with: ")
         hint = start or "hydra-ppo serve prints how it is started"
         return [*found, Finding("vLLM servers", f"failed: {what}", "problem", hint)]
 

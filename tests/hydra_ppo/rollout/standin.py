@@ -7,7 +7,6 @@ import json
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -46,7 +45,8 @@ class StandIn(ThreadingHTTPServer):
         config: what /server_info gives; None where it is not on.
         adapters: that are loaded, by name: folder and tensors.
         asked: all requests, path and content.
-        faults: what happens to the next requests of a path in place of an answer: status, body, wait, drop.
+        faults: what happens to the next requests of a path in place of an answer: status, body, drop, until
+            (an event that is waited for).
         hung_up: requests whose asker had gone when the answer was ready.
         runtime: whether adapters can be loaded.
         raw: whether log-probs leave the temperature out.
@@ -119,11 +119,12 @@ class StandIn(ThreadingHTTPServer):
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
         name = body["model"]
         with self.lock:
-            if name != "base" and name not in self.adapters:
+            found = self.adapters.get(name)  # once: another request may unload it
+            if name != "base" and found is None:
                 return 404, error(f"The model `{name}` does not exist.")
-            if name != "base":
+            if found is not None:
                 for key, parameter in adapter_parameters(self.model.base, "actor").items():
-                    parameter.copy_(self.adapters[name][1][key])
+                    parameter.copy_(found[1][key])
             ids, logprobs, reason = self._sample(body, name)
         choice = {
             "index": 0,
@@ -181,7 +182,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        content = self.rfile.read(length := int(self.headers.get("Content-Length", 0)))
+        if not content or len(content) < length:  # who hung up before it had said all
+            return
+        body = json.loads(content)
         server.asked.append((self.path, body))
         if self._fault(self.path):
             return
@@ -205,7 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
         if number is None:
             return False
         fault = self.server.faults.pop(number)[1]
-        time.sleep(fault.get("wait", 0))
+        if "until" in fault:
+            fault["until"].wait(60)
         if self._is_alone():
             self.server.hung_up += 1
             return True
@@ -250,4 +255,4 @@ def standing_in(base: Path, port: int = 0, **options: Any) -> Iterator[StandIn]:
         server.shutdown()
         server.server_close()
         thread.join()
-    assert server.errors == []
+    assert not server.errors, server.errors

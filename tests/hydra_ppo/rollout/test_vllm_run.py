@@ -43,9 +43,16 @@ def there(here, monkeypatch):
 def settings(project, server, output="run", **changes):
     """Settings of three steps with evaluations, stop strings and two answers to each prompt."""
     vllm = {"urls": [server.url], "timeout": 10.0, "retries": 1}
-    rollout = {"engine": "vllm", "vllm": vllm, "samples_per_prompt": 2, "temperature": 0.8, "stop": ["w3 w"]}
-    few = {"rollout": rollout, "data": {"max_prompt_tokens": 8}, "steps": 3, "eval_every": 2, "eval_prompts": 3}
-    few |= {"model": {"check": "off"}, "ppo_epochs": 1, "microbatch_size": 4}
+    rollout = {"engine": "vllm", "vllm": vllm, "batch_size": 4, "samples_per_prompt": 2}
+    rollout |= {"temperature": 0.8, "stop": ["w3 w"]}
+    few = {"rollout": rollout, "data": {"max_prompt_tokens": 8}, "steps": 3, "eval_every": 2, "eval_prompts": 2}
+    few |= {
+        "model": {"check": "off"},
+        "reward": {"isolation": "thread"},
+        "ppo_epochs": 2,
+        "minibatch_size": 4,
+        "microbatch_size": 4,
+    }
     return merge(ppo_settings(project, output, **few), changes)
 
 
@@ -86,9 +93,9 @@ def test_a_run_on_a_server(project, here, whole):
     assert here.adapters == {}
     assert not (whole / rollouts.VLLM).exists()
     rows = [body for body in here.bodies(COMPLETIONS) if body["stop_token_ids"]]
-    assert len(rows) == 3 * 8 + 3 * 3
+    assert len(rows) == 3 * 4 + 3 * 2
     assert all(body["stop"] == ["w3 w"] for body in rows)
-    assert len({body["seed"] for body in rows}) == 3 * 8 + 3  # evaluations draw with the same seeds
+    assert len({body["seed"] for body in rows}) == 3 * 4 + 2  # evaluations draw with the same seeds
 
 
 def test_the_drift_of_a_wrong_adapter_is_one_line(project, there, tmp_path, monkeypatch, capsys):
@@ -112,7 +119,7 @@ def test_the_drift_of_a_wrong_adapter_is_one_line(project, there, tmp_path, monk
 def test_a_server_that_fails_loses_nothing(project, there, whole, tmp_path, capsys):
     """What was done before is saved, with nothing due; the rest gives the bits of a run that nothing happened to."""
     run = tmp_path / "run"
-    served = 2 + 3 + 8 + 3  # probe, evaluation, and into the second step
+    served = 2 + 2 + 4 + 2  # probe, evaluation, and into the second step
     there.faults += [(COMPLETIONS, {})] * served + [(COMPLETIONS, {"status": 503})] * 999
     assert go(project, there, str(run), run={"save_every": 0}) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -132,7 +139,7 @@ def test_a_stop_while_rows_are_drawn(project, there, whole, tmp_path, monkeypatc
     count = iter(range(99))
 
     def stopping(self, server, body, waiting):
-        if next(count) == 3 + 8 + 2:
+        if next(count) == 2 + 4 + 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(self, server, body, waiting)
 

@@ -391,15 +391,25 @@ def test_a_request_that_failed_is_sent_again(server, model, tmp_path, monkeypatc
     pauses = []
     monkeypatch.setattr(asking, "LONGEST_PAUSE", 30.0)
     monkeypatch.setattr(asking.Waiting, "pause", lambda self, seconds: pauses.append(seconds))
-    settings = rollout(server, timeout=0.6, retries=3)
+    settings = rollout(server, timeout=60.0, retries=3)
     with begun(model, settings, tmp_path) as sampler:
         found = drawn(sampler, model, settings)
         asked = len(server.bodies("/v1/completions"))
-        for fault in ({"status": 503}, {"drop": True}, {"wait": 0.7}):
+        for fault in ({"status": 503}, {"drop": True}, {"status": 429}):
             server.faults.append(("/v1/completions", fault))
         assert drawn(sampler, model, replace(settings, generation_batch_size=1)).responses == found.responses
         assert len(server.bodies("/v1/completions")) - asked == 4 + 3
     assert pauses == [1.0, 2.0, 4.0]
+
+
+def test_a_request_that_hangs_is_sent_again(server, model, tmp_path):
+    settings, later = rollout(server, timeout=60.0), threading.Event()
+    with begun(model, settings, tmp_path) as sampler:
+        found = drawn(sampler, model, settings)
+        sampler.servers = [replace(sampler.servers[0], timeout=0.5, retries=50)]
+        server.faults.append(("/v1/completions", {"until": later}))
+        assert drawn(sampler, model, settings).responses == found.responses
+        later.set()
 
 
 def test_pauses_grow_and_end(server, model, tmp_path, monkeypatch):
@@ -415,11 +425,14 @@ def test_pauses_grow_and_end(server, model, tmp_path, monkeypatch):
 
 
 def test_a_server_that_is_silent(server, model, tmp_path):
-    settings = rollout(server, timeout=0.3, retries=0)
+    settings, later = rollout(server, timeout=60.0), threading.Event()
     with begun(model, settings, tmp_path) as sampler:
-        server.faults += [("/v1/completions", {"wait": 0.6})]
+        drawn(sampler, model, settings)
+        sampler.servers = [replace(sampler.servers[0], timeout=0.3, retries=0)]
+        server.faults.append(("/v1/completions", {"until": later}))
         with pytest.raises(ServerError, match=r"was silent for 0.3 s, asked once; .* raise rollout.vllm.timeout or"):
             drawn(sampler, model, settings)
+        later.set()
 
 
 def test_a_server_that_is_gone(base, model, tmp_path, monkeypatch):
@@ -427,11 +440,9 @@ def test_a_server_that_is_gone(base, model, tmp_path, monkeypatch):
     with standing_in(base) as server:
         settings = rollout(server)
         sampler = begun(model, settings, tmp_path)
-    began = time.monotonic()
     with pytest.raises(ServerError, match=rf"^vLLM server {server.url} cannot be asked \(Connection refused\), asked 3 times"):
         drawn(sampler, model, settings)
     sampler.close()
-    assert time.monotonic() - began < 5
     assert not (tmp_path / "vllm").exists()
 
 
@@ -472,21 +483,28 @@ def test_answers_of_which_no_response_can_be_made(changed, kind, line, server, m
 
 
 def test_a_wish_to_stop_is_heard_while_a_server_is_waited_for(server, model, tmp_path):
-    settings = rollout(server, timeout=30.0)
+    """One that does not answer before the stop is over."""
+    settings, later = rollout(server, timeout=60.0), threading.Event()
     with begun(model, settings, tmp_path) as sampler:
         drawn(sampler, model, settings)
-        server.faults += [("/v1/completions", {"wait": 1.5})] * 4
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        began = time.monotonic()
+        asked = len(server.bodies("/v1/completions"))
+        server.faults += [("/v1/completions", {"until": later})] * 4
+
+        def stop():
+            while len(server.bodies("/v1/completions")) < asked + 4:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=stop).start()
         with stopping_on_signals(), pytest.raises(StopRequested):
             drawn(sampler, model, settings)
-        assert time.monotonic() - began < 1.2
-    deadline = time.monotonic() + 5
-    while server.hung_up < 4 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert server.hung_up == 4  # a server drops a request whose asker has gone
     assert server.adapters == {}
     assert not (tmp_path / "vllm").exists()
+    later.set()
+    deadline = time.monotonic() + 60
+    while server.hung_up < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert server.hung_up == 4  # a server drops a request whose asker has gone
 
 
 def test_a_wish_to_stop_is_heard_between_two_tries(server, model, tmp_path, monkeypatch):
@@ -498,5 +516,5 @@ def test_a_wish_to_stop_is_heard_between_two_tries(server, model, tmp_path, monk
         began = time.monotonic()
         with stopping_on_signals(), pytest.raises(StopRequested):
             drawn(sampler, model, settings)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 60  # the pauses alone are longer
         server.faults.clear()
