@@ -28,7 +28,7 @@ def server(held, monkeypatch):
     held.adapters.clear()
     held.asked.clear()
     held.faults.clear()
-    held.changed, held.hung_up, held.raw = {}, 0, False
+    held.changed, held.hung_up, held.raw, held.deaf = {}, 0, False, False
     monkeypatch.setattr(asking, "LONGEST_PAUSE", 0.0)
     return held
 

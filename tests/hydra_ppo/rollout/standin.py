@@ -50,6 +50,7 @@ class StandIn(ThreadingHTTPServer):
         hung_up: requests whose asker had gone when the answer was ready.
         runtime: whether adapters can be loaded.
         raw: whether log-probs leave the temperature out.
+        deaf: whether strings end nothing.
     """
 
     daemon_threads = True
@@ -66,7 +67,7 @@ class StandIn(ThreadingHTTPServer):
         self.faults: list[tuple[str, dict[str, Any]]] = []
         self.hung_up = 0
         self.runtime, self.version, self.longest, self.key = True, "0.32.0", 64, None
-        self.owner, self.raw = "vllm", False
+        self.owner, self.raw, self.deaf = "vllm", False, False
         self.lock = threading.Lock()
         self.errors: list[BaseException | None] = []
         self.changed: dict[str, Any] = {}
@@ -142,7 +143,7 @@ class StandIn(ThreadingHTTPServer):
         assert body["logprobs"] == 0
         settings = RolloutSettings(max_new_tokens=body["max_tokens"], temperature=body["temperature"])
         generator = torch.Generator().manual_seed(body["seed"])
-        stop = StopStrings(self.tokenizer, body["stop"]) if body.get("stop") else None
+        stop = StopStrings(self.tokenizer, body["stop"]) if body.get("stop") and not self.deaf else None
         never = [int(token) for token in body.get("logit_bias", ())]
         role = "actor" if name != "base" else "base"
         self.model.roles["base"] = type(self.model.roles["actor"])(None, "lm")

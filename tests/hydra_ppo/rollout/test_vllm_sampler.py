@@ -143,6 +143,10 @@ def test_strings_end_a_response_where_they_are_complete(server, model, tmp_path)
             complete = strings([whole[:n] for n in range(1, len(whole) + 1)])
             assert cut == (whole[: complete.index(True) + 1] if True in complete else whole)
         assert any(len(a) > len(b) for a, b in zip(plain.responses, found.responses, strict=True))
+        server.deaf = True
+        again = drawn(sampler, model, settings, stopped=strings)
+        assert again.responses == found.responses
+        assert again.logprobs == found.logprobs
         server.changed = {"finish_reason": "stop", "token_ids": [25, 26], "logprobs": {"token_logprobs": [-1.0, -1.0]}}
         with pytest.raises(ServerError, match="where our tokenizer reads none; serve the run's own tokenizer"):
             drawn(sampler, model, settings, stopped=strings)
