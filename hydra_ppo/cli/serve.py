@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -100,9 +101,14 @@ def _parser() -> Parser:
     )
     parser.add_argument("--max-lora-rank", type=_positive, metavar="R", help="Rank of the adapters; default the run's.")
     parser.add_argument("--gpu-memory-utilization", type=_share, metavar="X", help="Share of the GPU that vLLM takes.")
-    parser.add_argument("--python", default="python", metavar="FILE", help="Python that has vllm; default python.")
+    parser.add_argument("--python", default=_python(), metavar="FILE", help="Python that has vllm; default python.")
     parser.add_argument("--start", action="store_true", help="Start it, in place of this process.")
     return parser
+
+
+def _python() -> str:
+    """Return what a Python is called here."""
+    return next((name for name in ("python", "python3") if shutil.which(name)), sys.executable)
 
 
 def subject_of(name: str) -> Subject:

@@ -204,6 +204,12 @@ def test_options(options, line, project, capsys):
     assert line in capsys.readouterr().err
 
 
+def test_a_machine_without_a_python_of_that_name(project, monkeypatch, capsys):
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    assert main(["serve", str(project / "base")]) == 0
+    assert f" {sys.executable} -m vllm.entrypoints" in capsys.readouterr().out
+
+
 def test_it_is_a_command(capsys):
     assert main(["serve", "--help"]) == 0
     assert "Options after -- go to vLLM as they are" in " ".join(capsys.readouterr().out.split())
