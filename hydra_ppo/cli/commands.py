@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from hydra_ppo.training.ppo import PPOTrainer
 
 Trainer = TypeVar("Trainer", bound="PPOTrainer | JointSFTTrainer")
+Prepare = Callable[["World", ExitStack], "tuple[_Loaded, Trainer] | None"]
+"""Loads what a run is made of and builds its trainer; what is to be closed at the end goes on the stack."""
 
 
 def sft(config: SFTConfig, resume: bool = False) -> Path:
@@ -49,7 +51,7 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
     """
     folder = check_output(config.run, config, command="sft", resume=resume)
 
-    def prepare(world: World) -> tuple[_Loaded, JointSFTTrainer] | None:
+    def prepare(world: World, at_the_end: ExitStack) -> tuple[_Loaded, JointSFTTrainer] | None:
         from hydra_ppo.data.rows import ensure_pad_token, load_preferences
         from hydra_ppo.model.answers import end_tokens, settle_ends
         from hydra_ppo.training.joint_sft import JointSFTTrainer
@@ -77,7 +79,8 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
     """Train actor and critic with PPO; return the run folder. Arguments and errors as of `sft`."""
     folder = check_output(config.run, config, command="ppo", resume=resume)
 
-    def prepare(world: World) -> tuple[_Loaded, PPOTrainer] | None:
+    def prepare(world: World, at_the_end: ExitStack) -> tuple[_Loaded, PPOTrainer] | None:
+        from hydra_ppo.cli.rollouts import Sampling
         from hydra_ppo.data.rows import load_prompts
         from hydra_ppo.rewards.scorer import check_source
         from hydra_ppo.training.ppo import PPOTrainer
@@ -87,7 +90,13 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
         loaded = _load(config, load_prompts, "ppo", resume)
         if loaded is None:
             return None
-        return loaded, PPOTrainer(loaded.model, loaded.tokenizer, config, loaded.rows, loaded.eval_rows, world=world)
+        sampling = Sampling(loaded.notes.append, world)
+        sampler = at_the_end.enter_context(sampling.sampler(config, loaded.model, loaded.rows))
+        trainer = PPOTrainer(
+            loaded.model, loaded.tokenizer, config, loaded.rows, loaded.eval_rows, sampler=sampler, world=world
+        )
+        loaded.when_open = lambda run: setattr(sampling, "note", run.note)
+        return loaded, trainer
 
     with _prepared(config, "ppo", folder, prepare) as found:
         if found is not None:
@@ -100,7 +109,7 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
 
 @contextmanager
 def _prepared(
-    config: SFTConfig | PPOConfig, command: str, folder: Path, prepare: Callable[[World], tuple[_Loaded, Trainer] | None]
+    config: SFTConfig | PPOConfig, command: str, folder: Path, prepare: Prepare[Trainer]
 ) -> Iterator[tuple[Run | None, _Loaded, Trainer] | None]:
     """Meet the other processes, load what the run is made of, bring it to its checkpoint and open the folder.
 
@@ -113,8 +122,8 @@ def _prepared(
 
             world = join(config.run.rank_timeout)
             world.in_step = config.model.shard_base and world.size > 1  # a model that is tried when it is built makes passes
-        with world.session():
-            found = world.together(partial(_bring, config, prepare, world), "loading")
+        with world.session(), ExitStack() as at_the_end:
+            found = world.together(partial(_bring, config, prepare, world, at_the_end), "loading")
             if found is None:
                 yield None
                 return
@@ -127,10 +136,10 @@ def _prepared(
 
 
 def _bring(
-    config: SFTConfig | PPOConfig, prepare: Callable[[World], tuple[_Loaded, Trainer] | None], world: World
+    config: SFTConfig | PPOConfig, prepare: Prepare[Trainer], world: World, at_the_end: ExitStack
 ) -> tuple[_Loaded, Trainer] | None:
     with stopping_at_once():
-        found = prepare(world)
+        found = prepare(world, at_the_end)
         if found is not None:
             loaded, trainer = found
             loaded.bring(trainer, config)
@@ -149,6 +158,7 @@ class _Loaded:
     identity: dict[str, Any]
     notes: list[str]
     resume: bool
+    when_open: Callable[[Run], None] = lambda run: None
 
     def bring(self, trainer: PPOTrainer | JointSFTTrainer, config: SFTConfig | PPOConfig) -> None:
         """Bring model and trainer to where the checkpoint was written; where it cannot be read, to the one before it.
@@ -240,6 +250,7 @@ def _open(
             )
 
         trainer.run, trainer.save = run, save
+        loaded.when_open(run)
         yield run
 
 

@@ -27,7 +27,23 @@ def examine_model(name_or_path: str) -> list[Finding]:
             found.append(look(str(target)))
         except Exception as error:
             found.append(Finding(name, f"failed: {first_line(error)}", "problem", ELSE))
-    return found
+    try:
+        return found + _servers(Path(name_or_path))
+    except Exception as error:
+        what, _, start = first_line(error).removeprefix("ConfigError: ").partition("; start it with: ")
+        hint = start or "hydra-ppo serve prints how it is started"
+        return [*found, Finding("vLLM servers", f"failed: {what}", "problem", hint)]
+
+
+def _servers(run: Path) -> list[Finding]:
+    """Look at the servers that a run samples on; none where it samples itself, or is no run."""
+    from hydra_ppo.cli.rollouts import check_servers
+    from hydra_ppo.cli.saved import run_config
+    from hydra_ppo.config.settings import PPOConfig
+    from hydra_ppo.runs.contents import CONFIG
+
+    config = run_config(run) if (run / CONFIG).is_file() else None
+    return [Finding("vLLM server", text) for _, text in check_servers(config)] if isinstance(config, PPOConfig) else []
 
 
 def _model(name_or_path: str) -> Finding:

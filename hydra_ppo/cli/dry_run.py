@@ -16,6 +16,7 @@ from rich.text import Text
 
 from hydra_ppo.cli.model_check import check_contents
 from hydra_ppo.cli.model_files import NOT_CHECKED, check_model, check_reachable
+from hydra_ppo.cli.rollouts import check_servers
 from hydra_ppo.config.settings import DataSettings, PPOConfig, SFTConfig
 from hydra_ppo.data.rows import Loaded, check_rows, shared_prompts, split_held_out
 from hydra_ppo.data.sources import is_hub_name
@@ -157,7 +158,7 @@ def check_files(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
     found = [("model.name_or_path", check_model("model.name_or_path", config.model.name_or_path))]
     check_reachable("model.name_or_path", config.model.name_or_path)
     found += check_contents(config)
-    return found + _check_reward_sources(config) if isinstance(config, PPOConfig) else found
+    return found + _check_reward_sources(config) + check_servers(config) if isinstance(config, PPOConfig) else found
 
 
 def _device_type(device: str, optimizer: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra_ppo.cli.opened import Opened, open_model, open_tokenizer
 from hydra_ppo.cli.saved import check_file, check_saved, run_config
-from hydra_ppo.config.settings import PPOConfig, RolloutSettings
+from hydra_ppo.config.settings import PPOConfig, RolloutSettings, VLLMSettings
 from hydra_ppo.data.rows import PromptRow, load_prompts
 from hydra_ppo.data.text import StopStrings, answer_texts, unknown_ids
 
@@ -40,6 +40,8 @@ class Sampling:
         """Return the settings of a rollout with these in place of its own."""
         found = replace(
             rollout,
+            engine="native",
+            vllm=VLLMSettings(),
             batch_size=self.batch_size,
             samples_per_prompt=1,
             generation_batch_size=self.batch_size,

@@ -39,6 +39,7 @@ FREE = (
     "reward.isolation",
     "optimizer.offload_in_rollout",
     "model.checkpoint_offload",
+    *(f"rollout.vllm.{name}" for name in ("urls", "model", "adapter_folder", "timeout", "retries")),
 )
 """Settings that may change between two parts of a run, besides those of `run` other than its seed."""
 ALIKE = {"optimizer.name": ("adamw", "adamw-offloaded")}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any, Literal
 
 from hydra_ppo.config.fields import check as _check
 from hydra_ppo.config.fields import not_negative as _not_negative
 from hydra_ppo.config.fields import positive as _positive
 from hydra_ppo.config.fields import setting
+from hydra_ppo.config.vllm import VLLMSettings
+from hydra_ppo.errors import ConfigError
+
+BENDING = ("top_k", "top_p", "min_new_tokens", "repetition_penalty")
+"""Settings that have tokens drawn from another distribution than the policy's, of which a vLLM server then gives log-probs."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,22 @@ class RolloutSettings:
         "Where log-probs were recomputed, weigh each token's policy loss by what the pass gives it over what the sampler gave "
         "it, at most by this; null weighs nothing.",
     )
+    engine: Literal["native", "vllm"] = setting(
+        "native",
+        "Who samples: the training process, or vLLM servers (rollout.vllm), which get the actor's adapter; log-probs are then "
+        "always recomputed.",
+    )
+    vllm: VLLMSettings = setting(VLLMSettings, "The servers that sample, with engine=vllm.")
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the sampled tokens' log-probs come from a pass of their own."""
+        return self.recompute_logprobs or self.engine == "vllm"
+
+    @property
+    def weight_cap(self) -> float | None:
+        """Up to where tokens are weighed, of the engine that samples; None weighs nothing."""
+        return self.vllm.importance_cap if self.engine == "vllm" else self.importance_cap
 
     @property
     def measures_drift(self) -> bool:
@@ -83,7 +104,37 @@ class RolloutSettings:
         _check(
             self,
             "importance_cap",
-            cap is None or self.recompute_logprobs or (self.measures_drift and self.max_drift is not None),
+            cap is None or self.recomputes or (self.measures_drift and self.max_drift is not None),
             "weighs recomputed log-probs, and none are ever recomputed",
             "set recompute_logprobs=true, or kv_cache=int8 or measure_drift=true with a max_drift, or leave it null",
         )
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        """Refuse what the engine that samples does not do, or would pass over."""
+        if self.engine == "native":
+            given = next((item for item in fields(self.vllm) if getattr(self.vllm, item.name) != _default(item)), None)
+            if given is not None:
+                raise ConfigError(
+                    f"rollout.vllm.{given.name}={getattr(self.vllm, given.name)!r} is for rollout.engine='vllm', and engine is "
+                    "'native'; set rollout.engine=vllm, or leave it out."
+                )
+            return
+        if not self.vllm.urls:
+            raise ConfigError(
+                "rollout.vllm.urls=[] names no server, and rollout.engine='vllm' samples on one; start it as hydra-ppo serve "
+                "says, and write urls: [http://127.0.0.1:8000]."
+            )
+        for name in BENDING:
+            rule = "makes a vLLM server draw from another distribution than the policy's and give log-probs of that"
+            plain = getattr(self, name) == type(self).__dataclass_fields__[name].default
+            _check(self, name, plain, rule, f"leave {name} out, or use engine=native")
+        _check(
+            self, "kv_cache", self.kv_cache == "auto", "is a cache of this process, and vLLM has its own", "leave it at auto"
+        )
+        rule = "is the cap of engine=native; with vllm it is rollout.vllm.importance_cap"
+        _check(self, "importance_cap", self.importance_cap is None, rule, "set that one")
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()

@@ -18,6 +18,7 @@ from hydra_ppo.config.fields import positive as _positive
 from hydra_ppo.config.rewards import RewardSettings
 from hydra_ppo.config.rewards import RewardSource as RewardSource  # so that all settings are found here
 from hydra_ppo.config.rollout import RolloutSettings as RolloutSettings
+from hydra_ppo.config.vllm import VLLMSettings as VLLMSettings
 from hydra_ppo.errors import ConfigError
 
 ROW_COLUMNS = ("prompt", "chosen", "rejected", "messages", "responses", "ratings", "tools", "chat_template_kwargs")

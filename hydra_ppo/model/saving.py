@@ -38,7 +38,7 @@ def write_model(model: RoleModel, folder: Path) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
     adapters = sorted(model.stage.adapters)
     for name in adapters:
-        _write_adapter(model, name, folder / name)
+        write_adapter(model, name, folder / name, adapter_tensors(model, name))
     used = sorted({role.head for role in model.roles.values()} - {"lm"})
     heads = {f"{n}.{k}": v for n in used for k, v in model.heads[n].state_dict().items()}
     _write_tensors(heads, folder / HEADS)
@@ -69,15 +69,21 @@ def _describe_base(model: RoleModel, folder: Path) -> dict[str, Any]:
     return describe_base(name, folder) | ({} if digest is None else {"weights": digest})
 
 
-def _write_adapter(model: RoleModel, name: str, folder: Path) -> None:
+def adapter_tensors(model: RoleModel, name: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter by the names that PEFT gives them in its files; no copies."""
+    found: dict[str, Tensor] = get_peft_model_state_dict(model.base, adapter_name=name, save_embedding_layers=False)
+    return found
+
+
+def write_adapter(model: RoleModel, name: str, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter as PEFT does: its config, and what `adapter_tensors` gave."""
     folder.mkdir(exist_ok=True)
     config = model.base.peft_config[name]
     config.base_model_name_or_path = findable(model.causal_lm.name_or_path)
     config.inference_mode = True
     config.save_pretrained(str(folder))
     config.inference_mode = False
-    state = get_peft_model_state_dict(model.base, adapter_name=name, save_embedding_layers=False)
-    _write_tensors(state, folder / "adapter_model.safetensors")
+    _write_tensors(tensors, folder / "adapter_model.safetensors")
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

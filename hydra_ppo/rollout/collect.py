@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ from hydra_ppo.rollout.sampling import Samples, sample
 from hydra_ppo.runtime.announce import allocating
 from hydra_ppo.runtime.exhaustion import Limits
 from hydra_ppo.runtime.interruption import check_stop
+
+
+@runtime_checkable
+class Watching(Protocol):
+    """A sampler that wants to know what was made of its log-probs."""
+
+    def watch(self, found: ScoredExperience, model: HydraModel, where: str) -> None:
+        """Take in a rollout that is scored."""
+
 
 MEASURED = 16
 """Rows of a rollout on which drift is measured, the longest: some hundred to some thousand tokens, for one pass over them."""
@@ -92,7 +102,10 @@ def collect_experience(
     with allocating("experience"):
         experience = Experience.from_lists(prompts, samples.responses, pad_id, model.device)
         logprobs = _pad(samples.logprobs, experience)
-    return limits.fit("rollout.score_batch_size", f"{where} phase=score", score_all, most=rows)
+    found = limits.fit("rollout.score_batch_size", f"{where} phase=score", score_all, most=rows)
+    if isinstance(sampler, Watching):
+        sampler.watch(found, model, where)
+    return found
 
 
 @torch.no_grad()
@@ -123,9 +136,9 @@ def score(
         ref_logprobs, old_values, recomputed = (torch.zeros(shape, device=model.device) for _ in range(3))
         scores = torch.zeros(shape[0], device=model.device)
         trunk = _room_for_trunk(model, experience, settings) if world.size == 1 else None
-    measured = set(_longest(experience, MEASURED)) if settings.measures_drift and not settings.recompute_logprobs else set()
+    measured = set(_longest(experience, MEASURED)) if settings.measures_drift and not settings.recomputes else set()
     groups = experience.split(world.rows_at_once(len(experience), settings.score_batch_size))
-    every = settings.recompute_logprobs or (world.in_step and bool(measured))  # in step all make the same passes
+    every = settings.recomputes or (world.in_step and bool(measured))  # in step all make the same passes
     again = [rows for rows in groups if every or not measured.isdisjoint(rows)]
     left = [rows for rows in groups if rows not in again]
 
@@ -170,7 +183,7 @@ def score(
     world.together(lambda: _each(run, world.share(groups, tokens)), f"scoring {len(groups)} groups")
     # The rows of others are zeros here, so a sum gathers them, and to the last bit.
     world.sum([ref_logprobs, scores, old_values, *([recomputed] if again else [])])
-    drift, recompute = None, settings.recompute_logprobs
+    drift, recompute = None, settings.recomputes
     if measured:
         drift = _drift(experience, logprobs, recomputed, sorted(measured))
         recompute = settings.max_drift is not None and drift[0] > settings.max_drift

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hydra_ppo.config.settings import RolloutSettings
+from hydra_ppo.errors import ConfigError
 from hydra_ppo.experience import split_by_length
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.parallel.world import ALONE, World
@@ -63,10 +64,16 @@ def sample(
     Raises:
         NonFiniteError: when logits were NaN or infinite.
         UnsupportedModelError: when the model cannot be sampled from, or not with such a cache.
+        ConfigError: for settings that another engine samples with.
 
     Memory: the KV cache of one generation batch, up to max_new_tokens more columns than its longest prompt, and one (B, V)
     tensor; a few with top_k or top_p.
     """
+    if settings.engine != "native":
+        raise ConfigError(
+            f"rollout.engine={settings.engine!r} is not sampled here; hand PPOTrainer a VLLMSampler as its "
+            "sampler, or use native."
+        )
     was_training = model.training
     model.eval()
     # A decoder of somebody's own need not know what is not asked of it.

@@ -13,6 +13,8 @@ from hydra_ppo.runtime.files import PARTIAL, write_whole
 CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
 STATE, LOG, SUMMARY = "state.json", "log.txt", "summary.json"
 CHECKPOINTS = "checkpoints"
+VLLM = "vllm"
+"""Folder of what vLLM servers read while the run goes on: versions of its adapters."""
 LOCK = ".lock"
 EARLIER = "earlier-"
 """Begins the names of folders that hold what is left of runs which came to no checkpoint and were begun anew."""
@@ -42,6 +44,7 @@ WRITTEN_FOLDERS: dict[str, tuple[str, ...]] = {
     "tensorboard": ("**/events.out.tfevents.*", "**/hparams.yml"),
     "wandb": ("*run*", "debug*.log"),
     TOKENIZER_FOLDER: ("*.jinja",),
+    VLLM: ("hydra-*/adapter_config.json", "hydra-*/adapter_model.safetensors*"),
 }
 """Folders, and what is written into them; whatever else lies there is somebody's own."""
 

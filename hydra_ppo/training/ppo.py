@@ -24,7 +24,7 @@ import torch
 from hydra_ppo.config.settings import PPOConfig
 from hydra_ppo.data.rows import PromptRow
 from hydra_ppo.data.text import StopStrings, answer_texts, unknown_ids
-from hydra_ppo.errors import ConfigError
+from hydra_ppo.errors import ConfigError, ServerError
 from hydra_ppo.experience import Experience, FinishedExperience, ScoredExperience
 from hydra_ppo.functional import adaptive_kl_coef, explained_variance
 from hydra_ppo.model.answers import end_tokens, settle_ends
@@ -156,7 +156,7 @@ class PPOTrainer:
         """Run the steps that are left and return the summary: steps, seconds, responses per second, before and after.
 
         Raises:
-            StopRequested: on a wish to stop, after `save` was called.
+            StopRequested, ServerError: on a wish to stop, and where no server samples any more, after `save` was called.
         """
         progress, totals = self.progress, self.progress.totals
         try:
@@ -167,7 +167,7 @@ class PPOTrainer:
                 while progress.done < self.config.steps:
                     metrics = self._whole_step(progress.done + 1)
                     advance(1, f"score {metrics['objective/scores']:.3f}  KL {metrics['objective/kl']:.2f}")
-        except StopRequested:
+        except (StopRequested, ServerError):
             # The gradients of the minibatch that was begun go; it is done again. Parameters are those of the last step.
             progress.optimizer.zero_grad(set_to_none=True)
             self.save(None)
@@ -275,7 +275,7 @@ class PPOTrainer:
         found, shaped = self._score(experience, rows, f"step={step} phase=score")
         if step % self.config.sample_every == 0 or step == 1:
             self.run.samples(step, self._samples(experience, rows, found))
-        cap = self.config.rollout.importance_cap
+        cap = self.config.rollout.weight_cap
         metrics = rollout_metrics(experience, found.total, shaped, progress.kl_coef, self.eos_ids, cap)
         metrics |= reward_metrics(found.parts)
         check_measured(f"step={step} phase=rollout", metrics, progress.scaler)

@@ -60,9 +60,13 @@ def _compared(experience: ScoredExperience, cap: float | None) -> dict[str, Tens
     if sampler is None:
         return {}
     mean, largest = logprob_drift(sampler, experience.old_logprobs, mask).unbind()
-    found = {"rollout/drift": mean, "rollout/drift_max": largest}
+    apart = experience.old_logprobs - sampler
+    # Of what the sampler drew the mean of r - 1 - log r is its KL to the policy, and no term of it is negative.
+    kl = masked_mean((apart.expm1() - apart), mask)
+    found = {"rollout/drift": mean, "rollout/drift_max": largest, "rollout/sampler_kl": kl}
     if cap is not None:
         weights = importance_weights(experience.old_logprobs, sampler, cap)
+        found["rollout/importance_max"] = apart.masked_fill(~mask, -torch.inf).max().exp()  # before the cap
         found["rollout/importance_weight"] = masked_mean(weights, mask)
         found["rollout/importance_truncated"] = masked_mean((weights >= cap).to(weights.dtype), mask)
     return found

@@ -209,7 +209,8 @@ def _partial(
     parts: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in tensors.items()}
     experience = FinishedExperience(**parts, **saved["lengths"])
     if model.trunk is not None:  # large, and what the same pass gives again
-        plain = replace(rollout, recompute_logprobs=False, kv_cache="auto", measure_drift=False, importance_cap=None)
+        passes = ("score_batch_size", "temperature", "trunk_cache")  # and nothing is recomputed or measured again
+        plain = replace(RolloutSettings(), **{name: getattr(rollout, name) for name in passes})
         experience = experience.with_trunk(score(model, experience, experience.old_logprobs, plain).trunk)
     return PartialStep(
         experience,

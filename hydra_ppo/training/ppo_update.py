@@ -213,7 +213,7 @@ class Updates:
                 micro.response_mask,
                 config.clip_range,
                 count,
-                _weights(micro, config.rollout.importance_cap),
+                _weights(micro, config.rollout.weight_cap),
             )
             entropy = masked_mean(found.entropy, micro.response_mask, count)
             loss = out.loss - config.entropy_coef * entropy if config.entropy_coef > 0 else out.loss
