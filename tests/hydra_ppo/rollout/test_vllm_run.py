@@ -198,7 +198,8 @@ def test_what_is_left_goes_with_a_run_that_is_replaced(project, there, tmp_path)
     left = run / "vllm" / "hydra-0-actor-v1"
     left.mkdir(parents=True)
     (left / "adapter_config.json").write_text("{}")
-    assert go(project, there, str(run), "--run.overwrite", "true", steps=1) == 0
+    plain = ppo_settings(project, str(run), steps=1, reward={"isolation": "thread"})  # which has no servers
+    assert main(["ppo", write(tmp_path / "plain.yaml", plain), "--run.overwrite", "true"]) == 0
     assert not (run / "vllm").exists()
 
 
