@@ -43,7 +43,20 @@ def test_the_python_runs(tmp_path, capsys):
 
 def test_the_commands_exist(capsys):
     words = {line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("hydra-ppo ")}
-    assert words == {"sft", "ppo", "inspect", "score", "generate", "export", "plan", "profile", "doctor", "quantize", "serve", "launch"}
+    assert words == {
+        "sft",
+        "ppo",
+        "inspect",
+        "score",
+        "generate",
+        "export",
+        "plan",
+        "profile",
+        "doctor",
+        "quantize",
+        "serve",
+        "launch",
+    }
     for word in words:
         assert main([word, "--help"]) == 0
 

@@ -53,7 +53,7 @@ class World:
     def __init__(self, where: Place | None = None, roll: Roll | None = None, control: Any = None) -> None:
         """Use `join`."""
         self.place = where or Place()
-        self.waited = 0.0
+        self.waited, self._since = 0.0, time.perf_counter()
         self.in_step = False
         self._roll, self._control = roll, control
         self._room: Tensor | None = None
@@ -338,10 +338,11 @@ class World:
                 0,
             )
 
-    def waiting_share(self, seconds: float) -> float:
+    def waiting_share(self) -> float:
         """Return the share of the time since the last call that processes waited, all of them together, and begin anew."""
-        waited, self.waited = self.waited, 0.0
-        both = self.gather((waited, seconds))
+        now = time.perf_counter()
+        both = self.gather((self.waited, now - self._since))
+        self.waited, self._since = 0.0, now
         return sum(waited for waited, _ in both) / sum(seconds for _, seconds in both)
 
 

@@ -27,14 +27,14 @@ def keep_in_step(world: World, model: HydraModel) -> None:
         world.in_step = model.is_sharded
 
 
-def end_step(world: World, trained: Iterable[Tensor], seconds: float, where: str) -> Metrics:
-    """See that all processes hold the same after a step, and return the share of its `seconds` that they waited; {} alone.
+def end_step(world: World, trained: Iterable[Tensor], where: str) -> Metrics:
+    """See that all processes hold the same after a step, and return the share of time since the last that they waited; {} alone.
 
     Raises:
         RankError: they do not.
     """
     if world.size == 1:
         return {}
-    waiting = world.waiting_share(seconds)
+    waiting = world.waiting_share()
     world.check_alike(trained, where)
     return {"parallel/waiting": waiting}
