@@ -166,7 +166,7 @@ class JointSFTTrainer:
                 self.save_best()
         seconds = time.perf_counter() - begun
         self.seconds += seconds
-        metrics |= end_step(self.world, self._parameters, seconds, f"step={self.done}")
+        metrics |= end_step(self.world, self._parameters, f"step={self.done}")
         if last or evaluated or step % self.config.run.log_every == 0:
             self.run.log(self.done, metrics | self.memory.metrics())
         due = self.config.run.save_every > 0 and self.done % self.config.run.save_every == 0

@@ -190,9 +190,7 @@ class PPOTrainer:
         assert progress.partial is not None
         seconds = progress.partial.seconds + time.perf_counter() - self._begun
         metrics |= self._throughput(metrics, seconds) | self.memory.metrics()
-        metrics |= end_step(
-            self.world, [*self.updates.actor_parameters, *self.updates.critic_parameters], seconds, f"step={step}"
-        )
+        metrics |= end_step(self.world, [*self.updates.actor_parameters, *self.updates.critic_parameters], f"step={step}")
         last = step == config.steps
         evaluated = last or (config.eval_every > 0 and step % config.eval_every == 0)
         found = self.evaluate(step) if evaluated else {}

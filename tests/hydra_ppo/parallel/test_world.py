@@ -50,7 +50,7 @@ def meet(world: World):
     found["copied"] = copied.tolist()
     world.check_alike([copied, torch.ones(3)], "step=1")
     world.check_same("position", (3, 0), "", "here")
-    found["waited"] = 0 <= world.waiting_share(10.0) < 1
+    found["waited"] = 0 <= world.waiting_share() < 1
     return found
 
 
