@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REAL := $(VENV)/.real
 
-.PHONY: test rooms families test-faults test-long test-real soak test-hosts quickstart real-text real-model bench bench-linear bench-peers lint clean
+.PHONY: test rooms families test-faults test-long test-real soak test-hosts test-verl quickstart real-text real-model bench bench-linear bench-peers lint clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -42,6 +42,16 @@ soak: $(STAMP)
 # The trainers of every supported host, unmodified, with and without the patch; builds their environments in .hosts first.
 test-hosts: $(STAMP)
 	$(BIN)/python -m tests.hosts.run $(ARGS)
+
+# verl 0.9.1 on a CPU: its batches, losses and worker over the engine `hydra`; builds its environment in .verl first (2 GB).
+.verl/.installed: setup.cfg constraints.txt
+	test -x .verl/bin/python || $(PYTHON) -m venv .verl
+	.verl/bin/python -m pip install -q -c constraints.txt torch
+	.verl/bin/python -m pip install -q verl==0.9.1 torch==2.13.0 uvicorn fastapi pytest pytest-timeout -e .
+	touch $@
+
+test-verl: .verl/.installed
+	OMP_NUM_THREADS=1 .verl/bin/python -m pytest tests/hosts/check_verl.py -vv -s -W ignore $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -81,4 +91,4 @@ bench-peers: $(STAMP)
 	$(BIN)/python -m hydra_ppo.profiling.benchmarks.peers.run $(ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .verl build *.egg-info
