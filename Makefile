@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REAL := $(VENV)/.real
 
-.PHONY: test rooms families test-faults test-long test-real soak test-hosts test-verl quickstart real-text real-model bench bench-linear bench-peers lint clean
+.PHONY: test rooms families test-faults test-long test-real soak test-hosts test-verl test-ray quickstart real-text real-model bench bench-linear bench-peers lint clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -53,6 +53,16 @@ test-hosts: $(STAMP)
 test-verl: .verl/.installed
 	OMP_NUM_THREADS=1 .verl/bin/python -m pytest tests/hosts/check_verl.py -vv -s -W ignore $(ARGS)
 
+# `hydra-ppo launch` on a Ray of two CPU slots against torchrun; builds its environment in .ray first.
+.ray/.installed: setup.cfg constraints.txt
+	test -x .ray/bin/python || $(PYTHON) -m venv .ray
+	.ray/bin/python -m pip install -q -c constraints.txt torch
+	.ray/bin/python -m pip install -q -c constraints.txt ray==2.60.0 pytest pytest-timeout -e .
+	touch $@
+
+test-ray: .ray/.installed
+	OMP_NUM_THREADS=1 .ray/bin/python -m pytest tests/hosts/check_ray.py -vv -s -W ignore $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -91,4 +101,4 @@ bench-peers: $(STAMP)
 	$(BIN)/python -m hydra_ppo.profiling.benchmarks.peers.run $(ARGS)
 
 clean:
-	rm -rf $(VENV) .verl build *.egg-info
+	rm -rf $(VENV) .verl .ray build *.egg-info
