@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 REAL := $(VENV)/.real
 VLLM := .vllm
 
-.PHONY: test rooms families test-faults test-long test-real test-vllm soak test-hosts quickstart real-text real-model bench bench-linear bench-peers lint clean
+.PHONY: test rooms families test-faults test-long test-real test-vllm soak test-hosts test-verl test-ray quickstart real-text real-model bench bench-linear bench-peers lint clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -57,6 +57,26 @@ soak: $(STAMP)
 test-hosts: $(STAMP)
 	$(BIN)/python -m tests.hosts.run $(ARGS)
 
+# verl 0.9.1 on a CPU: its batches, losses and worker over the engine `hydra`; builds its environment in .verl first (2 GB).
+.verl/.installed: setup.cfg constraints.txt
+	test -x .verl/bin/python || $(PYTHON) -m venv .verl
+	.verl/bin/python -m pip install -q -c constraints.txt torch
+	.verl/bin/python -m pip install -q verl==0.9.1 torch==2.13.0 uvicorn fastapi pytest pytest-timeout -e .
+	touch $@
+
+test-verl: .verl/.installed
+	OMP_NUM_THREADS=1 .verl/bin/python -m pytest tests/hosts/check_verl.py -vv -s -W ignore $(ARGS)
+
+# `hydra-ppo launch` on a Ray of two CPU slots against torchrun; builds its environment in .ray first.
+.ray/.installed: setup.cfg constraints.txt
+	test -x .ray/bin/python || $(PYTHON) -m venv .ray
+	.ray/bin/python -m pip install -q -c constraints.txt torch
+	.ray/bin/python -m pip install -q -c constraints.txt ray==2.60.0 pytest pytest-timeout -e .
+	touch $@
+
+test-ray: .ray/.installed
+	OMP_NUM_THREADS=1 .ray/bin/python -m pytest tests/hosts/check_ray.py -vv -s -W ignore $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -95,4 +115,4 @@ bench-peers: $(STAMP)
 	$(BIN)/python -m hydra_ppo.profiling.benchmarks.peers.run $(ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .verl .ray build *.egg-info

@@ -1,5 +1,5 @@
-"""The command line: ``hydra-ppo sft | ppo | export | quantize | score | generate | inspect | doctor``, and what is installed
-beside it.
+"""The command line: ``hydra-ppo sft | ppo | export | quantize | score | generate | launch | inspect | doctor``, and what is
+installed beside it.
 
 Other packages add commands as entry points of the group ``hydra_ppo.commands``: each a pair of one line of help and a
 function over the arguments.
@@ -334,6 +334,12 @@ def _doctor(arguments: list[str]) -> int:
     return doctor(as_json=options.json, model=options.model)
 
 
+def _launch(arguments: list[str]) -> int:
+    from hydra_ppo.cli.launch import launch
+
+    return launch(arguments)
+
+
 COMMANDS: dict[str, Command] = {
     "sft": ("train the SFT model and the reward model jointly, on preference pairs", _sft),
     "ppo": ("train actor and critic with PPO", _ppo),
@@ -342,5 +348,6 @@ COMMANDS: dict[str, Command] = {
     "score": ("score pairs or responses with the reward head of a run", _score),
     "generate": ("sample answers from the roles of a run, side by side", _generate),
     "doctor": ("say what this machine offers and what stands in the way", _doctor),
+    "launch": ("start sft or ppo on several GPUs, of this machine or of a Ray cluster", _launch),
     "inspect": ("show state, settings, last metrics and checkpoints of a run", _inspect),
 }

@@ -28,7 +28,7 @@ def keep_in_step(world: World, model: HydraModel) -> None:
 
 
 def end_step(world: World, trained: Iterable[Tensor], where: str) -> Metrics:
-    """See that all processes hold the same after a step, and return the share of time that they waited since the last; {} alone.
+    """See that all processes hold the same after a step; return the share of time that they waited since the last; {} alone.
 
     Raises:
         RankError: they do not.
