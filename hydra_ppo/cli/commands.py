@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra_ppo.cli.loading import check_vocabulary, load_model, load_rows, load_tokenizer
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
+from hydra_ppo.errors import ConfigError
 from hydra_ppo.parallel.environment import place
 from hydra_ppo.runs.contents import CONFIG
 from hydra_ppo.runs.folder import check_output, is_starting, read_state
@@ -120,6 +121,11 @@ def _prepared(
         with stopping_at_once() if place().size == 1 else nullcontext():
             from hydra_ppo.parallel.joining import join
 
+            if place().local_size > 1 and config.model.device.startswith("cuda:"):
+                raise ConfigError(
+                    f"model.device={config.model.device!r} puts {place().local_size} processes on one GPU; use auto, which "
+                    "gives each its own."
+                )
             world = join(config.run.rank_timeout)
             world.in_step = config.model.shard_base and world.size > 1  # a model that is tried when it is built makes passes
         with world.session(), ExitStack() as at_the_end:

@@ -9,9 +9,11 @@ Every process must run the same passes in the same order: whoever left one out w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -125,8 +127,14 @@ class Whole:
                 return
 
 
-def one_after_the_other() -> Any:
-    """Let transformers read weights in order while the context lasts, and not many ahead of those that are put in place."""
-    from unittest.mock import patch
+@contextmanager
+def one_after_the_other() -> Iterator[None]:
+    """Let transformers read weights in order inside the block, not many ahead of those that are put in place, and take no room
+    for all of them at once, as it does on a GPU to save allocations."""
+    from transformers import modeling_utils
 
-    return patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1")
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1"))
+        if hasattr(modeling_utils, "caching_allocator_warmup"):
+            stack.enter_context(patch.object(modeling_utils, "caching_allocator_warmup", lambda *args, **kwargs: None))
+        yield

@@ -292,3 +292,9 @@ def test_a_world_that_does_not_divide(project, tmp_path):
         "choose a multiple of 3."
     ]
     assert not (tmp_path / "run").exists()
+
+
+def test_one_gpu_for_several_processes_is_refused(project, tmp_path):
+    codes, said = go(tmp_path, "ppo", settings(project, tmp_path / "run", {"model": {"device": "cuda:0"}}), 2)
+    assert codes == [2, 2]
+    assert said == ["model.device='cuda:0' puts 2 processes on one GPU; use auto, which gives each its own.\n", ""]
