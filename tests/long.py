@@ -12,6 +12,7 @@ LONG = {
         "test_a_larger_gpu_costs_no_more_and_does_no_less",
         "test_where_nothing_fits_it_says_by_how_much",
         "test_the_critic_is_as_large_as_the_base",
+        "test_a_plan_uses_nothing_that_it_does_not_need",
     ],
     "profiling/cli/test_savings.py": ["test_what_rungs_take_off_is_what_shapes_say"],
     "profiling/validate/test_validate.py": ["test_everything_on_a_cpu"],

@@ -155,7 +155,7 @@ def trunk_rows(phase: str, scale: Scale, offload: bool = False) -> int:
     # In the updates a micro-batch's states take the place of its embedded tokens, which the first layer's graph keeps.
     updating = kept + (scale.micro if offload else 0)
     rows = {"score": scale.batch + scale.micro, "update-actor": updating, "update-critic": updating}
-    rows["optimizer"] = kept + scale.micro
+    rows["optimizer"] = kept
     return rows.get(phase, 0)
 
 

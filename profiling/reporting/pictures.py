@@ -27,7 +27,7 @@ KIND_COLOURS = {
     "kv cache": "#44aa99",
     "activations": "#cc6677",
     "dequantised weights": "#999933",
-    "gathered layers": "#332288",
+    "gathered layers": "#ee8866",
     "log-probs": "#aa4499",
     "experience": "#4477aa",
     "other": "#bbbbbb",

@@ -204,8 +204,8 @@ def test_memory_that_runs_out_in_the_critic_s_half_does_not_repeat_the_actor_s(m
         stepped.extend(roles)
         return real(self, roles)
 
-    def critic_backward(self, micro, count):
-        found = backward(self, micro, count)
+    def critic_backward(self, *arguments):
+        found = backward(self, *arguments)
         if failures:
             failures.pop()
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -295,8 +295,8 @@ def test_fp16_in_turn_counts_a_step_once(monkeypatch):
         ppo = trainer(model, settings)
         real = Updates.actor_backward
 
-        def overflowing(self, micro, count, real=real):
-            out = real(self, micro, count)
+        def overflowing(self, *arguments, real=real):
+            out = real(self, *arguments)
             self.actor_parameters[0].grad.fill_(float("inf"))
             return out
 

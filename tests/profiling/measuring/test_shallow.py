@@ -100,4 +100,4 @@ def test_depths_are_those_of_whole_periods():
 
 def test_rows_above_a_trunk():
     scale = Scale(8, 2, 16)
-    assert [trunk_rows(phase, scale) for phase in ("rollout", "score", "update-actor", "optimizer")] == [0, 10, 16, 18]
+    assert [trunk_rows(phase, scale) for phase in ("rollout", "score", "update-actor", "optimizer")] == [0, 10, 16, 16]
