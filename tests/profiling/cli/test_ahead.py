@@ -27,7 +27,7 @@ def test_other_processes_give_the_same_and_end():
         with pytest.raises(TypeError):
             ahead.result("text")
         workers = list(ahead._pool._processes.values())
-        assert len(workers) == 1  # and this one
+        assert len(workers) == 2
     for process in workers:
         process.join(timeout=60)
         assert not process.is_alive()
