@@ -276,7 +276,7 @@ def _stoppable(folder: Path, command: str) -> Iterator[None]:
             known = folder / CONFIG
             again = f"hydra-ppo {command} {as_typed(known)} --resume" if known.exists() else "the same command"
             if place().size > 1:
-                again = f"torchrun ... -m {again.replace('hydra-ppo', 'hydra_ppo', 1)}" if known.exists() else again
+                again = "the same command, with --resume" if known.exists() else again  # whoever started it
             if place().is_main:
                 print(f"Stopped. Go on with: {again}", flush=True)
             raise
