@@ -5,24 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra_ppo.cli.rank_process import free_port
 from tests.faults.child import Point, context, run
 
 LIMIT = 120
 """Seconds after which processes count as hung."""
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def variables(rank: int, size: int, port: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 from hydra_ppo.cli.flags import load_config
 from hydra_ppo.cli.main import Command
 from hydra_ppo.cli.model_files import check_model
-from hydra_ppo.cli.parser import Parser
+from hydra_ppo.cli.parser import Parser, positive
 from hydra_ppo.cli.rollouts import base_of, needs_of
 from hydra_ppo.config.reading import read_yaml
 from hydra_ppo.config.settings import PPOConfig
@@ -97,10 +97,8 @@ def _parser() -> Parser:
     parser.add_argument("--host", metavar="H", help="Address to listen at; default 127.0.0.1.")
     parser.add_argument("--port", type=_port, metavar="P", help="Port; default that of rollout.vllm.urls, else 8000.")
     parser.add_argument("--dtype", choices=DTYPES, help="What it computes in; default as the run does.")
-    parser.add_argument(
-        "--max-model-len", type=_positive, metavar="N", help="Tokens of prompt and response; default the run's."
-    )
-    parser.add_argument("--max-lora-rank", type=_positive, metavar="R", help="Rank of the adapters; default the run's.")
+    parser.add_argument("--max-model-len", type=positive, metavar="N", help="Tokens of prompt and response; default the run's.")
+    parser.add_argument("--max-lora-rank", type=positive, metavar="R", help="Rank of the adapters; default the run's.")
     parser.add_argument("--gpu-memory-utilization", type=_share, metavar="X", help="Share of the GPU that vLLM takes.")
     parser.add_argument("--python", default=_python(), metavar="FILE", help="Python that has vllm; default python.")
     parser.add_argument("--start", action="store_true", help="Start it, in place of this process.")
@@ -214,12 +212,6 @@ def check_free(host: str, port: int) -> None:
 def _port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port, 1 to 65535")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 

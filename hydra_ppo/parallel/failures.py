@@ -19,6 +19,7 @@ class OtherOutOfMemory(RuntimeError):
 
 
 def code_of(failure: BaseException | None) -> int:
+    """Return how a process fares that failed in this way, or not at all."""
     if failure is None:
         return FINE
     if isinstance(failure, StopRequested):
@@ -35,6 +36,7 @@ def is_lost(failure: BaseException) -> bool:
 
 
 def words_of(failure: BaseException | None) -> str:
+    """Return what others are told of a failure, in a line; the class too, where its text was not written for users."""
     if failure is None or isinstance(failure, HydraError | StopRequested):
         return str(failure or "")
     return f"{type(failure).__name__}: {failure}".rstrip(": ")

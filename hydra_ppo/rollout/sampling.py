@@ -79,10 +79,10 @@ def sample(
     # A decoder of somebody's own need not know what is not asked of it.
     cache: dict[str, Any] = {} if settings.kv_cache == "auto" else {"kv_cache": settings.kv_cache}
     together = world.rows_at_once(len(prompts), settings.generation_batch_size or len(prompts))
-    batches = split_by_length([len(p) for p in prompts], together)
+    groups = split_by_length([len(p) for p in prompts], together)
+    batches = list(zip(accumulate(map(len, groups), initial=0), groups, strict=False))  # each with its first column below
     most = settings.max_new_tokens if lengths is None else max(lengths)
     uniform = torch.rand(most, len(prompts), dtype=torch.float64, generator=generator, device=model.device)
-    first = dict(zip(map(tuple, batches), accumulate(map(len, batches), initial=0), strict=False))  # its column
 
     def decode() -> dict[int, tuple[list[int], list[float]]]:
         found: dict[int, tuple[list[int], list[float]]] = {}
@@ -90,13 +90,12 @@ def sample(
             kind = decoder or decoder_of(model)
             check_cache(model, kind, settings.kv_cache)
         with model.role(role), decoding_attention(model):
-            for rows, counts in world.share(batches, len):
+            for (start, rows), counts in world.share(batches, lambda batch: len(batch[1])):
                 given = None if lengths is None else [lengths[i] for i in rows]
                 steps = most if given is None or world.in_step else max(given)
                 batch = kind(model, [prompts[i] for i in rows], steps, **cache)
                 batch.never, batch.stopped = list(never), stopped
                 batch.anybody = world.anybody if world.in_step else None
-                start = first[tuple(rows)]
                 numbers = uniform[:steps, start : start + len(rows)]
                 tokens, logprobs, ends = batch.run(settings, eos_ids, numbers, given)
                 for row, ids, values, length in zip(rows, tokens.tolist(), logprobs.tolist(), ends, strict=True):
