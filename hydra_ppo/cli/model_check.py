@@ -40,7 +40,7 @@ def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
         config.check_policy()
     elif any(source.kind == "head" for source in config.reward.sources) and not (manifest and manifest["reward_head_trained"]):
         raise ConfigError(UNTRAINED_HEAD)
-    build_stage("ppo" if isinstance(config, PPOConfig) else config.stage, manifest["roles"] if manifest else {})
+    build_stage(config.stage, manifest["roles"] if manifest else {})
     if saved is not None:
         check_base(saved, base_folder(saved))
     empty = skeleton(base_folder(saved) if saved is not None else name, trust_remote_code=config.model.trust_remote_code)
