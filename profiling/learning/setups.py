@@ -1,7 +1,7 @@
 """What do settings of PPO do to learning? Set-ups on the quickstart's task, judged by its gold scorer.
 
-All set-ups start from the same joint SFT + reward model of a seed, run the same prompts and are judged against the same opponent,
-the responses of that SFT policy. `python -m hydra_ppo.profiling.learning.setups --table methods` prints a table.
+All set-ups start from the same joint SFT + reward model of a seed, run the same prompts and are judged against the same
+opponent, the responses of that SFT policy. `python -m hydra_ppo.profiling.learning.setups --table methods` prints a table.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 EMBEDDINGS = {"model": {"quantize_embeddings": "int8"}}
 MOMENTS = {"optimizer": {"name": "adamw-8bit"}}
 CACHE = {"rollout": {"kv_cache": "int8"}}
+IN_LOSS = {"kl": {"estimator": "k3", "place": "loss"}}
 EIGHT = {"rollout": {"samples_per_prompt": 8}}
 
 Setup = Mapping[str, Any]
@@ -61,16 +62,12 @@ TABLES: dict[str, dict[str, Setup]] = {
         "reinforce": {"advantage": "reinforce"},
         "kl none": {"kl": {"estimator": "none"}},
         "kl js": {"kl": {"estimator": "js"}},
-        "kl k3 in the loss": {"kl": {"estimator": "k3", "place": "loss"}},
+        "kl k3 in the loss": IN_LOSS,
         "ema": {"ema_decay": 0.97},
         "critic Monte Carlo": {"critic_lambda": 1.0, "critic_warmup_steps": 4},
         "actor lambda by length": {"actor_lambda": "length", "lambda_alpha": 0.4, "critic_lambda": 1.0},
         "2 critic updates": {"critic_updates_per_actor": 2},
-        "bounded critic": {
-            "value_range": [-8.0, 8.0],
-            "reward": {"score_clip": 8.0},
-            "kl": {"estimator": "k3", "place": "loss"},
-        },
+        "bounded critic": {"value_range": [-8.0, 8.0], "reward": {"score_clip": 8.0}, **IN_LOSS},
         "clip 0.2 to 0.28": {"clip_range_high": 0.28},
     },
 }

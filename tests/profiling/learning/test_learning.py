@@ -180,6 +180,7 @@ def test_savings_start_from_one_model_and_change_what_they_say(small, tmp_path):
     assert plain.gold_before != 0
     assert plain.drift is None
     assert saving.drift > 0  # the cache rounds, and that is measured
+    assert 1 < plain.perplexity < 1000
     assert len(said) == 2
     assert setups.compare_setups(tmp_path, "savings", ["defaults", "all three"], [0], say=said.append) == outcomes
     assert len(said) == 2
@@ -193,7 +194,7 @@ def test_no_worse_by_hand():
 
 def test_the_table_of_savings_compares_seed_by_seed():
     rows = [
-        setups.Outcome(setup, seed, 1.0, after, 0.1, 0.8, 4.0, drift, 60.0)
+        setups.Outcome(setup, seed, 1.0, after, 0.1, 0.8, 4.0, drift, 9.0, None, 60.0)
         for setup, drift, gold in (("defaults", None, (2.0, 2.2)), ("all three", 0.01, (1.9, 2.3)))
         for seed, after in enumerate(gold)
     ]
