@@ -28,7 +28,7 @@ def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
         ConfigError, UnsupportedModelError: what the run would raise while it loads the model.
     """
     from hydra_ppo.model.architecture import inspect_architecture
-    from hydra_ppo.model.manifest import MANIFEST, UNTRAINED_HEAD, base_folder, check_base, read_manifest
+    from hydra_ppo.model.manifest import MANIFEST, UNSCORED, UNTRAINED_HEAD, base_folder, check_base, read_manifest
     from hydra_ppo.model.quantized_embeddings import check_width
     from hydra_ppo.model.roles import build_stage
     from hydra_ppo.model.whole import skeleton
@@ -40,6 +40,8 @@ def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
         config.check_policy()
     elif any(source.kind == "head" for source in config.reward.sources) and not (manifest and manifest["reward_head_trained"]):
         raise ConfigError(UNTRAINED_HEAD)
+    elif config.rehearsal.data is not None and not (manifest and manifest["reward_head_trained"]):
+        raise ConfigError(UNSCORED)
     build_stage(config.stage, manifest["roles"] if manifest else {})
     if saved is not None:
         check_base(saved, base_folder(saved))

@@ -326,6 +326,16 @@ class RoleModel(nn.Module):
         self._require_head("value", "reward")
         return self._scalar(self._states(sequences).at(sequences.last_positions()[:, None]))[:, 0]
 
+    def scores_and_means(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Return (B,) what `scores` does, and (B, H) fp32 the mean state over each response's tokens, its last one included."""
+        self._require_head("value", "reward")
+        states = self._states(sequences)
+        last = states.at(sequences.last_positions()[:, None])
+        mask = sequences.response_mask[..., None]
+        after = (sequences.state_positions() + 1).clamp(max=sequences.input_ids.shape[1] - 1)
+        summed = (states.at(after).float() * mask).sum(dim=1)
+        return self._scalar(last)[:, 0], summed / mask.sum(dim=1).clamp(min=1)
+
     def reference_and_reward(
         self, sequences: Sequences, temperature: float = 1.0, lm_rows: int | None = None
     ) -> tuple[Tensor, Tensor]:

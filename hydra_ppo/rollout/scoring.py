@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from hydra_ppo.errors import NonFiniteError
 from hydra_ppo.experience import Experience
@@ -57,3 +58,35 @@ def reward_scores(
         if not math.isfinite(value):
             raise NonFiniteError(f"score of response {row} is {value}; use a wider model.dtype, or an earlier checkpoint.")
     return found
+
+
+@torch.no_grad()
+def scores_and_means(
+    model: HydraModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    eos_ids: Sequence[int],
+    *,
+    pad_id: int,
+    rows: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """Return scores (N,) and the mean final hidden state over each response's tokens (N, H), fp32 on the CPU, from one pass.
+
+    Arguments as of `reward_scores`.
+    """
+    was_training = model.training
+    model.eval()
+    experience = Experience.from_lists(prompts, responses, pad_id, model.device)
+    scores = torch.zeros(len(prompts))
+    means = torch.zeros(len(prompts), model.architecture.hidden_size)
+    try:
+        with model.role("reward"):
+            for group in experience.split(rows):
+                check_stop()
+                sequences = ending_alike(experience.select(group).sequences(), eos_ids)
+                found, mean = model.scores_and_means(sequences)
+                index = torch.tensor(group)
+                scores[index], means[index] = found.cpu(), mean.cpu()
+    finally:
+        model.train(was_training)
+    return scores, means
