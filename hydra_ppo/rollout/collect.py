@@ -67,7 +67,7 @@ def collect_experience(
             rank 0 alone.
 
     Returns:
-        The rows, with the scores (B,) of the reward head.
+        The rows, with the scores (B,) of the reward head, and those of its members where there are several.
 
     Memory: the KV cache while sampling; afterwards five (B, R) tensors.
     """
@@ -135,6 +135,7 @@ def score(
     with allocating("experience"):
         ref_logprobs, old_values, recomputed = (torch.zeros(shape, device=model.device) for _ in range(3))
         scores = torch.zeros(shape[0], device=model.device)
+        members = torch.zeros(shape[0], model.reward_heads, device=model.device) if model.reward_heads > 1 else None
         trunk = _room_for_trunk(model, experience, settings) if world.size == 1 else None
     measured = set(_longest(experience, MEASURED)) if settings.measures_drift and not settings.recomputes else set()
     groups = experience.split(world.rows_at_once(len(experience), settings.score_batch_size))
@@ -150,7 +151,12 @@ def score(
         index = torch.tensor(rows, device=model.device)
         width = part.response_ids.shape[1]
         with model.taking_trunk() as states:
-            found, scored = model.reference_and_reward(sequences, settings.temperature)
+            if members is None:
+                found, scored = model.reference_and_reward(sequences, settings.temperature)
+            else:
+                found, scored, each = model.reference_and_members(sequences, settings.temperature)
+                if counts:
+                    members[index] = each
         if counts:
             ref_logprobs[index, :width], scores[index] = found, scored
         del found, scored
@@ -182,7 +188,7 @@ def score(
 
     world.together(lambda: _each(run, world.share(groups, tokens)), f"scoring {len(groups)} groups")
     # The rows of others are zeros here, so a sum gathers them, and to the last bit.
-    world.sum([ref_logprobs, scores, old_values, *([recomputed] if again else [])])
+    world.sum([ref_logprobs, scores, old_values, *([recomputed] if again else []), *([] if members is None else [members])])
     drift, recompute = None, settings.recomputes
     if measured:
         drift = _drift(experience, logprobs, recomputed, sorted(measured))
@@ -201,6 +207,7 @@ def score(
             ref_logprobs=ref_logprobs.masked_fill(outside, 0.0),
             old_values=old_values.masked_fill(outside, 0.0),
             scores=scores,
+            members=members,
             drift=drift,
         )
 
