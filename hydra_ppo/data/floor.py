@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
-from hydra_ppo.config.sft import FloorKind
+from hydra_ppo.config.settings import FloorKind
 from hydra_ppo.data.rows import PreferenceRow
 from hydra_ppo.errors import ConfigError
 
