@@ -117,6 +117,7 @@ class JointSFTTrainer:
 
         self.limits = Limits({"microbatch_size": config.microbatch_size}, model.device, lambda text: self.run.note(text))
         self.done = 0
+        self._heads_only = False
         self.seconds = 0.0
         self.best: Metrics = {}
         self.best_step: int | None = None
@@ -237,6 +238,7 @@ class JointSFTTrainer:
 
     def _step(self, step: int, rows: Sequence[PreferenceRow], microbatch_size: int) -> Metrics:
         config, counts = self.config, Counts.of(rows)
+        self._heads_only = step < config.floor_steps
         self.model.train()
         totals = torch.zeros(COUNT, device=self.model.device)
         self.scaler.scale(totals)  # which readies it, also where this process has no pair of the last few
@@ -344,7 +346,7 @@ class JointSFTTrainer:
             logprobs, found = model.reference_and_readings(sequences, lm_rows=real, columns=read)
         elif ranked:
             with model.role("reward"):  # where all are floor pairs, the heads alone learn
-                found = model.readings(sequences, read, heads_only=real == 0 and self.done < config.floor_steps)
+                found = model.readings(sequences, read, heads_only=real == 0 and self._heads_only)
         else:
             with model.role("reference"):
                 logprobs = model.logprobs(sequences).logprobs

@@ -294,7 +294,6 @@ def test_first_steps_train_the_heads_alone():
     batches = list(trainer.batches.after(0))
     for step, batch in enumerate(batches[:2]):
         found = trainer.step(step, batch)
-        trainer.done += 1
         assert found["loss/sft"] is None
         assert found["train/reward_accuracy"] is None
         assert 0 <= found["train/floor_accuracy"] <= 1
@@ -308,11 +307,11 @@ def test_first_steps_train_the_heads_alone():
 
 
 def test_floor_pairs_are_learned():
-    kinds = ["shuffled", "repeated", "random-tokens"]  # an answer to another prompt is as good here
+    kinds = ["shuffled", "truncated"]  # an answer to another prompt is as good here
     config = sft_config(floor_share=0.5, floor_kinds=kinds, reward_heads=3, epochs=20, sft_coef=0.0)
     trainer = trainer_for(config)
     metrics = [trainer.step(step, batch) for step, batch in enumerate(trainer.batches.after(0))]
-    assert sum(m["train/floor_accuracy"] for m in metrics[-5:]) / 5 > 0.9
+    assert sum(m["train/floor_accuracy"] for m in metrics[-20:]) / 20 > 0.9
 
 
 # -- what is told, and what is refused
