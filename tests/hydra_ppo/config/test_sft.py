@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import yaml
 
+from hydra_ppo.cli.main import main
 from hydra_ppo.config.settings import RewardSource
 from hydra_ppo.errors import ConfigError
+from tests.faults.project import make_project, ppo_settings, records, sft_settings, write
 from tests.training import sft_config
 
+DOCS = Path(__file__).parents[3] / "docs"
 READ = "has nothing to do with"
 
 
@@ -70,3 +77,21 @@ def test_aggregates_that_make_no_sense(source, line):
     with pytest.raises(ConfigError) as error:
         RewardSource(**source)
     assert line in str(error.value)
+
+
+BLOCKS = re.findall(r"```yaml\n# (sft|ppo)[^\n]*\n(.*?)```", (DOCS / "reward-models.md").read_text(), flags=re.S)
+
+
+@pytest.mark.parametrize(("command", "block"), [block for block in BLOCKS if block[0] == "sft"])
+def test_the_examples_of_the_docs_run(command, block, tmp_path):
+    folder = make_project(tmp_path)
+    rows = [json.loads(line) | {"margin": 0.5} for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = yaml.safe_load(block)
+    made = sft_settings(folder, "sft", **given, max_steps=given.get("floor_steps", 0) + 1)
+    assert main([command, write(tmp_path / "sft.yaml", made)]) == 0
+    (ppo,) = [yaml.safe_load(text) for name, text in BLOCKS if name == "ppo"]
+    if given.get("reward_heads", 1) > 1:
+        made = ppo_settings(folder, "ppo", steps=1) | ppo | {"model": {"name_or_path": str(folder / "sft")}}
+        assert main(["ppo", write(tmp_path / "ppo.yaml", made)]) == 0
+        assert records(folder / "ppo")[0]["reward/head/spread"] > 0
