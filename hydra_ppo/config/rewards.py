@@ -35,6 +35,11 @@ class RewardSource:
     )
     timeout: float = setting(60.0, "http: seconds that a server may be silent.")
     retries: int = setting(4, "http: how often a request that failed is sent again, after 1, 2, 4, ... seconds.")
+    aggregate: Literal["mean", "minimum", "variance", "lcb"] = setting(
+        "mean",
+        "head: what several reward heads say together: mean, minimum, mean - coef * variance, mean - coef * deviation (lcb).",
+    )
+    aggregate_coef: float = setting(0.1, "head: the coef of variance and lcb.")
 
     def __post_init__(self) -> None:
         if self.kind == "classifier":
@@ -49,7 +54,10 @@ class RewardSource:
             raise ConfigError(f"target={self.target!r} is not of the form package.module:function; write it so.")
         self._check_kinds()
         positive(self, "max_tokens", "batch_size", "timeout")
-        not_negative(self, "retries")
+        not_negative(self, "retries", "aggregate_coef")
+        unread = self.aggregate in ("mean", "minimum") and self.aggregate_coef != RewardSource.aggregate_coef
+        rule = f"has nothing to do with aggregate={self.aggregate!r}"
+        check(self, "aggregate_coef", not unread, rule, "use aggregate='variance' or 'lcb', or leave aggregate_coef out")
         rule = "is not made of letters, digits, '.', '_' and '-'"
         named = self.name is None or re.fullmatch(r"[\w.-]+", self.name) is not None
         check(self, "name", named, rule, "choose a short name")
@@ -57,6 +65,7 @@ class RewardSource:
     def _check_kinds(self) -> None:
         """Refuse what another kind of source takes and this one would pass over."""
         taken = {"classifier": {"label", "dtype", "quantization", "max_tokens", "batch_size"}}
+        taken["head"] = {"aggregate", "aggregate_coef"}
         taken["http"] = {"label", "batch_size", "timeout", "retries"}
         for member in fields(self):
             if member.name in ("kind", "target", "weight", "name") or member.name in taken.get(self.kind, ()):

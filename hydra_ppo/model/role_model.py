@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock, get_ident
-from typing import Any, NoReturn, Self, cast
+from typing import Any, Self, TypeVar
 
 import torch
 from peft import PeftModel
@@ -21,21 +21,18 @@ from hydra_ppo.errors import RoleError, UnsupportedModelError
 from hydra_ppo.experience import Sequences
 from hydra_ppo.model.adapters import AdapterSwitch, adapter_parameters
 from hydra_ppo.model.architecture import Architecture, keep_quantised_layers_trainable
+from hydra_ppo.model.heads import Heads, Readings, expected_rewards, mean_score, read_all
 from hydra_ppo.model.positions import rope_limit
+from hydra_ppo.model.refusing import Refusing
 from hydra_ppo.model.roles import Role, Stage
+
+Read = TypeVar("Read")
 
 _ENTERING = Lock()
 """Held while a role is entered. None of a model's own: a model can be copied and pickled."""
 
 
-class Heads(nn.ModuleDict):
-    """The scalar heads by name, each (..., H) -> (..., 1) in fp32."""
-
-    def __getitem__(self, name: str) -> nn.Linear:
-        return cast(nn.Linear, super().__getitem__(name))
-
-
-class RoleModel(nn.Module):
+class RoleModel(Refusing):
     """A base with adapters and scalar heads, and a table that says what each role uses of them.
 
     `HydraModel` builds one. Here is what it does once it stands: which parameters receive gradients, which role is in
@@ -45,7 +42,7 @@ class RoleModel(nn.Module):
         architecture: where the parts of the base are.
         base: the same base, adapters of all roles injected.
         stage: roles, and which of them are trained.
-        heads: a linear layer (H -> 1, fp32) for each scalar head.
+        heads: a linear layer (fp32) for each scalar head, see `heads`.
         trunk_layers: adapters sit on the decoder layers above this many.
         packing: whether to run rows end to end where the attention can.
         autocast: compute type of a base that is itself trained; None where the base has its own.
@@ -91,6 +88,16 @@ class RoleModel(nn.Module):
         self.enable_checkpointing(False)
         self.eval()
 
+    @property
+    def reward_heads(self) -> int:
+        """How many members the reward head has."""
+        return self.heads["reward"].out_features
+
+    @property
+    def expects(self) -> bool:
+        """Whether scores are what is above the reward that is to be expected of a prompt."""
+        return "expected" in self.heads
+
     # -- gradients and checkpointing ---------------------------------------------------------------------------------
 
     @property
@@ -118,7 +125,8 @@ class RoleModel(nn.Module):
             named = dict(self.base.named_parameters()) if self.stage.tunes_base else {}
         named = {f"{role}.{name}": p for name, p in named.items()}
         if spec.head != "lm":
-            named |= {f"{role}.{spec.head}_head.{name}": p for name, p in self.heads[spec.head].named_parameters()}
+            read = [spec.head, *(["expected"] if spec.head == "reward" and self.expects else [])]
+            named |= {f"{role}.{head}_head.{name}": p for head in read for name, p in self.heads[head].named_parameters()}
         return named
 
     def enable_checkpointing(self, enabled: bool = True, use_reentrant: bool = False, offload: bool | None = None) -> None:
@@ -165,44 +173,6 @@ class RoleModel(nn.Module):
         self.base.eval()
         keep_quantised_layers_trainable(self)
         return self
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the model to a device. Its types stay: adapters and heads are fp32, the base is of the type it was loaded in.
-
-        Raises:
-            RoleError: when asked for another type.
-        """
-        _, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None:
-            self._refuse_type(dtype)
-        return super().to(*args, **kwargs)
-
-    def _refuse_type(self, dtype: torch.dtype) -> NoReturn:
-        raise RoleError(
-            f"dtype={dtype} would round adapters and heads, which train in fp32; choose model.dtype when the model is loaded."
-        )
-
-    def half(self) -> Self:
-        """Refuse, as `to` does."""
-        self._refuse_type(torch.float16)
-
-    def bfloat16(self) -> Self:
-        """Refuse, as `to` does."""
-        self._refuse_type(torch.bfloat16)
-
-    def forward(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse: what a pass computes depends on the role, and on what is wanted of it."""
-        raise RoleError(
-            "forward: the shared base is one model in each role; call logprobs, values, rewards or hidden_states inside "
-            "`with model.role(...)`, or make views (hydra_ppo.views), which are called as models are."
-        )
-
-    def compile(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse: a module's forward pass is compiled, and the passes of roles are methods, so nothing would happen."""
-        raise RoleError(
-            "compile of the whole would change nothing, since the passes of roles are methods of it; compile its layers: "
-            "for layer in model.architecture.layers: layer.compile()."
-        )
 
     # -- roles -------------------------------------------------------------------------------------------------------
 
@@ -306,7 +276,10 @@ class RoleModel(nn.Module):
         return self._logprobs(self._states(sequences), sequences, temperature, entropy_grad)
 
     def values(self, sequences: Sequences) -> Tensor:
-        """Return (B, R) values of the state before each response token, in the current role (critic or reward)."""
+        """Return (B, R) values of the state before each response token, in the current role (critic or reward).
+
+        Of the reward model they are r, also where scores are what is above the expected reward.
+        """
         self._require_head("value", "reward")
         return self._scalar(self._states(sequences).at(sequences.state_positions()))
 
@@ -322,19 +295,39 @@ class RoleModel(nn.Module):
         self.value_range = None if bounds is None else (bounds[0], bounds[1])
 
     def scores(self, sequences: Sequences) -> Tensor:
-        """Return (B,) what the current role's scalar head says at the last response token."""
+        """Return (B,) what the current role's scalar head says at the last response token; of several members the mean.
+
+        Where there is a head for the expected reward, scores of the reward model are r(x, y) - e(x).
+        """
         self._require_head("value", "reward")
-        return self._scalar(self._states(sequences).at(sequences.last_positions()[:, None]))[:, 0]
+        return self._scores(self._states(sequences), sequences)
+
+    def members(self, sequences: Sequences) -> Tensor:
+        """Return (B, k) what each member of the reward head says, in a role that has it; `scores` is their mean."""
+        self._require_head("reward")
+        return self._members(self._states(sequences), sequences)
+
+    def readings(self, sequences: Sequences, columns: Tensor | None = None, heads_only: bool = False) -> Readings:
+        """Return what training reads of the reward heads, in a role that has them.
+
+        Args:
+            sequences: B rows.
+            columns: as of `heads.read_all`.
+            heads_only: let gradients end at the heads; the pass keeps nothing then.
+        """
+        self._require_head("reward")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not heads_only):
+            states = self._states(sequences)
+        return read_all(self.heads, states, sequences, columns)
 
     def scores_and_means(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Return (B,) what `scores` does, and (B, H) fp32 the mean state over each response's tokens, its last one included."""
         self._require_head("value", "reward")
         states = self._states(sequences)
-        last = states.at(sequences.last_positions()[:, None])
         mask = sequences.response_mask[..., None]
         after = (sequences.state_positions() + 1).clamp(max=sequences.input_ids.shape[1] - 1)
         summed = (states.at(after).float() * mask).sum(dim=1)
-        return self._scalar(last)[:, 0], summed / mask.sum(dim=1).clamp(min=1)
+        return self._scores(states, sequences), summed / mask.sum(dim=1).clamp(min=1)
 
     def reference_and_reward(
         self, sequences: Sequences, temperature: float = 1.0, lm_rows: int | None = None
@@ -351,13 +344,32 @@ class RoleModel(nn.Module):
 
         Memory: one (B, T, H) hidden state and the chunks of `token_logprobs`.
         """
+        return self._with_reference(sequences, temperature, lm_rows, lambda states: self._scores(states, sequences))
+
+    def reference_and_members(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute what `reference_and_reward` does, and from the same pass what each member says, (B, k)."""
+        ref_logprobs, (scores, members) = self._with_reference(
+            sequences, temperature, None, lambda states: (self._scores(states, sequences), self._members(states, sequences))
+        )
+        return ref_logprobs, scores, members
+
+    def reference_and_readings(
+        self, sequences: Sequences, lm_rows: int | None = None, columns: Tensor | None = None
+    ) -> tuple[Tensor, Readings]:
+        """Compute reference log-probs as `reference_and_reward` does, and `readings`, from the same pass."""
+        return self._with_reference(sequences, 1.0, lm_rows, lambda states: read_all(self.heads, states, sequences, columns))
+
+    def _with_reference(
+        self, sequences: Sequences, temperature: float, lm_rows: int | None, read: Callable[[States], Read]
+    ) -> tuple[Tensor, Read]:
+        """Return reference log-probs, and what `read` makes of the states of the reward role."""
         with self.role("reference"):
             states = self._states(sequences)
             ref_logprobs = self._logprobs(states, sequences.first(lm_rows), temperature, False).logprobs
         with self.role("reward"):
             if self.roles["reward"].adapter != self.roles["reference"].adapter:
-                return ref_logprobs, self.scores(sequences)
-            return ref_logprobs, self._scalar(states.at(sequences.last_positions()[:, None]))[:, 0]
+                states = self._states(sequences)
+            return ref_logprobs, read(states)
 
     @contextmanager
     def taking_trunk(self) -> Iterator[list[Tensor]]:
@@ -388,9 +400,21 @@ class RoleModel(nn.Module):
 
     def _scalar(self, hidden: Tensor) -> Tensor:
         assert self._role is not None
+        assert self._role is not None
         head = self.roles[self._role].head
-        found: Tensor = self.heads[head](hidden.float())[..., 0]
+        found = mean_score(self.heads[head], hidden)
         return found if head != "value" or self.value_range is None else bounded_values(found, *self.value_range)
+
+    def _scores(self, states: States, sequences: Sequences) -> Tensor:
+        found = self._scalar(states.at(sequences.last_positions()[:, None]))[:, 0]
+        assert self._role is not None
+        if self.expects and self.roles[self._role].head == "reward":
+            return found - expected_rewards(self.heads, states, sequences)
+        return found
+
+    def _members(self, states: States, sequences: Sequences) -> Tensor:
+        found = read_all(self.heads, states, sequences)
+        return found.members if found.expected is None else found.members - found.expected[:, None]
 
     def _require_head(self, *heads: str) -> None:
         head = self.roles[self._role].head if self._role is not None else None

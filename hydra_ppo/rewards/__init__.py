@@ -1,7 +1,7 @@
 """What a score is made of: reward sources, their sum, normalising and penalties.
 
 From outside: `scorer` (`Scorer`, `Scores`, `RunningMoments`, `check_source`), `responses` (what sources are given),
-`isolated` (which file a function is of, in its process).
+`isolated` (which file a function is of, in its process), `ensembles` (whether a model has the members that settings ask for).
 
 Never: the shared base; what the reward head says comes in as numbers.
 """

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from hydra_ppo.config.rewards import RewardSettings, RewardSource
 from hydra_ppo.errors import HydraError, RewardError
 from hydra_ppo.rewards.classifier import Classifier as _Classifier
 from hydra_ppo.rewards.classifier import check_classifier
+from hydra_ppo.rewards.ensembles import disagreement_parts, head_scores
 from hydra_ppo.rewards.functions import FunctionSource, place_of, what_it_said
 from hydra_ppo.rewards.isolated import FunctionFailed, IsolatedFunction
 from hydra_ppo.rewards.numbers import checked_numbers
@@ -122,17 +124,18 @@ class Scorer:
                 if source is not None:
                     source.check(columns)
 
-    def raw(self, head_scores: Sequence[float], prompts: Sequence[str], responses: Sequence[str], where: str) -> list[float]:
+    def raw(self, head: Sequence[float], prompts: Sequence[str], responses: Sequence[str], where: str) -> list[float]:
         """Return the weighted sum for texts that nothing else is known of; see `score`."""
-        return self.score(head_scores, Responses.of_text(prompts, responses), where).total
+        return self.score(head, Responses.of_text(prompts, responses), where).total
 
-    def score(self, head_scores: Sequence[float], responses: Responses, where: str) -> Scores:
+    def score(self, head: Sequence[float], responses: Responses, where: str, members: Tensor | None = None) -> Scores:
         """Return the weighted sum of the sources, one number per response, and what each source says.
 
         Args:
-            head_scores: the reward head's, used where it is a source.
+            head: the reward head's scores, used where it is a source.
             responses: what the other sources are given.
             where: step and phase, for error messages.
+            members: (B, k) of a reward head that has several; how far they are apart is told as parts that are not added up.
 
         Raises:
             RewardError: when a source raises, or returns anything but one number per response.
@@ -143,9 +146,10 @@ class Scorer:
         parts: dict[str, list[float]] = {}
         for settings, short, source in zip(self.settings.sources, self.names, self._sources, strict=True):
             name = _described(settings)
-            found = head_scores if source is None else self._asked(source, name, responses, where)
+            found = head_scores(settings, head, members) if source is None else self._asked(source, name, responses, where)
             values, pieces = _summed(found, len(responses), name, where)
             parts[short] = values
+            pieces |= disagreement_parts(members) if source is None else {}
             parts |= {f"{short}/{piece}": numbers for piece, numbers in pieces.items()}
             total = [sum_ + settings.weight * value for sum_, value in zip(total, values, strict=True)]
         return Scores(total, parts)

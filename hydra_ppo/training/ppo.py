@@ -34,6 +34,7 @@ from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.manifest import UNSCORED, UNTRAINED_HEAD
 from hydra_ppo.parallel.dealing import check_divides
 from hydra_ppo.parallel.world import ALONE, World
+from hydra_ppo.rewards.ensembles import check_aggregates
 from hydra_ppo.rewards.scorer import Scorer, Scores
 from hydra_ppo.rollout.collect import Passes, collect_experience
 from hydra_ppo.rollout.sampling import Samples, sample
@@ -118,6 +119,7 @@ class PPOTrainer:
         scorer = Scorer(config.reward, model.device, asks=world.is_main)
         if scorer.needs_head and not model.reward_head_trained:
             raise ConfigError(UNTRAINED_HEAD)
+        check_aggregates(config.reward, model.reward_heads)
         for held in (self.prompts, self.eval_prompts):
             scorer.check([row.columns for row in held])
         self.eos_ids = end_tokens(model, tokenizer, config.data.end_of_turn)
@@ -373,8 +375,9 @@ class PPOTrainer:
     ) -> tuple[Scores, list[float]]:
         """Return what the sources say, and the scores that PPO sees."""
         scorer = self.progress.scorer
-        given = experience.scores.tolist()
-        found = self.world.from_main(lambda: scorer.score(given, self.reading.responses(experience, rows), where), where)
+        given, members = experience.scores.tolist(), experience.members
+        read = self.reading.responses
+        found = self.world.from_main(lambda: scorer.score(given, read(experience, rows), where, members), where)
         return found, scorer.shape(found.total, self.reading.ended(experience)) if shape else found.total
 
     def _texts(self, experience: Experience, show: bool = False, ends: Sequence[int] = ()) -> list[str]:
