@@ -86,7 +86,7 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
         from hydra_ppo.rewards.scorer import check_source
         from hydra_ppo.training.ppo import PPOTrainer
 
-        for source in config.reward.sources if world.is_main else []:
+        for _, source in config.named_sources() if world.is_main else []:
             check_source(source, config.reward.isolation)  # what is wrong with it is known before a weight is read
         loaded = _load(config, load_prompts, "ppo", resume)
         if loaded is None:
@@ -217,6 +217,8 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
         from hydra_ppo.rewards.scorer import check_columns
 
         check_columns(config.reward, [row.columns for row in rows])
+        if (judges := config.evaluators) is not None:
+            check_columns(judges, [row.columns for row in eval_rows])
     model = load_model(config.model, train=stage)
     notes += check_lengths(config, model.causal_lm)
     identity = describe_run(config, tokenizer, rows, eval_rows) | {"begun": begun.isoformat()}

@@ -117,8 +117,8 @@ def _check_reward_sources(config: PPOConfig) -> list[tuple[str, str]]:
     from hydra_ppo.rewards.scorer import check_source
 
     found = []
-    for index, source in enumerate(config.reward.sources):
-        name = f"reward.sources[{index}].target"
+    for setting, source in config.named_sources():
+        name = f"{setting}.target"
         if source.kind == "classifier" and source.target:
             if (Path(source.target) / "hydra.json").is_file():
                 raise ConfigError(

@@ -9,6 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra_ppo.config.paths import SOURCES
 from hydra_ppo.config.reading import as_values, settings_of
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
 from hydra_ppo.data.ends import find_ends
@@ -110,9 +111,9 @@ def describe_run(
         digests |= _digests("base", base_folder(folder))
     if config.model.adapter is not None:
         digests |= _digests("adapter", config.model.adapter)
-    for index, source in enumerate(config.reward.sources if isinstance(config, PPOConfig) else []):
+    for setting, source in config.named_sources() if isinstance(config, PPOConfig) else []:
         if source.kind == "classifier" and source.target is not None:
-            digests |= _digests(_source(index), source.target)
+            digests |= _digests(setting, source.target)
     digests["tokenizer"] = tokenizer_digest(tokenizer)
     digests["the end of an answer"] = str(find_ends(tokenizer, end_of_turn=config.data.end_of_turn).turn)
     digests["data"] = rows_digest(rows, eval_rows)
@@ -143,10 +144,6 @@ def _digests(what: str, name_or_path: str) -> dict[str, str]:
     return {} if folder is None else {f"{what} {name}": digest for name, digest in model_digests(folder).items()}
 
 
-def _source(index: int) -> str:
-    return f"reward.sources[{index}]"
-
-
 def _without_known_paths(values: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
     """Return settings without the paths of what digests tell apart: where it lies, and how it is named, is free."""
     known = {name.split(" ")[0] for name in digests}
@@ -156,16 +153,17 @@ def _without_known_paths(values: Mapping[str, Any], digests: Mapping[str, str]) 
         group, _, setting = name.partition(".")
         if what in known and isinstance(inner := changed.get(group), dict):
             inner[setting] = None
-    sources = _at(changed, "reward.sources")
-    for index, source in enumerate(sources if isinstance(sources, list) else []):
-        if _source(index) in known and isinstance(source, dict):
-            source["target"] = None
+    for setting in SOURCES:
+        sources = _at(changed, setting)
+        for index, source in enumerate(sources if isinstance(sources, list) else []):
+            if f"{setting}[{index}]" in known and isinstance(source, dict):
+                source["target"] = None
     return changed
 
 
 def _reward_functions(config: PPOConfig) -> dict[str, str]:
     """Return digests of the modules that reward functions stand in, by target; of those that have a source."""
-    targets = [source.target for source in config.reward.sources if source.kind == "function" and source.target]
+    targets = [source.target for _, source in config.named_sources() if source.kind == "function" and source.target]
     found = {}
     for target in targets:
         if config.reward.isolation == "process":  # which imports it, and this process does not

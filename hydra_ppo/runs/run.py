@@ -123,7 +123,7 @@ class Run:
             else:
                 (folder / SUMMARY).unlink(missing_ok=True)
                 keep_steps(folder / METRICS, done)
-                keep_steps(folder / SAMPLES, max(done, sampled))
+                keep_steps(folder / SAMPLES, max(done, sampled), held_out=done)
             with run.storing(CONFIG):
                 write_whole(folder / CONFIG, _as_text(config, folder))
             run._start_trackers(values, done)
@@ -319,8 +319,12 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def keep_steps(path: Path, last: int) -> None:
-    """Drop records of later steps than `last`, and a line that was half written, from a file of JSON lines."""
+def keep_steps(path: Path, last: int, held_out: int | None = None) -> None:
+    """Drop records of later steps than `last`, and a line that was half written, from a file of JSON lines.
+
+    Args:
+        held_out: the last step of samples that come from an evaluation, where it is another.
+    """
     if not path.exists():
         return
     kept = []
@@ -330,7 +334,8 @@ def keep_steps(path: Path, last: int) -> None:
         except (ValueError, RecursionError):
             continue
         step = record.get("step", 0) if isinstance(record, dict) else None
-        if line.endswith(b"\n") and isinstance(step, int) and step <= last:
+        bound = last if held_out is None or not step or not record.get("held_out") else held_out
+        if line.endswith(b"\n") and isinstance(step, int) and step <= bound:
             kept.append(line)
     write_whole(path, b"".join(kept))
 

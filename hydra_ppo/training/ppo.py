@@ -16,7 +16,7 @@ The device is waited for at the sampler, which decides the lengths, and once a s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +44,7 @@ from hydra_ppo.runtime.host_memory import keep_freed_memory
 from hydra_ppo.runtime.interruption import StopRequested
 from hydra_ppo.runtime.memory import PhaseMemory
 from hydra_ppo.runtime.recorder import Recorder, Silent
+from hydra_ppo.training.held_out import compare_judged, evaluation, held_out_samples, numbers_of
 from hydra_ppo.training.in_step import end_step, keep_in_step
 from hydra_ppo.training.metrics import Metrics, measured
 from hydra_ppo.training.optim import build_optimizer, check_finite, state_tensors
@@ -51,6 +52,7 @@ from hydra_ppo.training.ppo_metrics import compare, reward_metrics, rollout_metr
 from hydra_ppo.training.ppo_reading import Reading
 from hydra_ppo.training.ppo_state import PartialStep, PPOState, PromptBatches
 from hydra_ppo.training.ppo_update import Updates, build_scaler, check_measured, optimizer_steps, with_advantages
+from hydra_ppo.training.response_metrics import shape_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,12 +108,17 @@ class PPOTrainer:
         self.save, self.sampler, self.on_phase, self.world = save, sampler, on_phase, world
         keep_in_step(world, model)
         scorer = Scorer(config.reward, model.device, asks=world.is_main)
-        if scorer.needs_head and not model.reward_head_trained:
+        self.judges = None if config.evaluators is None else Scorer(config.evaluators, model.device, asks=world.is_main)
+        if self.judges is not None and not self.eval_prompts:
+            raise ConfigError("eval_rewards judge answers to held-out prompts, and there are none; give some.")
+        reads_head = scorer.needs_head or (self.judges is not None and self.judges.needs_head)
+        if reads_head and not model.reward_head_trained:
             raise ConfigError(UNTRAINED_HEAD)
-        for held in (self.prompts, self.eval_prompts):
-            scorer.check([row.columns for row in held])
+        for asked, held in ((scorer, self.prompts), (scorer, self.eval_prompts), (self.judges, self.eval_prompts)):
+            if asked is not None:
+                asked.check([row.columns for row in held])
         self.eos_ids = end_tokens(model, tokenizer, config.data.end_of_turn)
-        settle_ends(model, tokenizer, self.eos_ids, reads_head=scorer.needs_head)
+        settle_ends(model, tokenizer, self.eos_ids, reads_head=reads_head)
         self.reading = Reading(tokenizer, config, self.eos_ids)
         self.never = unknown_ids(tokenizer, model.architecture.output_embeddings.weight.shape[0])
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
@@ -163,6 +170,8 @@ class PPOTrainer:
         try:
             if totals.before is None:
                 totals.before = totals.after = self.evaluate(0)
+            if self.sampled == 0:  # else the run's folder has it already
+                self._record(0, numbers_of(totals.before), totals.before)
             with self.run.progress(self.config.steps, "PPO") as advance:
                 advance(progress.done, "")
                 while progress.done < self.config.steps:
@@ -180,6 +189,7 @@ class PPOTrainer:
             "peak_bytes": max(totals.peaks.values(), default=None),
             "phase_peak_bytes": totals.peaks or None,
             **compare(totals.before, totals.after),
+            **compare_judged(totals.before, totals.after),
         }
 
     def _whole_step(self, step: int) -> Metrics:
@@ -195,9 +205,9 @@ class PPOTrainer:
         last = step == config.steps
         evaluated = last or (config.eval_every > 0 and step % config.eval_every == 0)
         found = self.evaluate(step) if evaluated else {}
-        metrics |= {k: v for k, v in found.items() if not isinstance(v, list)}
+        metrics |= numbers_of(found)
         if evaluated or step % config.run.log_every == 0:
-            self.run.log(step, metrics)
+            self._record(step, metrics, found)
 
         totals.after = found or totals.after
         totals.responses += self._rows
@@ -213,6 +223,13 @@ class PPOTrainer:
         if last or due or (best and config.run.keep_best > 0):
             self.save(score)
         return metrics
+
+    def _record(self, step: int, metrics: Metrics, found: Mapping[str, Any]) -> None:
+        """Log what a step is measured by, and samples of its evaluation where evaluators judged it."""
+        if metrics:
+            self.run.log(step, metrics)
+        if samples := held_out_samples(found, [row.text for row in self.eval_prompts], self.config.minibatch_size):
+            self.run.samples(step, samples)
 
     @property
     def position(self) -> Position:
@@ -271,12 +288,16 @@ class PPOTrainer:
         progress = self.progress
         rows = next(progress.batches)
         experience = self._collect(rows, progress.sampler, f"step={step}", self._announce)
-        found, shaped = self._score(experience, rows, f"step={step} phase=score")
+        found = self._asked(progress.scorer, experience, rows, f"step={step} phase=score")
+        ended = self.reading.ended(experience)
+        shaped = progress.scorer.shape(found.total, ended)
         if step % self.config.sample_every == 0 or step == 1:
             self.run.samples(step, self.reading.samples(experience, rows, found, self.config.minibatch_size))
         cap = self.config.rollout.weight_cap
         metrics = rollout_metrics(experience, found.total, shaped, progress.kl_coef, self.eos_ids, cap)
         metrics |= reward_metrics(found.parts)
+        most = self.config.rollout.max_new_tokens
+        metrics |= shape_metrics(experience, found.total, ended, self.eos_ids, most, self._decoded_together)
         check_measured(f"step={step} phase=rollout", metrics, progress.scaler)
         with allocating("experience"):
             scores = torch.tensor(shaped, device=self.model.device)
@@ -295,30 +316,18 @@ class PPOTrainer:
     # -- around the loop ---------------------------------------------------------------------------------------------
 
     def evaluate(self, step: int) -> dict[str, Any]:
-        """Sample the held-out prompts and score them; {} without held-out prompts.
-
-        Returns:
-            eval/scores (mean), eval/kl (nats per response), eval/response_length, eval/eos_rate, eval/repeated_4grams, each
-            reward source as eval/reward/name; and `scores`, `responses` row by row.
-        """
+        """Sample the held-out prompts and score them, by `held_out.evaluation`; {} without held-out prompts."""
         if not self.eval_prompts:
             return {}
         generator = torch.Generator(self.model.device).manual_seed(EVAL_SEED)
         # A reward function may draw random numbers; training must not depend on when it was last evaluated.
         with random_sources.kept():
             experience = self._collect(self.eval_prompts, generator, f"step={step} evaluation")
-            scores, raw = self._score(experience, self.eval_prompts, f"step={step} phase=evaluation", shape=False)
-        found = rollout_metrics(experience, raw, raw, 0.0, self.eos_ids)
-        return {
-            "eval/scores": found["objective/scores"],
-            "eval/kl": found["objective/kl"],
-            "eval/response_length": found["rollout/response_length"],
-            "eval/eos_rate": found["rollout/eos_rate"],
-            "eval/repeated_4grams": found["rollout/repeated_4grams"],
-            **reward_metrics(scores.parts, "eval/"),
-            "scores": raw,
-            "responses": self.reading.read(experience),
-        }
+            where, rows = f"step={step} phase=evaluation", self.eval_prompts
+            scores = self._asked(self.progress.scorer, experience, rows, where)
+            judges = None if self.judges is None else self._asked(self.judges, experience, rows, where)
+        ended, texts = self.reading.ended(experience), self.reading.read(experience)
+        return evaluation(experience, scores, judges, ended, texts, self.eos_ids, self.config.rollout.max_new_tokens)
 
     def _collect(
         self,
@@ -348,14 +357,18 @@ class PPOTrainer:
         """Responses of a step."""
         return self.config.rollout.batch_size
 
-    def _score(
-        self, experience: ScoredExperience, rows: Sequence[PromptRow], where: str, shape: bool = True
-    ) -> tuple[Scores, list[float]]:
-        """Return what the sources say, and the scores that PPO sees."""
-        scorer = self.progress.scorer
+    def _asked(self, scorer: Scorer, experience: ScoredExperience, rows: Sequence[PromptRow], where: str) -> Scores:
+        """Return what sources say; rank 0 asks them."""
         given = experience.scores.tolist()
-        found = self.world.from_main(lambda: scorer.score(given, self.reading.responses(experience, rows), where), where)
-        return found, scorer.shape(found.total, self.reading.ended(experience)) if shape else found.total
+        return self.world.from_main(lambda: scorer.score(given, self.reading.responses(experience, rows), where), where)
+
+    @property
+    def _decoded_together(self) -> int | None:
+        """Rows of a decode batch; None where another sampler decides."""
+        if getattr(self.sampler, "func", self.sampler) is not sample:
+            return None
+        size = min(self.progress.limits.sizes["rollout.generation_batch_size"], self._rows)
+        return self.world.rows_at_once(self._rows, size)
 
     def _texts(self, experience: Experience, show: bool = False, ends: Sequence[int] = ()) -> list[str]:
         return self.reading.texts(experience, show, ends)

@@ -22,6 +22,7 @@ from hydra_ppo.runtime.exhaustion import Limits
 from hydra_ppo.training.away import send_away
 from hydra_ppo.training.metrics import Metrics
 from hydra_ppo.training.optim import load_optimizer, save_optimizer
+from hydra_ppo.training.ppo_metrics import POLICY
 
 
 class PromptBatches:
@@ -216,7 +217,8 @@ def _partial(
         experience,
         metrics=saved["metrics"],
         optimizer_steps=saved["optimizer_steps"],
-        actor_stats=[torch.tensor(row, device=model.device) for row in saved["actor_stats"]],
+        # Checkpoints of before there was a largest ratio have rows without; 0 is never the largest.
+        actor_stats=[torch.tensor([*row, 0.0][: len(POLICY)], device=model.device) for row in saved["actor_stats"]],
         critic_stats=[torch.tensor(row, device=model.device) for row in saved["critic_stats"]],
         stopped=saved["stopped"],
         seconds=saved["seconds"],

@@ -35,7 +35,7 @@ from hydra_ppo.runtime.interruption import check_stop
 from hydra_ppo.training.away import bring_back, send_away
 from hydra_ppo.training.metrics import Metrics
 from hydra_ppo.training.optim import clip_gradients, fresh_scaler
-from hydra_ppo.training.ppo_metrics import POLICY, VALUE, mean_of
+from hydra_ppo.training.ppo_metrics import POLICY, VALUE, mean_of, spikes
 from hydra_ppo.training.ppo_state import PartialStep, PPOState
 
 
@@ -108,7 +108,8 @@ class Updates:
             for number, row in enumerate(rows, 1):
                 where = f"step={step} phase=update, optimizer step {number}"
                 check_measured(where, dict(zip(names, row, strict=True)), state.scaler)
-        return mean_of(policy, POLICY) | mean_of(value, VALUE) | {"policy/stopped_early": float(part.stopped)}
+        stopped = {"policy/stopped_early": float(part.stopped)}
+        return mean_of(policy, POLICY) | spikes(policy) | mean_of(value, VALUE) | stopped
 
     def _micro_batches(self, minibatch: FinishedExperience, size: int) -> Iterator[tuple[FinishedExperience, bool]]:
         """Yield the micro-batches that this process does, and whether each counts."""
@@ -126,18 +127,19 @@ class Updates:
         config, device = self.config, self.model.device
         count = minibatch.response_mask.sum()
         policy, value = torch.zeros(5, device=device), torch.zeros(2, device=device)
+        largest = self._no_largest()
         stopped = part.stopped
 
         def backward() -> None:
             for micro, counts in self._micro_batches(minibatch, microbatch_size):
                 if train_actor and not stopped:
                     self.on_phase("update-actor")
-                    policy.add_(self.actor_backward(micro, count, counts))
+                    policy.add_(self.actor_backward(micro, count, counts, largest))
                 self.on_phase("update-critic")
                 value.add_(self.critic_backward(micro, count, counts))
 
         self.world.together(backward, f"{where}, microbatch_size={microbatch_size}")
-        self.world.sum_gradients(dict.fromkeys(self.actor_parameters + self.critic_parameters), [policy, value])
+        self.world.sum_gradients(dict.fromkeys(self.actor_parameters + self.critic_parameters), [policy, value, largest])
         # Reading the KL waits for the device, so only who asks for the early stop pays for it.
         if config.target_kl is not None and train_actor and not stopped and policy[1].item() > config.target_kl:
             stopped = True
@@ -147,7 +149,7 @@ class Updates:
         norms = self.world.alike(self.optimizer_step, where)
         self.state.schedule.step()
         if train_actor and not stopped:
-            part.actor_stats.append(torch.cat([policy, norms[:1]]))
+            part.actor_stats.append(torch.cat([policy, norms[:1], largest.amax(dim=0, keepdim=True)]))
         part.critic_stats.append(torch.cat([value, norms[1:]]))
         part.stopped = stopped
         part.optimizer_steps += 1
@@ -170,33 +172,47 @@ class Updates:
         config, actor = self.config, role == "actor"
         count = minibatch.response_mask.sum()
         measured = torch.zeros(6 if actor else 3, device=self.model.device)  # the last is the norm
+        largest = self._no_largest()
 
         def backward() -> None:
             for micro, counts in self._micro_batches(minibatch, microbatch_size):
                 self.on_phase(f"update-{role}")
-                measured[:-1] += (self.actor_backward if actor else self.critic_backward)(micro, count, counts)
+                if actor:
+                    measured[:-1] += self.actor_backward(micro, count, counts, largest)
+                else:
+                    measured[:-1] += self.critic_backward(micro, count, counts)
 
         self.world.together(backward, f"{where}, {role}, microbatch_size={microbatch_size}")
-        self.world.sum_gradients(self.parameters[role], [measured])
+        self.world.sum_gradients(self.parameters[role], [measured, largest])
         if actor and config.target_kl is not None and measured[1].item() > config.target_kl:
             part.stopped = True
             self.state.optimizer.zero_grad(set_to_none=True)
             return
         self.on_phase("optimizer")
+        row = torch.cat([measured, largest.amax(dim=0, keepdim=True)]) if actor else measured
         norm = self.world.alike(partial(self.optimizer_step, [role]), where)
-        measured[-1:].copy_(norm)  # allocates nothing: where memory ran out from here on, the step would be done twice
-        (part.actor_stats if actor else part.critic_stats).append(measured)
+        row[len(measured) - 1].copy_(
+            norm[0]
+        )  # allocates nothing: where memory ran out from here on, the step would be done twice
+        (part.actor_stats if actor else part.critic_stats).append(row)
 
     def _drop_gradients(self) -> None:
         """Forget what a failed minibatch left behind."""
         self.state.optimizer.zero_grad(set_to_none=True)
         self.state.scaler = fresh_scaler(self.state.scaler, self.model.device)
 
-    def actor_backward(self, micro: FinishedExperience, count: Tensor, counts: bool = True) -> Tensor:
+    def _no_largest(self) -> Tensor:
+        """Return room for the largest ratio that each process finds: one each, so that a sum gathers them."""
+        return torch.zeros(self.world.size, device=self.model.device)
+
+    def actor_backward(
+        self, micro: FinishedExperience, count: Tensor, counts: bool = True, largest: Tensor | None = None
+    ) -> Tensor:
         """Add the actor's gradients of one micro-batch; return (5,) loss, approx_kl, clip_frac, ratio, entropy.
 
         Args:
             counts: else zeros are added and returned, by the same passes.
+            largest: (processes,) the largest ratio of each so far; this one's is raised where a token here has a larger one.
         """
         config = self.config
         with self.model.role("actor"):
@@ -215,6 +231,10 @@ class Updates:
             self.state.scaler.scale(loss if counts else loss * 0.0).backward()
         if not counts:
             return torch.zeros(5, device=count.device)
+        if largest is not None:
+            apart = (found.logprobs.detach() - micro.old_logprobs).masked_fill(~micro.response_mask, -torch.inf)
+            own = largest[self.world.rank]
+            own.copy_(torch.maximum(own, apart.amax().exp()))
         return torch.stack([out.loss.detach(), out.approx_kl, out.clip_frac, out.ratio, entropy.detach()])
 
     def critic_backward(self, micro: FinishedExperience, count: Tensor, counts: bool = True) -> Tensor:

@@ -49,7 +49,8 @@ def assert_same(one, other):
 
 
 def metrics(ppo) -> list:
-    return [{k: v for k, v in found.items() if not k.startswith(("time", "memory"))} for _, found in ppo.run.steps]
+    steps = [found for step, found in ppo.run.steps if step]  # 0 is the evaluation before them
+    return [{k: v for k, v in found.items() if not k.startswith(("time", "memory"))} for found in steps]
 
 
 def whole_run(settings, **model):
