@@ -103,6 +103,8 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
         if found is not None:
             run, loaded, trainer = found
             summary = trainer.train()
+            if run is not None and trainer.stopped_by is not None:
+                run.note(f"step {summary['steps']} of {config.steps}: stopped by alarm {trainer.stopped_by}; --resume goes on")
             _save(run, loaded.model)
             _finish(run, summary)
     return folder

@@ -233,7 +233,7 @@ def _parse_object(parser: ArgumentParser, known: Mapping[str, Setting], flat: Ma
 
 def is_bare_choice(hint: Any, value: Any) -> bool:
     """Say whether a boolean stands where one of several words belongs."""
-    return isinstance(value, bool) and bool(choices(hint))
+    return isinstance(value, bool) and bool(choices(hint)) and bool not in get_args(hint)
 
 
 def _flag_values(known: Mapping[str, Setting], flags: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -279,7 +279,8 @@ def _type_error(name: str, hint: Any, value: Any, default: Any) -> ConfigError:
         remedy = "put all rows into one file" if name.startswith("data.") else "name one"
         return ConfigError(f"{name}={value!r} is a list, and takes one; {remedy}.")
     guess = nearest(str(value).strip("[]'\" "), words) if words else None
-    if guess is not None and get_origin(hint) is list and not isinstance(value, list) and str(value) in words:
+    takes_list = get_origin(hint) is list or bool in kinds
+    if guess is not None and takes_list and not isinstance(value, list) and str(value) in words:
         guess = None  # the right word, but not in a list
     remedy = f"did you mean {guess}?" if guess else f"{_write(hint, default)}."
     return ConfigError(f"{name}={value!r} is not {describe(hint)}; {remedy}")
@@ -287,7 +288,9 @@ def _type_error(name: str, hint: Any, value: Any, default: Any) -> ConfigError:
 
 def _write(hint: Any, default: Any) -> str:
     """Say what to write instead, with the default as the example where it shows the form."""
-    if (words := choices(hint)) and get_origin(hint) is list:
+    if (words := choices(hint)) and bool in get_args(hint):
+        return f"write true, false, or for example [{words[0]}]"
+    if words and get_origin(hint) is list:
         return f"write for example [{words[0]}]"
     if (inner := item_class(hint)) is not None:
         return "write for example [{kind: head}]" if fields(inner)[0].name == "kind" else "write a list"

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from hydra_ppo.training.joint_sft import JointSFTTrainer
     from hydra_ppo.training.ppo import PPOTrainer
 
+SINCE = ("watch",)
+"""What trainers save that checkpoints of earlier versions lack; theirs is what a run begins with."""
 LENGTHS = ("steps", "epochs", "max_steps")
 FREE = (
     *LENGTHS,
@@ -42,7 +44,7 @@ FREE = (
     "model.checkpoint_offload",
     *(f"rollout.vllm.{name}" for name in ("urls", "model", "adapter_folder", "timeout", "retries")),
 )
-"""Settings that may change between two parts of a run, besides those of `run` other than its seed."""
+"""Settings that may change between two parts of a run, besides those of `monitor`, and of `run` other than its seed."""
 ALIKE = {"optimizer.name": ("adamw", "adamw-offloaded")}
 """Values of a setting that give the same bits and checkpoints: one may take the other's place."""
 
@@ -87,6 +89,7 @@ def why_unreadable(
 
     try:
         state = checkpoint.state()
+        state.values = {name: like[name] for name in SINCE if name in like} | state.values
         problem = why_unlike(state.values, like)
         if problem is None:
             read_trained(model, checkpoint.folder)
@@ -229,7 +232,7 @@ def _length_problems(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now:
 
 
 def _is_free(name: str) -> bool:
-    return name in FREE or (name.startswith("run.") and name != "run.seed")
+    return name in FREE or name.startswith("monitor.") or (name.startswith("run.") and name != "run.seed")
 
 
 def _at(values: Any, name: str, missing: Any = None) -> Any:

@@ -11,6 +11,7 @@ from hydra_ppo.config.fields import not_negative as _not_negative
 from hydra_ppo.config.fields import positive as _positive
 from hydra_ppo.config.fields import setting
 from hydra_ppo.config.model import ModelSettings
+from hydra_ppo.config.monitor import MonitorSettings
 from hydra_ppo.config.rewards import RewardSettings, RewardSource, check_evaluators
 from hydra_ppo.config.rollout import RolloutSettings
 from hydra_ppo.config.running import OptimizerSettings, RunSettings
@@ -70,6 +71,7 @@ class PPOConfig:
         "Rewards that judge the held-out answers beside the score and never enter training: what shows whether a score that "
         "rises means anything. Written as reward.sources are.",
     )
+    monitor: MonitorSettings = setting(MonitorSettings, "What the run watches itself for.")
     update_order: Literal["together", "in-turn"] = setting(
         "together",
         "Step actor and critic together, or in-turn: the actor, then the critic, so that one role's gradients exist at a time. "
@@ -86,6 +88,12 @@ class PPOConfig:
             raise ConfigError(
                 "eval_rewards judge answers to held-out prompts, and data.eval=None with data.eval_fraction=0.0 holds none; "
                 "name data.eval, or choose for example data.eval_fraction=0.05."
+            )
+        stops = self.monitor.stop_on_alarm
+        if isinstance(stops, list) and "over_optimisation" in stops and not self.eval_rewards:
+            raise ConfigError(
+                "monitor.stop_on_alarm names over_optimisation, which is seen by eval_rewards, and there are none; name an "
+                "independent reward there, or leave it out."
             )
         rows = self.rollout.batch_size
         if rows % self.minibatch_size:

@@ -5,6 +5,7 @@
     config.yaml     every setting; loads back as a config; paths are relative to the folder
     metrics.jsonl   one object per logged step: step, time (seconds since the epoch), metrics (null: not measured)
     samples.jsonl   one object per recorded sample: step and what the trainer gives
+    alarms.jsonl    one object per alarm: step, name, line, numbers; there where one was raised
     state.json      command, state (starting, running, finished, failed, interrupted), pid, times, versions, error
     .lock           held by the process that writes the folder
     log.txt         what was printed
@@ -40,7 +41,7 @@ from hydra_ppo.config.paths import MARK, for_folder
 from hydra_ppo.config.reading import as_values, render_yaml
 from hydra_ppo.config.settings import PPOConfig, RunSettings, SFTConfig
 from hydra_ppo.errors import ConfigError, StorageError
-from hydra_ppo.runs.contents import CONFIG, LOG, METRICS, SAMPLES, STATE, SUMMARY, clear, set_aside
+from hydra_ppo.runs.contents import ALARMS, CONFIG, LOG, METRICS, SAMPLES, STATE, SUMMARY, clear, set_aside
 from hydra_ppo.runs.folder import STARTING, check_output, is_starting, lock, read_state
 from hydra_ppo.runtime.files import sync, write_whole
 from hydra_ppo.runtime.interruption import StopRequested
@@ -123,6 +124,7 @@ class Run:
             else:
                 (folder / SUMMARY).unlink(missing_ok=True)
                 keep_steps(folder / METRICS, done)
+                keep_steps(folder / ALARMS, done)
                 keep_steps(folder / SAMPLES, max(done, sampled), held_out=done)
             with run.storing(CONFIG):
                 write_whole(folder / CONFIG, _as_text(config, folder))
@@ -164,6 +166,11 @@ class Run:
             shown = f"{score:.3f}" if isinstance(score, float) else "-" if score is None else str(score)
             table.add_row(Text(_shorten(row.get("prompt"))), Text(_shorten(row.get("response"))), shown)
         self._console.print(table)
+
+    def alarm(self, step: int, name: str, line: str, values: Mapping[str, float | None]) -> None:
+        """Append one line to ``alarms.jsonl`` and note it."""
+        self._append(ALARMS, {"step": step, "name": name, "line": line, **values})
+        self.note(f"alarm at step {step}, {name}: {line}")
 
     @contextmanager
     def progress(self, total: int, description: str) -> Iterator[Callable[[int, str], None]]:
@@ -256,7 +263,7 @@ class Run:
 
     def flush(self) -> None:
         """See that what was written so far is on the disk."""
-        for name in (METRICS, SAMPLES):
+        for name in (METRICS, SAMPLES, ALARMS):
             if (self.folder / name).exists():
                 sync(self.folder / name)
 

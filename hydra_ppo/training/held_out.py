@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hydra_ppo.algorithms.trends import paired
 from hydra_ppo.experience import ScoredExperience
 from hydra_ppo.rewards.scorer import Scores
 from hydra_ppo.training.metrics import Metrics
-from hydra_ppo.training.ppo_metrics import mean_gain, reward_metrics, rollout_metrics
+from hydra_ppo.training.ppo_metrics import reward_metrics, rollout_metrics
 from hydra_ppo.training.response_metrics import text_metrics
 
 
@@ -111,6 +112,6 @@ def compare_judged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[
 
 
 def _compared(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
-    gain, error = mean_gain(before, after)
+    gain, error = paired(before, after)
     count = len(before)
     return {"before": math.fsum(before) / count, "after": math.fsum(after) / count, "gain": gain, "gain_se": error}

@@ -77,6 +77,7 @@ class PPOTrainer:
 
     Attributes:
         progress: what the run has come to.
+        stopped_by: the alarm that ended the run before its last step, as `monitor.stop_on_alarm` says; None where none did.
         updates: the updates of a step.
 
     Memory: beyond the model, gradients and moments (see `optim.build_optimizer`) of the two adapters and the value head.
@@ -124,6 +125,7 @@ class PPOTrainer:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self.memory = PhaseMemory(model, model.device, config.run.memory)
         self.progress = self._begin(scorer)
+        self.stopped_by: str | None = None
         self.updates = Updates(model, config, self.progress, self._announce, world)
         self._begun = time.perf_counter()
 
@@ -170,11 +172,12 @@ class PPOTrainer:
         try:
             if totals.before is None:
                 totals.before = totals.after = self.evaluate(0)
+                progress.watch.look(self.config.monitor, 0, {}, totals.before, self._rows)
             if self.sampled == 0:  # else the run's folder has it already
                 self._record(0, numbers_of(totals.before), totals.before)
             with self.run.progress(self.config.steps, "PPO") as advance:
                 advance(progress.done, "")
-                while progress.done < self.config.steps:
+                while progress.done < self.config.steps and self.stopped_by is None:
                     metrics = self._whole_step(progress.done + 1)
                     advance(1, f"score {metrics['objective/scores']:.3f}  KL {metrics['objective/kl']:.2f}")
         except (StopRequested, ServerError):
@@ -183,13 +186,15 @@ class PPOTrainer:
             self.save(None)
             raise
         return {
-            "steps": self.config.steps,
+            "steps": progress.done,
             "seconds": totals.seconds,
             "responses_per_second": totals.responses / totals.seconds,
             "peak_bytes": max(totals.peaks.values(), default=None),
             "phase_peak_bytes": totals.peaks or None,
             **compare(totals.before, totals.after),
             **compare_judged(totals.before, totals.after),
+            "alarms": progress.watch.raised,
+            "stopped_by": self.stopped_by,
         }
 
     def _whole_step(self, step: int) -> Metrics:
@@ -203,12 +208,25 @@ class PPOTrainer:
         metrics |= self._throughput(metrics, seconds) | self.memory.metrics()
         metrics |= end_step(self.world, [*self.updates.actor_parameters, *self.updates.critic_parameters], f"step={step}")
         last = step == config.steps
-        evaluated = last or (config.eval_every > 0 and step % config.eval_every == 0)
-        found = self.evaluate(step) if evaluated else {}
+        scheduled = config.eval_every > 0 and step % config.eval_every == 0
+        found = self.evaluate(step) if last or scheduled else {}
         metrics |= numbers_of(found)
-        if evaluated or step % config.run.log_every == 0:
+        watch = progress.watch.copy()  # what a stop during the evaluation below must not have seen twice
+        alarms = watch.look(config.monitor, step, metrics, found, self._rows, keep=scheduled)
+        stops = [alarm.name for alarm in alarms if config.monitor.stops_at(alarm.name) and not last]
+        if config.monitor.stop_on_alarm:
+            self.stopped_by = self.world.from_main(lambda: stops[0] if stops else None, f"step={step} alarms")
+        if self.stopped_by is not None and not found:
+            found = self.evaluate(step)
+            metrics |= numbers_of(found)
+        if config.monitor.enabled:
+            metrics["alarms"] = float(len(watch.on))
+        if found or alarms or last or step % config.run.log_every == 0:
             self._record(step, metrics, found)
+        for alarm in alarms:
+            self.run.alarm(step, alarm.name, alarm.line, alarm.values)
 
+        progress.watch = watch
         totals.after = found or totals.after
         totals.responses += self._rows
         totals.seconds += seconds
@@ -220,7 +238,7 @@ class PPOTrainer:
         if best:
             totals.best_score = score
         due = config.run.save_every > 0 and step % config.run.save_every == 0
-        if last or due or (best and config.run.keep_best > 0):
+        if last or due or self.stopped_by is not None or (best and config.run.keep_best > 0):
             self.save(score)
         return metrics
 

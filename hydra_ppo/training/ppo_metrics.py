@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hydra_ppo.algorithms.losses import importance_weights, logprob_drift
 from hydra_ppo.algorithms.masked import masked_mean
+from hydra_ppo.algorithms.trends import paired
 from hydra_ppo.experience import ScoredExperience
 from hydra_ppo.training.metrics import Metrics
 
@@ -108,19 +109,11 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     return {
         "eval_scores_before": before["eval/scores"],
         "eval_scores_after": after["eval/scores"],
-        "eval_scores_gain_se": mean_gain(before["scores"], after["scores"])[1],
+        "eval_scores_gain_se": paired(before["scores"], after["scores"])[1],
         "eval_kl": after["eval/kl"],
         "eval_repeated_4grams_before": before["eval/repeated_4grams"],
         "eval_repeated_4grams_after": after["eval/repeated_4grams"],
     }
-
-
-def mean_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Return the mean difference, prompt by prompt, and its standard error (0 of a single one)."""
-    gains = [b - a for a, b in zip(before, after, strict=True)]
-    mean = sum(gains) / len(gains)
-    variance = sum((g - mean) ** 2 for g in gains) / max(len(gains) - 1, 1)
-    return mean, math.sqrt(variance / len(gains))
 
 
 def mean_of(rows: Sequence[Sequence[float]], names: Sequence[str]) -> Metrics:

@@ -21,6 +21,7 @@ from hydra_ppo.runtime import random_sources
 from hydra_ppo.runtime.exhaustion import Limits
 from hydra_ppo.training.away import send_away
 from hydra_ppo.training.metrics import Metrics
+from hydra_ppo.training.monitor import Watch
 from hydra_ppo.training.optim import load_optimizer, save_optimizer
 from hydra_ppo.training.ppo_metrics import POLICY
 
@@ -103,6 +104,7 @@ class PPOState:
         done: steps done.
         partial: the step that is being updated on, None outside of the updates.
         totals: sums over the steps done.
+        watch: the history that alarms look back over.
         sources: what `capture` found when the step began, or its updates where those have begun.
         moments_leave: the optimizer's state is in host memory outside of the updates.
     """
@@ -120,6 +122,7 @@ class PPOState:
     done: int = 0
     partial: PartialStep | None = None
     totals: Totals = field(default_factory=Totals)
+    watch: Watch = field(default_factory=Watch)
     sources: TrainerState = field(default_factory=TrainerState)
     moments_leave: bool = False
 
@@ -157,6 +160,7 @@ class PPOState:
             "schedule": schedule,
             "scaler": self.scaler.state_dict(),
             "totals": asdict(self.totals),
+            "watch": self.watch.save(),
             "limits": self.limits.sizes,
             "partial": None,
         }
@@ -189,6 +193,7 @@ class PPOState:
         self.scaler.load_state_dict(values["scaler"])
         self.done = values["done"]
         self.totals = Totals(**values["totals"])
+        self.watch = Watch.load(values["watch"])
         self.limits.sizes |= values["limits"]
         sources = values["sources"]
         self.kl_coef = sources["kl_coef"]
