@@ -106,8 +106,10 @@ def format_help(config_class: type, command: str) -> str:
     return make_parser(config_class, command).format_help()
 
 
-def parse(config_class: type[Config], command: str, argv: Sequence[str]) -> Request[Config]:
-    """Parse ``argv`` (after the command) into a config.
+def parse(
+    config_class: type[Config], command: str, argv: Sequence[str], content: Mapping[str, Any] | None = None
+) -> Request[Config]:
+    """Parse ``argv`` (after the command) into a config; ``content`` are settings in place of a file that ``argv`` names.
 
     With ``--help`` nothing is checked; with ``--print-config`` required settings may be missing.
 
@@ -118,7 +120,8 @@ def parse(config_class: type[Config], command: str, argv: Sequence[str]) -> Requ
     path, options, flags = _split(config_class, known, argv)
     if "--help" in options:
         return Request(None, options=options)
-    flat = flatten(read_settings(path), config_class) if path is not None else {}
+    content = read_settings(path) if path is not None else content
+    flat = flatten(content, config_class) if content is not None else {}
     flat = {name: value for name, value in flat.items() if value is not None or not known[name].required}
     written = deepcopy(flat)  # jsonargparse changes what it is given
     parser = make_parser(config_class, command)

@@ -191,7 +191,7 @@ def check_unchanged(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now: 
         # What was no setting yet when the checkpoint was written did what its default does now.
         was, is_ = _at(old, name, None if setting.required else setting.default), _at(new, name)
         alike = ALIKE.get(name, ())
-        if was != is_ and not _is_free(name) and not (was in alike and is_ in alike):
+        if was != is_ and not is_free(name) and not (was in alike and is_ in alike):
             found.append(f"{name} was {was!r}, is {is_!r}")
     for name in sorted(before["digests"].keys() | now["digests"].keys()):
         if before["digests"].get(name) != now["digests"].get(name):
@@ -231,7 +231,8 @@ def _length_problems(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now:
     return []
 
 
-def _is_free(name: str) -> bool:
+def is_free(name: str) -> bool:
+    """Say whether a setting may change between two parts of a run."""
     return name in FREE or name.startswith("monitor.") or (name.startswith("run.") and name != "run.seed")
 
 

@@ -3,8 +3,8 @@
 Nothing here reads a model or a device; given the same metrics it raises the same alarms. The history is part of the
 trainer's state, so a run that was stopped raises what one in a piece does.
 
-An alarm is raised when its sign appears, and again only after it has been off for more than a window of steps. What a window looks back over is full before
-an alarm that averages over it can be raised.
+An alarm is raised when its sign appears, and again only after it has been off for more than a window of steps. Those that
+average over a window are not raised before there is a whole one.
 """
 
 from __future__ import annotations
