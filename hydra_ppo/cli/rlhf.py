@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hydra_ppo.cli.rlhf_config import Plan
 
 TRAINED = ("sft", "ppo")
-SECTION_FLAGS = " --sft.NAME VALUE and --ppo.NAME VALUE change settings of a stage, which hydra-ppo sft --help and hydra-ppo ppo --help list."
+SECTION_FLAGS = " --sft.NAME VALUE and --ppo.NAME VALUE change settings of a stage; --help of hydra-ppo sft and ppo lists them."
 
 
 def rlhf(arguments: list[str]) -> None:
