@@ -13,8 +13,8 @@ trend   the diagnostic that Lambert and Calandra 2023 (arXiv 2311.00168) lead to
 
 A fall only shows once there is something to fall from, and a slope that is not above 0 proves nothing by itself; the lag is
 a test of means of several evaluations, so it is the first to see an evaluator that has stopped.
-Every evaluation is a new look, so p of what is said of the evaluator is multiplied by the number of evaluations so far; that
-of the lag besides by the spans that are tried, that of the fall by the evaluations that the best was chosen from (Bonferroni).
+Every evaluation is a new look, so p is multiplied by the number of looks so far; that of the lag besides by the spans
+that are tried, that of the fall by the evaluations that the best was chosen from (Bonferroni).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _fall(best: Evaluation, tried: int, recent: Sequence[Evaluation], significan
     now = recent[-1]
     if best.step >= now.step:
         return None
-    p = p_below(*paired(best.independent, now.independent)) * max(tried, 1) ** 2
+    p = p_below(*paired(best.independent, now.independent)) * tried * (tried + 1)
     # A score that fell too shows what happened by itself; one that is at its ceiling does not rise any more, and hides it.
     hidden = p_below(*paired(best.proxy, now.proxy)) > significance
     return ("fall", best, min(p, 1.0)) if p <= significance and hidden else None
@@ -115,10 +115,11 @@ def _fall(best: Evaluation, tried: int, recent: Sequence[Evaluation], significan
 
 def _lag(first: Evaluation, tried: int, recent: Sequence[Evaluation], significance: float) -> Found | None:
     spans = range(1, len(recent) // 2 + 1)
+    looks = len(spans) * (tried + 1)
     for half in reversed(spans):
         early, late = _pooled(recent[-2 * half : -half]), _pooled(recent[-half:])
         gain, error = paired(early.proxy, late.proxy)
-        if gain <= 0 or p_below(-gain, error) > significance or paired(early.independent, late.independent)[0] > 0:
+        if gain <= 0 or p_below(-gain, error) * looks > significance or paired(early.independent, late.independent)[0] > 0:
             continue
         before = paired(first.proxy, early.proxy)[0]
         if before <= 0:
@@ -126,7 +127,7 @@ def _lag(first: Evaluation, tried: int, recent: Sequence[Evaluation], significan
         # What the evaluator gains for a point of the score, late less early, times both gains of the score.
         rows = zip(first.independent, early.independent, late.independent, strict=True)
         slower = [(c - b) * before - (b - a) * gain for a, b, c in rows]
-        p = p_below(*paired([0.0] * len(slower), slower)) * len(spans) * max(tried, 1)
+        p = p_below(*paired([0.0] * len(slower), slower)) * looks
         if p <= significance:
             return "lag", recent[-2 * half], min(p, 1.0)
     return None
@@ -138,7 +139,7 @@ def _trend(tried: int, recent: Sequence[Evaluation], window: int, flat: int, sig
     if flat >= window // 2:
         return "trend", recent[0], None
     proxy, independent = zip(*(found.means for found in recent), strict=True)
-    down = mann_kendall(independent).p_down * max(tried, 1)
+    down = mann_kendall(independent).p_down * (tried + 1)
     rises = mann_kendall(proxy).p_up <= significance
     return ("trend", recent[0], down) if rises and down <= significance else None
 
