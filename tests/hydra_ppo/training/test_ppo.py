@@ -460,3 +460,30 @@ def test_a_step_that_was_stopped_between_its_minibatches_goes_on_from_its_state(
     again.train()
     for (name, one), other in zip(model.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("order", ["together", "in-turn"])
+def test_the_largest_ratio_is_that_of_any_token(order):
+    """One optimizer step on some rows, then the ratios of the others, token by token."""
+    model = hydra()
+    config = ppo_config(
+        reward=LOW_WORDS, ppo_epochs=1, minibatch_size=4, optimizer=OptimizerSettings(learning_rate=2e-2), update_order=order
+    )
+    ppo = trainer(model, config)
+    rows = finished_experience(model, config)
+    seen = []
+    real = Updates.actor_backward
+
+    def watched(self, micro, *arguments):
+        with torch.no_grad(), model.role("actor"):
+            found = model.logprobs(micro.sequences(), 1.0).logprobs
+        seen.append((found - micro.old_logprobs)[micro.response_mask].exp().max().item())
+        return real(self, micro, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Updates, "actor_backward", watched)
+        metrics = ppo.update(rows)
+    assert len(seen) == 4  # two minibatches of two micro-batches
+    assert metrics["policy/ratio_max"] == pytest.approx(max(seen), rel=1e-5)
+    assert metrics["policy/ratio_max"] > 1.05 > max(seen[:2])  # before the first step all are 1
+    assert metrics["policy/clip_frac_max"] >= metrics["policy/clip_frac"]
