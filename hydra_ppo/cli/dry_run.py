@@ -121,12 +121,17 @@ def check_data(
     return found[0], found[1]
 
 
-def _check_reward_sources(config: PPOConfig) -> list[tuple[str, str]]:
+def check_reward_sources(config: PPOConfig) -> list[tuple[str, str]]:
+    """Check what judges answers, in training and in evaluation; return what was found, by setting.
+
+    Raises:
+        ConfigError: naming the source.
+    """
     from hydra_ppo.rewards.scorer import check_source
 
     found = []
-    for index, source in enumerate(config.reward.sources):
-        name = f"reward.sources[{index}].target"
+    for setting, source in config.named_sources():
+        name = f"{setting}.target"
         if source.kind == "classifier" and source.target:
             if (Path(source.target) / "hydra.json").is_file():
                 raise ConfigError(
@@ -159,14 +164,23 @@ def check_files(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
     Raises:
         ConfigError: The first thing that would stop the run.
     """
+    check_device(config)
+    found = [("model.name_or_path", check_model("model.name_or_path", config.model.name_or_path))]
+    check_reachable("model.name_or_path", config.model.name_or_path)
+    found += check_contents(config)
+    return found + check_reward_sources(config) + check_servers(config) if isinstance(config, PPOConfig) else found
+
+
+def check_device(config: SFTConfig | PPOConfig) -> None:
+    """Refuse what is no device, and an optimizer that it cannot have.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
     device = config.model.device
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ConfigError(f"model.device={device!r} is not a device; use auto, cpu, cuda or cuda:N.")
     check_available(config.optimizer.name, _device_type(device, config.optimizer.name))
-    found = [("model.name_or_path", check_model("model.name_or_path", config.model.name_or_path))]
-    check_reachable("model.name_or_path", config.model.name_or_path)
-    found += check_contents(config)
-    return found + _check_reward_sources(config) + check_servers(config) if isinstance(config, PPOConfig) else found
 
 
 def _device_type(device: str, optimizer: str) -> str | None:

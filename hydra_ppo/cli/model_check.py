@@ -40,7 +40,9 @@ def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
     manifest = read_manifest(saved) if saved is not None else None
     if isinstance(config, SFTConfig):
         config.check_policy()
-    elif any(source.kind == "head" for source in config.reward.sources) and not (manifest and manifest["reward_head_trained"]):
+    elif any(source.kind == "head" for _, source in config.named_sources()) and not (
+        manifest and manifest["reward_head_trained"]
+    ):
         raise ConfigError(UNTRAINED_HEAD)
     elif config.rehearsal.data is not None and not (manifest and manifest["reward_head_trained"]):
         raise ConfigError(UNSCORED)
