@@ -219,6 +219,12 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
         from hydra_ppo.rewards.scorer import check_columns
 
         check_columns(config.reward, [row.columns for row in rows])
+    elif config.has_floor:
+        from hydra_ppo.data.floor import FloorPairs
+
+        FloorPairs(
+            rows, config.floor_kinds, config.run.seed
+        )  # what cannot be made of the rows is known before a weight is read
     model = load_model(config.model, train=stage, heads=head_plan(config))
     notes += check_lengths(config, model.causal_lm)
     identity = describe_run(config, tokenizer, rows, eval_rows) | {"begun": begun.isoformat()}
