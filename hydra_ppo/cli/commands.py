@@ -234,6 +234,11 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
         check_columns(config.reward, [row.columns for row in rows])
         if (judges := config.evaluators) is not None:
             check_columns(judges, [row.columns for row in eval_rows])
+    elif config.has_floor:
+        from hydra_ppo.data.floor import FloorPairs
+
+        # What cannot be made of the rows is known before a weight is read.
+        FloorPairs(rows, config.floor_kinds, config.run.seed)
     model = load_model(config.model, train=stage, heads=head_plan(config))
     notes += check_lengths(config, model.causal_lm)
     identity = describe_run(config, tokenizer, rows, eval_rows) | {"begun": begun.isoformat()}

@@ -121,6 +121,16 @@ def check_data(
     return found[0], found[1]
 
 
+def check_prompts(config: SFTConfig, prompts: list[Hashable]) -> None:
+    """Refuse answers to other prompts where there are none; what other corruptions make of the data shows in its tokens.
+
+    Raises:
+        ConfigError: as the run does before it reads a weight.
+    """
+    if config.has_floor and "other-prompt" in config.floor_kinds and len(set(prompts)) < 2:
+        raise ConfigError(f"floor_kinds={config.floor_kinds}: 'other-prompt' changes no answer of data.train; leave it out.")
+
+
 def check_reward_sources(config: PPOConfig) -> list[tuple[str, str]]:
     """Check what judges answers, in training and in evaluation; return what was found, by setting.
 
@@ -204,6 +214,8 @@ def dry_run(config: SFTConfig | PPOConfig, console: Console | None = None, *, re
     found = check_files(config)
     margins = isinstance(config, SFTConfig) and config.reward_loss == "margin"
     checked, checked_eval = check_data(config.data, kind, margins)
+    if isinstance(config, SFTConfig) and checked is not None:
+        check_prompts(config, checked.rows)
     train = None if checked is None else len(checked.rows)
     found.append(("data.train", _rows(checked, kind)))
     if config.data.eval is not None:

@@ -6,12 +6,13 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_ppo.cli.practice import sources
 from hydra_ppo.config.paths import SOURCES
-from hydra_ppo.config.reading import as_values, settings_of
+from hydra_ppo.config.reading import as_values, item_class, settings_of
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
 from hydra_ppo.data.ends import find_ends
 from hydra_ppo.errors import ConfigError
@@ -194,6 +195,7 @@ def check_unchanged(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now: 
     for name, setting in settings_of(type(config)).items():
         # What was no setting yet when the checkpoint was written did what its default does now.
         was, is_ = _at(old, name, None if setting.required else setting.default), _at(new, name)
+        was = _whole_items(was, setting.hint)
         alike = ALIKE.get(name, ())
         if was != is_ and not is_free(name) and not (was in alike and is_ in alike):
             found.append(f"{name} was {was!r}, is {is_!r}")
@@ -233,6 +235,15 @@ def _length_problems(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now:
             f"(optimizer.schedule={config.optimizer.schedule!r}, optimizer.warmup_fraction={config.optimizer.warmup_fraction})"
         ]
     return []
+
+
+def _whole_items(value: Any, hint: Any) -> Any:
+    """Return a list of small groups, such as reward.sources, in which what was no setting yet has its default."""
+    kind = item_class(hint)
+    if kind is None or not isinstance(value, list):
+        return value
+    defaults = {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+    return [defaults | item if isinstance(item, dict) else item for item in value]
 
 
 def is_free(name: str) -> bool:
