@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra_ppo.errors import DataError
 from hydra_ppo.runs.contents import ALARMS, METRICS
+from hydra_ppo.runs.series import series_of
+from hydra_ppo.runs.watch_plots import draw_monitor, draw_over_optimisation
 
 MIB = 2**20
 MEMORY_METRIC = re.compile(r"memory/(.+)_peak_bytes")
@@ -110,27 +111,12 @@ def plot_run(folder: Path) -> list[Path]:
     measured = {phase: peak / MIB for phase, peak in peaks.items() if peak is not None}
     if measured:
         written.append(_draw_memory(folder / "plots" / "memory.png", measured))
-    from hydra_ppo.runs.watch_plots import draw_monitor, draw_over_optimisation
-
     alarms = read_alarms(folder)
     drawn = (
         draw_monitor(records, alarms, folder / "plots" / "monitor.png"),
         draw_over_optimisation(records, alarms, folder / "plots" / "over_optimisation.png"),
     )
     return written + [path for path in drawn if path is not None]
-
-
-def series_of(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Return steps and values of a metric where it was measured."""
-    steps: list[float] = []
-    values: list[float] = []
-    for record in records:
-        value = record.get(name)
-        step = record.get("step", len(steps))
-        if isinstance(value, int | float) and math.isfinite(value) and isinstance(step, int | float):
-            steps.append(step)
-            values.append(value)
-    return steps, values
 
 
 def _figure(height: float = 3.6) -> tuple[Any, Any]:

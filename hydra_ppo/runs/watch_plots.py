@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra_ppo.runs.series import series_of
+
 PROXY, JUDGE, QUIET = "#1f5a96", "#d1702a", "#9db4cc"
 MARK = {"color": "#b02a2a", "linestyle": (0, (4, 3)), "linewidth": 0.8, "alpha": 0.8}
 
@@ -36,8 +38,6 @@ def draw_monitor(records: Records, alarms: Records, path: Path) -> Path | None:
     Returns:
         `path`; None where nothing of it was measured.
     """
-    from hydra_ppo.runs.plots import series_of
-
     if not any(series_of(records, name)[0] for name in OWN):
         return None
     panels = []

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from hydra_ppo.algorithms.trends import mann_kendall
-from hydra_ppo.config.monitor import MonitorSettings
+from hydra_ppo.config.settings import MonitorSettings
 from hydra_ppo.training.over_optimisation import Evaluation, find_sign, stands_still
 
 WATCHED = ("reward/length_r2", "policy/entropy", "value/explained_variance", "reward/head/spread")
