@@ -38,7 +38,7 @@ class MonitorSettings:
     stop_on_alarm: bool | list[AlarmName] = setting(
         False,
         "Stop as a finished run does, with everything saved, at any alarm (true) or at those named; --resume goes on, and "
-        "stops at the same alarm again only after it has been off for a window of steps.",
+        "stops at the same alarm again only after it has been off.",
     )
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from hydra_ppo.errors import DataError
 from hydra_ppo.runs.contents import ALARMS, METRICS
 from hydra_ppo.runs.series import series_of
+from hydra_ppo.runs.watch_plots import draw_monitor, draw_over_optimisation
 
 MIB = 2**20
 MEMORY_METRIC = re.compile(r"memory/(.+)_peak_bytes")
@@ -110,8 +111,6 @@ def plot_run(folder: Path) -> list[Path]:
     measured = {phase: peak / MIB for phase, peak in peaks.items() if peak is not None}
     if measured:
         written.append(_draw_memory(folder / "plots" / "memory.png", measured))
-    from hydra_ppo.runs.watch_plots import draw_monitor, draw_over_optimisation
-
     alarms = read_alarms(folder)
     drawn = (
         draw_monitor(records, alarms, folder / "plots" / "monitor.png"),

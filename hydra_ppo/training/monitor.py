@@ -3,8 +3,8 @@
 Nothing here reads a model or a device; given the same metrics it raises the same alarms. The history is part of the
 trainer's state, so a run that was stopped raises what one in a piece does.
 
-An alarm is raised when its sign appears, and again only after it has been off for more than a window of steps. Those that
-average over a window are not raised before there is a whole one.
+An alarm is raised when its sign appears, and again only after it has been off: that of the evaluator at an evaluation, others
+for more than a window of steps. Those that average over a window are not raised before there is a whole one.
 """
 
 from __future__ import annotations
@@ -119,11 +119,17 @@ class Watch:
             alarms += self._evaluated(settings, evaluation, keep)
         elif "over_optimisation" in self.on:  # until the next evaluation
             alarms.append(Alarm("over_optimisation", "", {}))
-        raised = [alarm for alarm in alarms if step - self.seen.get(alarm.name, -math.inf) > settings.window]
+        raised = [alarm for alarm in alarms if self._is_news(alarm.name, step, settings.window)]
         self.on = [alarm.name for alarm in alarms]
         self.seen = self.seen | dict.fromkeys(self.on, step)
         self.raised += [{"step": step, "name": alarm.name} for alarm in raised]
         return raised
+
+    def _is_news(self, name: str, step: int, window: int) -> bool:
+        """Say whether an alarm was off: at the last evaluation where those raise it, which are few, else for a window."""
+        if name == "over_optimisation":
+            return name not in self.on
+        return step - self.seen.get(name, -math.inf) > window
 
     def _evaluated(self, settings: MonitorSettings, now: Evaluation, keep: bool) -> list[Alarm]:
         recent = [*self.recent, now][-settings.window :]

@@ -70,6 +70,16 @@ def test_an_alarm_comes_again_only_after_a_window_without_it():
     assert raised(SETTINGS, spikes(2, 7)) == [(2, "ratio"), (7, "ratio")]
 
 
+def test_the_evaluators_alarm_comes_again_after_an_evaluation_without_it():
+    """Falls at 3 and 5; at 4 the score shows the fall. In between steps are not evaluated, and change nothing."""
+    watch, found = Watch(), evaluations([0.0, 1.0, 2.0, 2.1, 1.0, 2.1, 2.1], [0.0, 0.5, 1.0, 0.2, 0.2, 0.2, 0.2])
+    for number, one in enumerate(found):
+        watch.look(SETTINGS, 2 * number, {}, {"scores": one.proxy, "independent": one.independent}, 64)
+        watch.look(SETTINGS, 2 * number + 1, {}, {}, 64)
+    assert watch.raised == [{"step": step, "name": "over_optimisation"} for step in (6, 10)]
+    assert watch.on == ["over_optimisation"]
+
+
 def test_a_monitor_that_is_off_remembers_nothing():
     watch = Watch()
     assert watch.look(MonitorSettings(enabled=False), 1, {"policy/ratio_max": 99.0}, {}, 8) == []
