@@ -327,13 +327,31 @@ class RoleModel(nn.Module):
 
         Memory: one (B, T, H) hidden state and the chunks of `token_logprobs`.
         """
+        return self.reference_reward_and_ends(sequences, temperature, lm_rows)[:2]
+
+    def reference_reward_and_ends(
+        self, sequences: Sequences, temperature: float = 1.0, lm_rows: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what `reference_and_reward` does, and also return (B, H) fp32 the states that the scores were read from."""
         with self.role("reference"):
             states = self._states(sequences)
             ref_logprobs = self._logprobs(states, sequences.first(lm_rows), temperature, False).logprobs
         with self.role("reward"):
             if self.roles["reward"].adapter != self.roles["reference"].adapter:
-                return ref_logprobs, self.scores(sequences)
-            return ref_logprobs, self._scalar(states.at(sequences.last_positions()[:, None]))[:, 0]
+                states = self._states(sequences)
+            ends = states.at(sequences.last_positions()[:, None])  # (B, 1, H)
+            return ref_logprobs, self._scalar(ends)[:, 0], ends[:, 0].float()
+
+    def ends_and_means(self, sequences: Sequences, means: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return (B, H) fp32 the current role's final states at the last response token; where asked, their means over it."""
+        states = self._states(sequences)
+        ends = states.at(sequences.last_positions()[:, None])[:, 0].float()
+        if not means:
+            return ends, None
+        own = (sequences.state_positions() + 1).clamp(max=sequences.input_ids.shape[1] - 1)  # of each token, not before it
+        mask = sequences.response_mask[..., None]
+        total = states.at(own).float().masked_fill(~mask, 0.0).sum(dim=1)
+        return ends, total / mask.sum(dim=1).clamp(min=1)
 
     @contextmanager
     def taking_trunk(self) -> Iterator[list[Tensor]]:

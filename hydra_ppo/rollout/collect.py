@@ -48,6 +48,7 @@ def collect_experience(
     never: Sequence[int] = (),
     stopped: Callable[[Sequence[Sequence[int]]], list[bool]] | None = None,
     world: World = ALONE,
+    features: bool = False,
 ) -> ScoredExperience:
     """Sample a response to each prompt and score it in the three other roles.
 
@@ -65,6 +66,7 @@ def collect_experience(
         never, stopped: as of `sample`.
         world: the processes that share the work out; all get the whole result. A sampler that is not `sample` is asked by
             rank 0 alone.
+        features: as of `score`.
 
     Returns:
         The rows, with the scores (B,) of the reward head.
@@ -90,7 +92,7 @@ def collect_experience(
 
     def score_all(size: int) -> ScoredExperience:
         on_phase("score")
-        return score(model, experience, logprobs, replace(settings, score_batch_size=size), eos_ids, world)
+        return score(model, experience, logprobs, replace(settings, score_batch_size=size), eos_ids, world, features)
 
     samples = limits.fit(
         "rollout.generation_batch_size",
@@ -116,6 +118,7 @@ def score(
     settings: RolloutSettings,
     eos_ids: Sequence[int] = (),
     world: World = ALONE,
+    features: bool = False,
 ) -> ScoredExperience:
     """Find reference log-probs, scores and values: two passes over the base (three where log-probs are recomputed).
 
@@ -129,12 +132,14 @@ def score(
         logprobs: (B, R) of the sampled tokens under the actor, as the sampler had them, nats.
         eos_ids: tokens that end a response; a row that ends in one is scored as if it ended in the first.
         world: the processes that share the rows out; all get the whole result.
+        features: whether to keep the states that scores are read from, (B, H) fp32, which costs no pass.
     """
     model.eval()
     shape = experience.response_mask.shape
     with allocating("experience"):
         ref_logprobs, old_values, recomputed = (torch.zeros(shape, device=model.device) for _ in range(3))
         scores = torch.zeros(shape[0], device=model.device)
+        ends = torch.zeros(shape[0], model.architecture.hidden_size, device=model.device) if features else None
         trunk = _room_for_trunk(model, experience, settings) if world.size == 1 else None
     measured = set(_longest(experience, MEASURED)) if settings.measures_drift and not settings.recomputes else set()
     groups = experience.split(world.rows_at_once(len(experience), settings.score_batch_size))
@@ -150,7 +155,13 @@ def score(
         index = torch.tensor(rows, device=model.device)
         width = part.response_ids.shape[1]
         with model.taking_trunk() as states:
-            found, scored = model.reference_and_reward(sequences, settings.temperature)
+            if ends is None:
+                found, scored = model.reference_and_reward(sequences, settings.temperature)
+            else:
+                found, scored, read = model.reference_reward_and_ends(sequences, settings.temperature)
+                if counts:
+                    ends[index] = read
+                del read
         if counts:
             ref_logprobs[index, :width], scores[index] = found, scored
         del found, scored
@@ -182,7 +193,7 @@ def score(
 
     world.together(lambda: _each(run, world.share(groups, tokens)), f"scoring {len(groups)} groups")
     # The rows of others are zeros here, so a sum gathers them, and to the last bit.
-    world.sum([ref_logprobs, scores, old_values, *([recomputed] if again else [])])
+    world.sum([ref_logprobs, scores, old_values, *([recomputed] if again else []), *([] if ends is None else [ends])])
     drift, recompute = None, settings.recomputes
     if measured:
         drift = _drift(experience, logprobs, recomputed, sorted(measured))
@@ -202,6 +213,7 @@ def score(
             old_values=old_values.masked_fill(outside, 0.0),
             scores=scores,
             drift=drift,
+            features=ends,
         )
 
 
