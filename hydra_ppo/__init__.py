@@ -2,7 +2,7 @@
 
 From outside: the names in `__all__`; everything else at the home that its room's docstring names.
 
-Never: code. `errors`, `experience` and `functional` beside this file are the vocabulary that every room shares.
+Never: code. `errors` and `experience` beside this file, and the maths in `algorithms`, are the vocabulary of every room.
 """
 
 from importlib import import_module

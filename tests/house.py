@@ -16,7 +16,7 @@ from xml.sax.saxutils import escape
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    ("errors", "experience", "functional"),
+    ("errors", "experience", "algorithms"),
     ("config", "runtime", "compat"),
     ("parallel",),
     ("compute", "data"),

@@ -10,9 +10,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from hydra_ppo.algorithms.losses import logprob_drift
 from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.experience import Experience, ScoredExperience, Sequences
-from hydra_ppo.functional import logprob_drift
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.rollout.sampling import Samples, sample

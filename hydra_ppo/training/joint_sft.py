@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hydra_ppo.algorithms.preferences import ranking_loss
 from hydra_ppo.config.settings import SFTConfig
 from hydra_ppo.data.rows import PreferenceRow
 from hydra_ppo.errors import ConfigError, NonFiniteError
 from hydra_ppo.experience import Experience, split_by_length
-from hydra_ppo.functional import ranking_loss
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.parallel.dealing import check_divides
 from hydra_ppo.parallel.world import ALONE, World

@@ -21,18 +21,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hydra_ppo.algorithms.advantages import explained_variance
+from hydra_ppo.algorithms.penalties import adaptive_kl_coef
 from hydra_ppo.config.settings import PPOConfig
 from hydra_ppo.data.rows import PromptRow
-from hydra_ppo.data.text import StopStrings, answer_texts, unknown_ids
+from hydra_ppo.data.text import unknown_ids
 from hydra_ppo.errors import ConfigError, ServerError
 from hydra_ppo.experience import Experience, FinishedExperience, ScoredExperience
-from hydra_ppo.functional import adaptive_kl_coef, explained_variance
 from hydra_ppo.model.answers import end_tokens, settle_ends
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.manifest import UNTRAINED_HEAD
 from hydra_ppo.parallel.dealing import check_divides
 from hydra_ppo.parallel.world import ALONE, World
-from hydra_ppo.rewards.responses import Responses
 from hydra_ppo.rewards.scorer import Scorer, Scores
 from hydra_ppo.rollout.collect import collect_experience
 from hydra_ppo.rollout.sampling import Samples, sample
@@ -48,6 +48,7 @@ from hydra_ppo.training.in_step import end_step, keep_in_step
 from hydra_ppo.training.metrics import Metrics, measured
 from hydra_ppo.training.optim import build_optimizer, check_finite, state_tensors
 from hydra_ppo.training.ppo_metrics import compare, reward_metrics, rollout_metrics
+from hydra_ppo.training.ppo_reading import Reading
 from hydra_ppo.training.ppo_state import PartialStep, PPOState, PromptBatches
 from hydra_ppo.training.ppo_update import Updates, build_scaler, check_measured, optimizer_steps, with_advantages
 
@@ -111,7 +112,7 @@ class PPOTrainer:
             scorer.check([row.columns for row in held])
         self.eos_ids = end_tokens(model, tokenizer, config.data.end_of_turn)
         settle_ends(model, tokenizer, self.eos_ids, reads_head=scorer.needs_head)
-        self.stop = StopStrings(tokenizer, config.rollout.stop) if config.rollout.stop else None
+        self.reading = Reading(tokenizer, config, self.eos_ids)
         self.never = unknown_ids(tokenizer, model.architecture.output_embeddings.weight.shape[0])
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self.memory = PhaseMemory(model, model.device, config.run.memory)
@@ -272,7 +273,7 @@ class PPOTrainer:
         experience = self._collect(rows, progress.sampler, f"step={step}", self._announce)
         found, shaped = self._score(experience, rows, f"step={step} phase=score")
         if step % self.config.sample_every == 0 or step == 1:
-            self.run.samples(step, self._samples(experience, rows, found))
+            self.run.samples(step, self.reading.samples(experience, rows, found, self.config.minibatch_size))
         cap = self.config.rollout.weight_cap
         metrics = rollout_metrics(experience, found.total, shaped, progress.kl_coef, self.eos_ids, cap)
         metrics |= reward_metrics(found.parts)
@@ -316,7 +317,7 @@ class PPOTrainer:
             "eval/repeated_4grams": found["rollout/repeated_4grams"],
             **reward_metrics(scores.parts, "eval/"),
             "scores": raw,
-            "responses": self._read(experience),
+            "responses": self.reading.read(experience),
         }
 
     def _collect(
@@ -338,7 +339,7 @@ class PPOTrainer:
             limits=self.progress.limits,
             where=where,
             never=self.never,
-            stopped=self.stop,
+            stopped=self.reading.stop,
             world=self.world,
         )
 
@@ -353,41 +354,11 @@ class PPOTrainer:
         """Return what the sources say, and the scores that PPO sees."""
         scorer = self.progress.scorer
         given = experience.scores.tolist()
-        found = self.world.from_main(lambda: scorer.score(given, self._responses(experience, rows), where), where)
-        return found, scorer.shape(found.total, self._ended(experience)) if shape else found.total
-
-    def _responses(self, experience: ScoredExperience, rows: Sequence[PromptRow]) -> Responses:
-        """Return what reward sources are given."""
-        both = zip(experience.prompts(), experience.responses(), strict=True)
-        spelled = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return Responses(
-            prompts=[row.text for row in rows],
-            texts=self._read(experience),
-            conversations=[row.messages for row in rows],
-            columns=[row.columns for row in rows],
-            ended=self._ended(experience),
-            queries=self.tokenizer.batch_decode([[*prompt, *response] for prompt, response in both], **spelled),
-            begin=self.tokenizer.bos_token,
-        )
-
-    def _ended(self, experience: Experience) -> list[bool]:
-        """Return for each response whether it came to its end: an end token, or a string that stops it."""
-        ended = experience.ended(self.eos_ids)
-        if self.stop is not None:
-            ended = [a or b for a, b in zip(ended, self.stop(experience.responses()), strict=True)]
-        return ended
+        found = self.world.from_main(lambda: scorer.score(given, self.reading.responses(experience, rows), where), where)
+        return found, scorer.shape(found.total, self.reading.ended(experience)) if shape else found.total
 
     def _texts(self, experience: Experience, show: bool = False, ends: Sequence[int] = ()) -> list[str]:
-        return answer_texts(self.tokenizer, experience.prompts(), experience.responses(), show_special=show, ends=ends)
-
-    def _read(self, experience: Experience) -> list[str]:
-        """Return what reward sources read."""
-        return self._texts(experience, self.config.data.special_tokens == "show", self.eos_ids)
-
-    def _samples(self, experience: ScoredExperience, rows: Sequence[PromptRow], scores: Scores) -> list[dict[str, Any]]:
-        texts = self._texts(experience, show=True, ends=self.eos_ids)
-        each = list(zip(rows, texts, scores.total, scores.rows(), strict=True))[: self.config.minibatch_size]
-        return [{"prompt": row.text, "response": text, "score": score, "rewards": parts} for row, text, score, parts in each]
+        return self.reading.texts(experience, show, ends)
 
     def _throughput(self, metrics: Metrics, seconds: float) -> Metrics:
         return {

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hydra_ppo.algorithms.losses import importance_weights, logprob_drift
+from hydra_ppo.algorithms.masked import masked_mean
 from hydra_ppo.experience import ScoredExperience
-from hydra_ppo.functional import importance_weights, logprob_drift, masked_mean
 from hydra_ppo.training.metrics import Metrics
 
 POLICY = ("policy/loss", "policy/approx_kl", "policy/clip_frac", "policy/ratio", "policy/entropy", "policy/grad_norm")

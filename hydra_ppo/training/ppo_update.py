@@ -21,18 +21,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hydra_ppo.algorithms.advantages import gae
+from hydra_ppo.algorithms.losses import importance_weights, policy_loss, value_loss
+from hydra_ppo.algorithms.masked import masked_mean, whiten
+from hydra_ppo.algorithms.penalties import kl_penalised_rewards
 from hydra_ppo.config.settings import PPOConfig
 from hydra_ppo.errors import ConfigError, NonFiniteError
 from hydra_ppo.experience import FinishedExperience, ScoredExperience
-from hydra_ppo.functional import (
-    gae,
-    importance_weights,
-    kl_penalised_rewards,
-    masked_mean,
-    policy_loss,
-    value_loss,
-    whiten,
-)
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.runtime.announce import allocating

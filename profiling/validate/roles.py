@@ -16,9 +16,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hydra_ppo.algorithms.masked import masked_mean
 from hydra_ppo.config.settings import LoraSettings
 from hydra_ppo.experience import Experience
-from hydra_ppo.functional import masked_mean
 from hydra_ppo.model.adapters import adapter_parameters
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.loading import base_from_config

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from examples.real_model.instructions import TRAIN_TOPICS, instructions, messages
+from hydra_ppo.algorithms.losses import logprob_drift
 from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.experience import Experience
-from hydra_ppo.functional import logprob_drift
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rollout.decoder import Decoder, decoding_attention
 from hydra_ppo.rollout.sampling import sample

@@ -13,10 +13,10 @@ from typing import Any, Self
 
 import torch
 
+from hydra_ppo.algorithms.losses import logprob_drift
 from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.errors import ConfigError, ServerError
 from hydra_ppo.experience import Experience, ScoredExperience
-from hydra_ppo.functional import logprob_drift
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.loading import quantization_of
 from hydra_ppo.model.quantized_embeddings import embeddings_kind

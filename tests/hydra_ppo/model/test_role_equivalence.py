@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from hydra_ppo.algorithms.masked import masked_mean
 from hydra_ppo.compat import dtype_option, loads_quantised
 from hydra_ppo.errors import UnsupportedModelError
-from hydra_ppo.functional import masked_mean
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.loading import base_from_config, quantize_linears
 from tests.families import FAMILIES, experience, randomise

@@ -5,20 +5,11 @@ import math
 import pytest
 import torch
 
-from hydra_ppo.functional import (
-    adaptive_kl_coef,
-    explained_variance,
-    gae,
-    importance_weights,
-    kl_penalised_rewards,
-    kl_penalty,
-    logprob_drift,
-    masked_mean,
-    policy_loss,
-    ranking_loss,
-    value_loss,
-    whiten,
-)
+from hydra_ppo.algorithms.advantages import explained_variance, gae
+from hydra_ppo.algorithms.losses import importance_weights, logprob_drift, policy_loss, value_loss
+from hydra_ppo.algorithms.masked import masked_mean, whiten
+from hydra_ppo.algorithms.penalties import adaptive_kl_coef, kl_penalised_rewards, kl_penalty
+from hydra_ppo.algorithms.preferences import ranking_loss
 
 EXACT = 1e-6
 

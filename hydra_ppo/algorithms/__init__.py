@@ -1,0 +1,10 @@
+"""The maths of PPO and of reward models as pure functions of tensors.
+
+Letters used here and everywhere else in the package: B batch rows, P prompt tokens, R response tokens,
+T = P + R tokens, V vocabulary entries, H hidden units. Masks are bool, True where an entry counts.
+
+From outside: `masked` (means, whitening), `penalties` (KL), `advantages`, `losses` (of actor and critic), `preferences` (of
+reward models).
+
+Never: a tensor read on the host (`.item()`, `if tensor`, a shape that depends on data); modules, optimizers, settings.
+"""
