@@ -111,7 +111,7 @@ def describe_run(
     if config.model.adapter is not None:
         digests |= _digests("adapter", config.model.adapter)
     for index, source in enumerate(config.reward.sources if isinstance(config, PPOConfig) else []):
-        if source.kind == "classifier" and source.target is not None:
+        if source.kind in ("classifier", "head") and source.target is not None:
             digests |= _digests(_source(index), source.target)
     digests["tokenizer"] = tokenizer_digest(tokenizer)
     digests["the end of an answer"] = str(find_ends(tokenizer, end_of_turn=config.data.end_of_turn).turn)

@@ -13,7 +13,7 @@ from hydra_ppo.errors import ConfigError
 
 PATHS = ("model.name_or_path", "model.adapter", "data.train", "data.eval", "run.output")
 SOURCES = "reward.sources"
-"""Settings that may be paths, and the list of those whose `target` is one where their kind is classifier."""
+"""Settings that may be paths, and the list of those whose `target` is one where their kind is classifier or head."""
 
 MARK, THIS_FILE = "paths_are_relative_to", "this file"
 """Key and value that a run's own config begins with."""
@@ -81,7 +81,8 @@ def _with_paths(values: Mapping[str, Any], name: Callable[[str, str], str]) -> d
     group, leaf = SOURCES.split(".")
     inner = changed.get(group)
     for source in (inner.get(leaf) or []) if isinstance(inner, dict) else []:
-        if isinstance(source, dict) and source.get("kind") == "classifier" and isinstance(source.get("target"), str):
+        is_folder = isinstance(source, dict) and source.get("kind", "head") in ("classifier", "head")
+        if is_folder and isinstance(source.get("target"), str):
             source["target"] = name(SOURCES, source["target"])
     return changed
 

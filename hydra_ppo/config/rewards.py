@@ -15,10 +15,14 @@ class RewardSource:
     """One term of the score."""
 
     kind: Literal["head", "function", "classifier", "http"] = setting(
-        "head", "The model's own reward head, a Python function, a sequence classifier, or a server as OpenRLHF asks one."
+        "head",
+        "The model's own reward head or heads of hydra-ppo heads, a Python function, a sequence classifier, or a server as "
+        "OpenRLHF asks one.",
     )
     target: str | None = setting(
-        None, "function: package.module:function; classifier: model name or folder; http: the address of the server."
+        None,
+        "head: a folder of hydra-ppo heads, null is the model's own head; function: package.module:function; classifier: model "
+        "name or folder; http: the address of the server.",
     )
     weight: float = setting(1.0, "Factor of this term in the sum; one of 0 is logged all the same.")
     name: str | None = setting(None, "What metrics and samples call it; null is the function's name, else the kind.")
@@ -35,12 +39,23 @@ class RewardSource:
     )
     timeout: float = setting(60.0, "http: seconds that a server may be silent.")
     retries: int = setting(4, "http: how often a request that failed is sent again, after 1, 2, 4, ... seconds.")
+    aggregate: Literal["mean", "minimum", "variance", "lcb", "pessimism"] = setting(
+        "mean",
+        "head with a target: what its members say together. variance is mean - aggregate_coef * variance, lcb mean - "
+        "aggregate_coef * standard deviation; pessimism, of one-pass heads, takes off aggregate_coef * uncertainty.",
+    )
+    aggregate_coef: float = setting(0.1, "head with a target: factor of the penalty of variance, lcb and pessimism.")
 
     def __post_init__(self) -> None:
-        if self.kind == "classifier":
+        if self.kind in ("classifier", "head"):
             expand_home(self, "target")
-        if self.kind == "head" and self.target is not None:
-            raise ConfigError(f"target={self.target!r} does not go with kind='head'; leave target out.")
+        check(
+            self,
+            "target",
+            self.kind != "head" or self.target != "",
+            "is no folder",
+            "leave target out for the model's own head",
+        )
         if self.kind == "http" and not (self.target or "").startswith(("http://", "https://")):
             raise ConfigError(f"target={self.target!r} is not the address of a server; write http://host:port/path.")
         if self.kind != "head" and not self.target:
@@ -49,7 +64,7 @@ class RewardSource:
             raise ConfigError(f"target={self.target!r} is not of the form package.module:function; write it so.")
         self._check_kinds()
         positive(self, "max_tokens", "batch_size", "timeout")
-        not_negative(self, "retries")
+        not_negative(self, "retries", "aggregate_coef")
         rule = "is not made of letters, digits, '.', '_' and '-'"
         named = self.name is None or re.fullmatch(r"[\w.-]+", self.name) is not None
         check(self, "name", named, rule, "choose a short name")
@@ -58,6 +73,18 @@ class RewardSource:
         """Refuse what another kind of source takes and this one would pass over."""
         taken = {"classifier": {"label", "dtype", "quantization", "max_tokens", "batch_size"}}
         taken["http"] = {"label", "batch_size", "timeout", "retries"}
+        if self.kind == "head" and self.target is None and self.aggregate != "mean":
+            raise ConfigError(
+                f"aggregate={self.aggregate!r} needs several heads, and the model's own is one; name a folder "
+                "of hydra-ppo heads in target."
+            )
+        penalised = self.aggregate in ("variance", "lcb", "pessimism")
+        taken["head"] = {"aggregate", "aggregate_coef"} if penalised else {"aggregate"}
+        if self.kind == "head" and not penalised and self.aggregate_coef != 0.1:
+            raise ConfigError(
+                f"aggregate_coef={self.aggregate_coef!r} is not read with aggregate={self.aggregate!r}; leave it out, or "
+                "choose variance, lcb or pessimism."
+            )
         for member in fields(self):
             if member.name in ("kind", "target", "weight", "name") or member.name in taken.get(self.kind, ()):
                 continue

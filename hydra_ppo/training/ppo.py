@@ -31,6 +31,7 @@ from hydra_ppo.experience import Experience, FinishedExperience, ScoredExperienc
 from hydra_ppo.model.answers import end_tokens, settle_ends
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.manifest import UNTRAINED_HEAD
+from hydra_ppo.model.origin import origin_of
 from hydra_ppo.parallel.dealing import check_divides
 from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.rewards.scorer import Scorer, Scores
@@ -112,6 +113,8 @@ class PPOTrainer:
             scorer.check([row.columns for row in held])
         self.eos_ids = end_tokens(model, tokenizer, config.data.end_of_turn)
         settle_ends(model, tokenizer, self.eos_ids, reads_head=scorer.needs_head)
+        if scorer.heads:
+            scorer.check_origin(origin_of(model, self.eos_ids[0]))
         self.reading = Reading(tokenizer, config, self.eos_ids)
         self.never = unknown_ids(tokenizer, model.architecture.output_embeddings.weight.shape[0])
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
@@ -341,6 +344,7 @@ class PPOTrainer:
             never=self.never,
             stopped=self.reading.stop,
             world=self.world,
+            features=self.progress.scorer.needs_states,
         )
 
     @property
@@ -354,7 +358,8 @@ class PPOTrainer:
         """Return what the sources say, and the scores that PPO sees."""
         scorer = self.progress.scorer
         given = experience.scores.tolist()
-        found = self.world.from_main(lambda: scorer.score(given, self.reading.responses(experience, rows), where), where)
+        read, states = self.reading.responses, experience.features
+        found = self.world.from_main(lambda: scorer.score(given, read(experience, rows), where, states), where)
         return found, scorer.shape(found.total, self.reading.ended(experience)) if shape else found.total
 
     def _texts(self, experience: Experience, show: bool = False, ends: Sequence[int] = ()) -> list[str]:

@@ -202,7 +202,7 @@ BAD_YAML = [
     (
         "reward: {sources: {kind: head}}\n",
         "reward.sources={{'kind': 'head'}} is not a list of {{kind, target, weight, name, label, dtype, quantization, "
-        "max_tokens, batch_size, timeout, retries}}; write for example [{{kind: head}}].",
+        "max_tokens, batch_size, timeout, retries, aggregate, aggregate_coef}}; write for example [{{kind: head}}].",
     ),
     (
         "reward: {sources: [{weight: null}]}\n",

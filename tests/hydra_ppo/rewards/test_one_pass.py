@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hydra_ppo.algorithms.one_pass import OnePass, centred, pessimistic_scores
+from hydra_ppo.rewards.one_pass import OnePass, centred, pessimistic_scores
 
 
 def data(count: int, dim: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
