@@ -105,7 +105,7 @@ class FeatureWriter:
 
     Args:
         folder: new, empty, or begun by the same call.
-        identity: what decides the numbers: origin, digest of the rows, settings. A folder that was begun with another is refused.
+        identity: what decides the numbers: origin, digest of the rows, settings. A folder begun with another is refused.
         pairs: (N, 4), see `LABELLED`.
         rows: as they came, kept beside the states.
         hidden: H.
@@ -135,7 +135,7 @@ class FeatureWriter:
             if self.done == 0:
                 np.save(folder / PAIRS, pairs.astype(np.int32), allow_pickle=False)
                 with (folder / ROWS).open("w", encoding="utf-8") as file:
-                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                    file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
             mode, shape = "r+" if self.done else "w+", (len(pairs), 2, hidden)
             names = [STATES, *([MEANS] if means else [])]
             files = [np.lib.format.open_memmap(folder / n, mode=mode, dtype=np.float16, shape=shape) for n in names]

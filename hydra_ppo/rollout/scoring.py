@@ -71,7 +71,7 @@ def answer_states(
     rows: int = 16,
     means: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (N, H) fp32 the states of the reward role that `reward_scores` reads, on the host; where asked, means over answers.
+    """Return (N, H) fp32 the reward role's states that `reward_scores` reads, on the host; where asked, means over answers.
 
     Args:
         prompts, responses, eos_ids, pad_id, rows: as of `reward_scores`.
