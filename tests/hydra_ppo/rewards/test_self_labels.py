@@ -78,7 +78,7 @@ def test_it_never_ends_below_its_seed_by_more_than_an_error(seed):
 
 
 def poisoned(seed: int) -> np.ndarray:
-    """Labels in which a unit goes with the better answer by accident; in the pool it is all that counts, and the truth turned."""
+    """Labels in which a unit goes with the better answer by accident; in the pool it is what counts, and the truth turned."""
     states = data(seed, 1000).astype(np.float32)
     states[:40, 0, 5] += 3.0
     accident = np.random.default_rng(seed + 100).choice([-8.0, 8.0], size=(760, 2))
