@@ -177,8 +177,9 @@ class ScoredExperience(Experience):
         old_logprobs: (B, R) log-probs of the sampled tokens under the actor at sampling time, nats.
         sampler_logprobs: (B, R) what the sampler had, where old_logprobs were recomputed in a pass of their own.
         ref_logprobs: (B, R) the same under the reference.
-        old_values: (B, R) the critic's values of the state before each token.
+        old_values: (B, R) the critic's values of the state before each token; zeros where there is no critic.
         scores: (B,) scores of the responses.
+        after_last: (B,) the critic's values of the states after the last tokens, where they are wanted.
         drift: mean and largest |sampler - pass| in nats per token, where it was measured on some rows.
         features: (B, H) fp32 the reward role's final states where scores are read, where a reward source asks for them.
 
@@ -190,6 +191,7 @@ class ScoredExperience(Experience):
     ref_logprobs: Tensor
     old_values: Tensor
     scores: Tensor
+    after_last: Tensor | None = None
     drift: tuple[float, float] | None = None
     features: Tensor | None = None
 

@@ -4,7 +4,7 @@ Letters used here and everywhere else in the package: B batch rows, P prompt tok
 T = P + R tokens, V vocabulary entries, H hidden units. Masks are bool, True where an entry counts.
 
 From outside: `masked` (means, whitening), `penalties` (KL), `advantages`, `losses` (of actor and critic), `preferences` (of
-reward models), `ensembles` (k heads as one score), `calibration` (of scores on pairs).
+reward models), `ensembles` (k heads as one score), `calibration` (of scores on pairs), `clusters` (k-means).
 
 Never: a tensor read on the host (`.item()`, `if tensor`, a shape that depends on data); modules, optimizers, settings.
 """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hydra_ppo.algorithms.masked import masked_mean
+
+Averaging = Literal["tokens", "sequences", "longest"]
 
 
 class PolicyLoss(NamedTuple):
@@ -27,15 +29,21 @@ def policy_loss(
     clip_range: float,
     count: Tensor | None = None,
     weights: Tensor | None = None,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
     """Clipped surrogate loss.
 
-    ρ = exp(logprobs - old_logprobs);  loss = mean of max(-A ρ, -A clip(ρ, 1 - clip_range, 1 + clip_range)).
-    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7, with the sign of a loss.
+    ρ = exp(logprobs - old_logprobs);  loss = mean of max(-A ρ, -A clip(ρ, 1 - clip_range, 1 + clip_range_high)), and where
+    A < 0 at most -A dual_clip.
+    Sources: Schulman et al. 2017 (arXiv 1707.06347), equation 7, with the sign of a loss; a higher upper bound, DAPO, Yu et al.
+    2025 (arXiv 2503.14476), section 3.1; dual clip, Ye et al. 2020 (arXiv 1912.09729), equation 5.
 
     Args:
         logprobs, old_logprobs, advantages: (B, R).
         response_mask: (B, R) bool.
+        clip_range_high: None is `clip_range`.
+        dual_clip: above 1; None bounds nothing.
         count: () tokens of the whole minibatch; see `masked_mean`.
         weights: (B, R) of each token's loss, such as `importance_weights`; None is 1. The statistics are without them.
 
@@ -45,16 +53,42 @@ def policy_loss(
     """
     log_ratio = (logprobs - old_logprobs).masked_fill(~response_mask, 0.0)
     ratio = log_ratio.exp()
+    high = clip_range if clip_range_high is None else clip_range_high
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + high)
     with torch.no_grad():
         approx_kl = masked_mean(ratio - 1 - log_ratio, response_mask, count)
         clip_frac = masked_mean((clipped > unclipped).to(ratio.dtype), response_mask, count)
         mean_ratio = masked_mean(ratio, response_mask, count)
     losses = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
     if weights is not None:
         losses = losses * weights
     return PolicyLoss(masked_mean(losses, response_mask, count), approx_kl, clip_frac, mean_ratio)
+
+
+def averaging_weights(response_mask: Tensor, how: Averaging, rows: int, count: Tensor, longest: int) -> Tensor | None:
+    """Return the weight of each token that turns a mean over tokens into another average; None where it is that mean.
+
+    `sequences` is the mean over responses of the mean over each one's tokens; `longest` the sum over tokens divided by
+    responses times the longest length, so that a token weighs the same in any response and any batch.
+    Sources: by sequences, GRPO, Shao et al. 2024 (arXiv 2402.03300), equation 3; by tokens, DAPO, Yu et al. 2025 (arXiv
+    2503.14476), section 3.3; by the longest length, Dr.GRPO, Liu et al. 2025 (arXiv 2503.20783).
+
+    Args:
+        response_mask: (B, R) bool, of a micro-batch.
+        rows, count: responses and () tokens of the whole minibatch.
+        longest: tokens that a response may have.
+
+    Returns:
+        (B, R) or (B, 1), for `masked_mean` with `count` as its divisor.
+    """
+    if how == "tokens":
+        return None
+    if how == "longest":
+        return (count / (rows * longest)).expand(response_mask.shape[0], 1)
+    return count / (rows * response_mask.sum(dim=1, keepdim=True).clamp(min=1))
 
 
 def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:

@@ -88,7 +88,7 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
 
         for source in config.reward.sources if world.is_main else []:
             check_source(source, config.reward.isolation)  # what is wrong with it is known before a weight is read
-        loaded = _load(config, load_prompts, "ppo", resume)
+        loaded = _load(config, load_prompts, config.stage, resume)
         if loaded is None:
             return None
         sampling = Sampling(loaded.notes.append, world)

@@ -42,7 +42,7 @@ def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
         own = any(source.kind == "head" and source.target is None for source in config.reward.sources)
         if own and not (manifest and manifest["reward_head_trained"]):
             raise ConfigError(UNTRAINED_HEAD)
-    build_stage("ppo" if isinstance(config, PPOConfig) else config.stage, manifest["roles"] if manifest else {})
+    build_stage(config.stage, manifest["roles"] if manifest else {})
     if saved is not None:
         check_base(saved, base_folder(saved))
     if isinstance(config, PPOConfig):

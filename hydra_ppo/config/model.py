@@ -26,9 +26,13 @@ class LoraSettings:
         "anew, base and adapter added.",
     )
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
+    actor_rank: int | None = setting(
+        None, "ppo: rank of the actor's adapter, at the scale of the other ranks; null is that of what it starts from."
+    )
+    critic_rank: int | None = setting(None, "ppo: rank of the critic's adapter, likewise.")
 
     def __post_init__(self) -> None:
-        _positive(self, "r", "alpha")
+        _positive(self, "r", "alpha", "actor_rank", "critic_rank")
         _check(self, "target_modules", bool(self.target_modules), "names no layer", "use all-linear")
 
 

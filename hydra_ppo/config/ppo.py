@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hydra_ppo.config.advantage import check_advantage
 from hydra_ppo.config.data import DataSettings
+from hydra_ppo.config.fields import check as _check
 from hydra_ppo.config.fields import fraction as _fraction
 from hydra_ppo.config.fields import not_negative as _not_negative
 from hydra_ppo.config.fields import positive as _positive
@@ -21,8 +23,15 @@ from hydra_ppo.errors import ConfigError
 class KLSettings:
     """The penalty that keeps the actor near the reference."""
 
-    coef: float = setting(0.02, "Weight of the per-token KL in the reward (kl_coef).")
-    estimator: Literal["k1", "k3"] = setting("k1", "k1: log-ratio; k3: exp(-d) - 1 + d, never negative, lower variance.")
+    coef: float = setting(0.02, "Weight of the per-token penalty (kl_coef).")
+    estimator: Literal["none", "k1", "k3", "js", "js_unbiased", "squared"] = setting(
+        "k1",
+        "What is penalised, d being the log-ratio of actor and reference: k1 is d; k3 exp(-d) - 1 + d, never negative, lower "
+        "variance; squared d^2 / 2; js a bounded divergence that saturates, js_unbiased the same without bias; none nothing.",
+    )
+    place: Literal["reward", "loss"] = setting(
+        "reward", "Where the penalty goes: into the rewards of the rollout, or into the actor's loss, with its gradient."
+    )
     adaptive: bool = setting(False, "Steer the coefficient towards the target KL.")
     target: float = setting(6.0, "KL per response, in nats, that the adaptive coefficient aims at.")
     horizon: int = setting(10000, "Responses over which the adaptive coefficient reacts.")
@@ -30,6 +39,11 @@ class KLSettings:
     def __post_init__(self) -> None:
         _not_negative(self, "coef")
         _positive(self, "target", "horizon")
+        useless = self.place == "loss" and self.estimator == "k1"
+        rule = "in the loss has a gradient that is 0 on average"
+        _check(self, "estimator", not useless, rule, "use k3 or squared there, or place=reward")
+        steered = self.adaptive and self.estimator == "none"
+        _check(self, "adaptive", not steered, "steers a penalty, and estimator='none' has none", "choose an estimator")
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ class PPOConfig:
     run: RunSettings
     rollout: RolloutSettings = setting(RolloutSettings, "How responses are sampled.")
     reward: RewardSettings = setting(RewardSettings, "What the score is made of.")
-    kl: KLSettings = setting(KLSettings, "The KL penalty.")
+    kl: KLSettings = setting(KLSettings, "The penalty that keeps the actor near the reference.")
     optimizer: OptimizerSettings = setting(lambda: OptimizerSettings(learning_rate=5e-5), "AdamW and its schedule.")
     critic_learning_rate: float | None = setting(None, "Peak learning rate of the critic; null is the actor's.")
     steps: int = setting(100, "PPO steps: rollouts, each followed by its updates.")
@@ -51,17 +65,52 @@ class PPOConfig:
     microbatch_tokens: int | None = setting(
         None, "Most tokens, padding included, per forward and backward pass; null sets no limit."
     )
+    advantage: Literal["gae", "group", "rloo", "reinforce"] = setting(
+        "gae",
+        "gae: a critic; group: against the mean of the answers to the same prompt, as GRPO; rloo: against the mean of the "
+        "others of them; reinforce: against a running mean. All but gae have no critic in memory and make no pass for one.",
+    )
+    group_std: bool = setting(True, "group: divide by the standard deviation of the group; false is Dr.GRPO's form.")
+    variance_increase: Literal["off", "reference", "length", "uniform"] = setting(
+        "off",
+        "group, rloo: spread the scores of a group as far as mean, order and bounds allow (GRPOVI), answers weighted by the "
+        "reference's probability, by that per token, or alike.",
+    )
+    baseline_decay: float = setting(0.95, "reinforce: what a step leaves of the running mean of rewards.")
     gamma: float = setting(1.0, "Discount per token.")
     gae_lambda: float = setting(0.95, "Decay of generalised advantage estimation.")
-    whiten_advantages: bool = setting(True, "Give the advantages of a rollout mean 0 and variance 1.")
+    actor_lambda: float | Literal["length"] | None = setting(
+        None, "gae_lambda of the advantages; length is 1 - 1 / (lambda_alpha * tokens of the response); null is gae_lambda."
+    )
+    lambda_alpha: float = setting(0.05, "actor_lambda=length: how fast the decay vanishes with the length.")
+    critic_lambda: float | None = setting(None, "gae_lambda of the critic's targets, 1 being Monte Carlo; null is gae_lambda.")
+    bootstrap_truncated: bool = setting(
+        False, "Let a response that was cut at max_new_tokens go on in the critic's value of what follows, instead of in 0."
+    )
+    whiten_advantages: bool | None = setting(
+        None, "Give the advantages of a rollout mean 0 and variance 1; null does so with gae and reinforce."
+    )
     clip_range: float = setting(0.2, "Policy ratio clip.")
+    clip_range_high: float | None = setting(None, "The clip's upper bound is 1 + this; null is clip_range.")
+    dual_clip: float | None = setting(None, "Bound the loss of tokens with a negative advantage by this many times it.")
+    loss_average: Literal["tokens", "sequences", "longest"] = setting(
+        "tokens", "Average the policy loss over tokens, over responses each by its tokens, or over max_new_tokens of each."
+    )
     value_clip_range: float | None = setting(0.2, "Value clip around the rollout's values; null clips nothing.")
+    value_range: list[float] | None = setting(
+        None, "Bounds of the critic's values, which then cannot leave them; needs bounded scores (reward.score_clip)."
+    )
     vf_coef: float = setting(0.5, "Weight of the value loss.")
     entropy_coef: float = setting(0.0, "Weight of the entropy bonus.")
     target_kl: float | None = setting(
         None, "Stop updating the actor in a step once its approximate KL to the rollout policy passes this (nats per token)."
     )
-    critic_warmup_steps: int = setting(0, "First steps in which only the critic is updated.")
+    critic_warmup_steps: int = setting(0, "First steps in which only the critic is updated, towards Monte Carlo returns.")
+    critic_updates_per_actor: int = setting(1, "Optimizer steps of the critic for each of the actor, on the same minibatch.")
+    ema_decay: float | None = setting(
+        None,
+        "Keep a running mean of the actor's adapter, actor_ema; at each optimizer step it keeps this share of itself.",
+    )
     sample_every: int = setting(10, "Record samples every this many steps.")
     eval_every: int = setting(0, "Score held-out prompts every this many steps; 0 only before and after training.")
     eval_prompts: int = setting(128, "Held-out prompts used per evaluation.")
@@ -73,12 +122,38 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "critic_learning_rate", "steps", "ppo_epochs", "minibatch_size", "microbatch_size", "microbatch_tokens")
-        _positive(self, "clip_range", "value_clip_range", "vf_coef", "target_kl", "sample_every", "eval_prompts")
+        _positive(self, "clip_range", "clip_range_high", "value_clip_range", "vf_coef", "target_kl", "sample_every")
+        _positive(self, "eval_prompts", "lambda_alpha", "critic_updates_per_actor")
         _not_negative(self, "entropy_coef", "critic_warmup_steps", "eval_every")
-        _fraction(self, "gamma", "gae_lambda")
+        _fraction(self, "gamma", "gae_lambda", "critic_lambda", "baseline_decay")
+        if self.actor_lambda != "length":
+            _fraction(self, "actor_lambda")
+        _check(
+            self, "dual_clip", self.dual_clip is None or self.dual_clip > 1, "must be greater than 1", "choose for example 3"
+        )
+        within = self.ema_decay is None or 0 < self.ema_decay < 1
+        _check(self, "ema_decay", within, "must lie in (0, 1)", "choose for example 0.992")
         rows = self.rollout.batch_size
         if rows % self.minibatch_size:
             raise ConfigError(
                 f"rollout.batch_size={rows} is not divisible by minibatch_size={self.minibatch_size}; "
                 f"choose a minibatch_size that divides {rows}."
             )
+        check_advantage(self)
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages need a critic."""
+        return self.advantage == "gae"
+
+    @property
+    def stage(self) -> Literal["ppo", "ppo-ema", "policy", "policy-ema"]:
+        """What the model is built for: with a critic or without, with a running mean of the actor or without."""
+        if self.ema_decay is None:
+            return "ppo" if self.has_critic else "policy"
+        return "ppo-ema" if self.has_critic else "policy-ema"
+
+    @property
+    def whitens(self) -> bool:
+        """Whether advantages are whitened; those of groups have a mean of 0 already, and a scale of their own."""
+        return self.advantage in ("gae", "reinforce") if self.whiten_advantages is None else self.whiten_advantages

@@ -52,6 +52,9 @@ class SFTConfig:
                 f"method='full' cannot train a base with model.quantize_embeddings={self.model.quantize_embeddings!r}; "
                 "use method='lora' or model.quantize_embeddings=null."
             )
+        for name in ("actor_rank", "critic_rank"):
+            if (rank := getattr(self.model.lora, name)) is not None:
+                raise ConfigError(f"model.lora.{name}={rank} is of ppo, and sft trains neither; set model.lora.r.")
         if self.optimizer.offload_in_rollout:
             raise ConfigError(
                 "optimizer.offload_in_rollout=True has nothing to do in sft, which samples nothing; leave it false."

@@ -92,19 +92,33 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
 
 @torch.no_grad()
 def copy_adapter(model: nn.Module, source: str, target: str) -> None:
-    """Make `target` an exact copy of `source`.
+    """Make `target` an exact copy of `source`; where its rank is larger, what is added contributes nothing as yet.
 
     Raises:
-        ConfigError: when their shapes differ.
+        ConfigError: when their shapes differ otherwise.
     """
     origin, copy = adapter_parameters(model, source), adapter_parameters(model, target)
-    if {k: v.shape for k, v in origin.items()} != {k: v.shape for k, v in copy.items()}:
+    ranks = {name: 1 if "lora_B" in name else 0 for name in copy}  # B is (out, r), A is (r, in)
+    if origin.keys() != copy.keys() or any(not _holds(v.shape, origin[k].shape, ranks[k]) for k, v in copy.items()):
         raise ConfigError(
             f"lora shape of adapter {target!r} differs from that of {source!r}, which it starts as a copy of; "
             "use the same rank and target modules."
         )
     for name, parameter in copy.items():
-        parameter.copy_(origin[name])
+        if parameter.shape == origin[name].shape:
+            parameter.copy_(origin[name])
+            continue
+        axis, rank = ranks[name], origin[name].shape[ranks[name]]
+        parameter.narrow(axis, 0, rank).copy_(origin[name])
+        if axis == 1:  # the added rows of A stay as they were drawn, and B keeps them out
+            parameter.narrow(axis, rank, parameter.shape[axis] - rank).zero_()
+
+
+def _holds(larger: torch.Size, smaller: torch.Size, axis: int) -> bool:
+    """Say whether two shapes are equal, or the first is larger along one axis of two."""
+    if larger == smaller:
+        return True
+    return len(larger) == len(smaller) == 2 and larger[1 - axis] == smaller[1 - axis] and larger[axis] > smaller[axis]
 
 
 def lora_config(architecture: Architecture, lora: LoraConfig | LoraSettings | None, trunk_layers: int) -> LoraConfig:

@@ -32,6 +32,7 @@ from hydra_ppo.model.loading import DTYPES, base_from_config, load_base, quantiz
 from hydra_ppo.model.manifest import MANIFEST, base_folder, check_base, held_otherwise, read_manifest
 from hydra_ppo.model.probe import as_one_line, probe, without_values
 from hydra_ppo.model.quantized_embeddings import embeddings_kind
+from hydra_ppo.model.ranks import check_rank, own_ranks, sized
 from hydra_ppo.model.role_model import RoleModel
 from hydra_ppo.model.roles import Stage, StageName, build_stage
 from hydra_ppo.model.saving import read_heads, write_model
@@ -119,7 +120,7 @@ class HydraModel(RoleModel):
             with as_one_line(causal_lm):
                 architecture = understand_head(architecture)
         folders = {name: saved / name for name in stage.adapters} if saved is not None else {"sft": adapter} if adapter else {}
-        base = _with_adapters(causal_lm, stage, lora_config(architecture, lora, trunk_layers), folders)
+        base = _with_adapters(causal_lm, stage, lora_config(architecture, lora, trunk_layers), folders, own_ranks(lora))
         for name in (name for name in folders if isinstance(base, PeftModel) and name in base.peft_config):
             unused = unused_settings(lora, cast(LoraConfig, base.peft_config[name]), name)
             if unused is not None and (folders[name] / "adapter_config.json").is_file():
@@ -143,6 +144,7 @@ class HydraModel(RoleModel):
         super().__init__(architecture, base, stage, heads, trunk_layers=trunk_layers, packing=packing, autocast=autocast)
         self.reward_head_trained = bool(manifest and manifest["reward_head_trained"])
         self.template = manifest.get("template") if manifest else None
+        self.bound_values(manifest.get("value_range") if manifest else None)
         if manifest and manifest.get("end_ids"):
             self.trained_end = manifest["end_ids"][0]
             causal_lm.generation_config.eos_token_id = manifest["end_ids"]
@@ -299,18 +301,20 @@ def _trunk_layers(asked: int, manifest: Mapping[str, Any] | None, depth: int) ->
 
 
 def _with_adapters(
-    causal_lm: PreTrainedModel, stage: Stage, shape: LoraConfig, folders: Mapping[str, Path]
+    causal_lm: PreTrainedModel, stage: Stage, shape: LoraConfig, folders: Mapping[str, Path], ranks: Mapping[str, int]
 ) -> PreTrainedModel | PeftModel:
     """Put the adapters of all roles on the base: those of `folders` as they were, new ones as exact copies of one of them.
 
-    Actor and critic start as reference and reward; a reward adapter of its own starts as the reference.
+    Actor and critic start as reference and reward; a reward adapter of its own starts as the reference. `ranks` says which
+    have a rank of their own.
     """
     base: PreTrainedModel | PeftModel = causal_lm
     for name in stage.adapters:
         folder = folders[name] if name in folders and (folders[name] / "adapter_config.json").is_file() else None
         source = stage.starts.get(name)
         like = shape if source is None else cast(LoraConfig, base.peft_config[source])  # put there by this loop
-        base = put_adapter(base, name, like, folder)
+        base = put_adapter(base, name, sized(like, ranks.get(name), source), folder)
         if folder is None and source is not None:
             copy_adapter(base, source, name)
+        check_rank(base, name, ranks.get(name))
     return base

@@ -73,12 +73,17 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
         and isinstance(manifest["reward_head_trained"], bool)
         and isinstance(manifest["trunk_layers"], int)
         and _is_list_of_ids(manifest.get("end_ids"))
+        and _are_bounds(manifest.get("value_range"))
         and all(isinstance(manifest.get(name), str | None) for name in ("quantization", "dtype", "template", "embeddings"))
     )
 
 
 def _is_list_of_ids(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(i, int) for i in value))
+
+
+def _are_bounds(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and len(value) == 2 and all(isinstance(i, int | float) for i in value))
 
 
 def base_folder(folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock, get_ident
 from typing import Any, NoReturn, Self, cast
@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hydra_ppo.algorithms.advantages import bounded_values
 from hydra_ppo.compute.logprobs import TokenLogprobs, token_logprobs
 from hydra_ppo.compute.packing import Packing, States, attention_of, packing_attention
 from hydra_ppo.compute.recompute import enable_recompute
@@ -52,6 +53,7 @@ class RoleModel(nn.Module):
     Attributes:
         reward_head_trained: whether the reward head says anything yet.
         trained_end: the token that training answers ended in, at which the reward head is read; None where nobody said.
+        value_range: bounds of what the value head says; None where it has none.
         template: digest of the chat template that training texts were put into; None where there was none, or nobody said.
         kept: what rooms above this one made for this model and want to find again; no submodule, and never saved.
     """
@@ -73,6 +75,7 @@ class RoleModel(nn.Module):
         self.heads = Heads(heads)
         self.trunk_layers, self.packing, self.autocast_dtype = trunk_layers, packing, autocast
         self.reward_head_trained = False
+        self.value_range: tuple[float, float] | None = None
         self.trained_end: int | None = None
         self.template: str | None = None
         self.kept: dict[str, Any] = {}
@@ -307,6 +310,17 @@ class RoleModel(nn.Module):
         self._require_head("value", "reward")
         return self._scalar(self._states(sequences).at(sequences.state_positions()))
 
+    def values_and_next(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Return (B, R) values as `values` does, and (B,) those of the states after the last response tokens."""
+        self._require_head("value", "reward")
+        positions = torch.cat([sequences.state_positions(), sequences.last_positions()[:, None]], dim=1)
+        found = self._scalar(self._states(sequences).at(positions))
+        return found[:, :-1], found[:, -1]
+
+    def bound_values(self, bounds: Sequence[float] | None) -> None:
+        """Keep what the value head says within two bounds from now on, see `bounded_values`; None lets it be as it is."""
+        self.value_range = None if bounds is None else (bounds[0], bounds[1])
+
     def scores(self, sequences: Sequences) -> Tensor:
         """Return (B,) what the current role's scalar head says at the last response token."""
         self._require_head("value", "reward")
@@ -342,17 +356,6 @@ class RoleModel(nn.Module):
             ends = states.at(sequences.last_positions()[:, None])  # (B, 1, H)
             return ref_logprobs, self._scalar(ends)[:, 0], ends[:, 0].float()
 
-    def ends_and_means(self, sequences: Sequences, means: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Return (B, H) fp32 the current role's final states at the last response token; where asked, their means over it."""
-        states = self._states(sequences)
-        ends = states.at(sequences.last_positions()[:, None])[:, 0].float()
-        if not means:
-            return ends, None
-        own = (sequences.state_positions() + 1).clamp(max=sequences.input_ids.shape[1] - 1)  # of each token, not before it
-        mask = sequences.response_mask[..., None]
-        total = states.at(own).float().masked_fill(~mask, 0.0).sum(dim=1)
-        return ends, total / mask.sum(dim=1).clamp(min=1)
-
     @contextmanager
     def taking_trunk(self) -> Iterator[list[Tensor]]:
         """Collect what leaves the trunk in the passes of the block, (B, T, H) each; nothing where there is no trunk."""
@@ -382,7 +385,9 @@ class RoleModel(nn.Module):
 
     def _scalar(self, hidden: Tensor) -> Tensor:
         assert self._role is not None
-        return self.heads[self.roles[self._role].head](hidden.float())[..., 0]
+        head = self.roles[self._role].head
+        found: Tensor = self.heads[head](hidden.float())[..., 0]
+        return found if head != "value" or self.value_range is None else bounded_values(found, *self.value_range)
 
     def _require_head(self, *heads: str) -> None:
         head = self.roles[self._role].head if self._role is not None else None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hydra_ppo.errors import ConfigError
 
-StageName = Literal["ppo", "sft", "reward", "base"]
+StageName = Literal["ppo", "ppo-ema", "policy", "policy-ema", "sft", "reward", "base"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def build_stage(name: StageName, saved: Mapping[str, Any]) -> Stage:
     """Return the stage called `name`.
 
     Args:
-        name: `ppo` trains actor and critic, `sft` or `reward` the adapter of that name, `base` the base itself.
+        name: `ppo` trains actor and critic, `policy` the actor alone, `-ema` keeps a running mean of the actor beside it; `sft`
+            or `reward` train the adapter of that name, `base` the base itself.
         saved: role table of the saved model it goes on from; empty for a plain base.
 
     Raises:
@@ -66,12 +67,16 @@ def build_stage(name: StageName, saved: Mapping[str, Any]) -> Stage:
             raise ConfigError("method='full' would change the base under trained adapters; start from a plain base.")
         roles = {"reference": Role(None, "lm"), "reward": Role(None, "reward")}
         return Stage(name, roles, ("reference", "reward"), tunes_base=True)
-    if name == "ppo":
-        roles = {
-            "actor": Role("actor", "lm"),
-            "critic": Role("critic", "value"),
-            "reference": Role(reference, "lm"),
-            "reward": Role(reward, "reward"),
-        }
-        return Stage(name, roles, ("actor", "critic"), starts={"actor": reference, "critic": reward})
-    raise ConfigError(f"train={name!r} is not a stage; choose ppo, sft, reward or base.")
+    if name in ("ppo", "ppo-ema", "policy", "policy-ema"):
+        roles = {"actor": Role("actor", "lm")}
+        trained: tuple[str, ...] = ("actor",)
+        starts: dict[str, str | None] = {"actor": reference}
+        if name.startswith("ppo"):
+            roles["critic"] = Role("critic", "value")
+            trained, starts["critic"] = ("actor", "critic"), reward
+        roles |= {"reference": Role(reference, "lm"), "reward": Role(reward, "reward")}
+        if name.endswith("-ema"):
+            roles["actor_ema"] = Role("actor_ema", "lm")
+            starts["actor_ema"] = "actor"
+        return Stage(name, roles, trained, starts=starts)
+    raise ConfigError(f"train={name!r} is not a stage; choose among {', '.join(get_args(StageName))}.")

@@ -57,6 +57,7 @@ def write_model(model: RoleModel, folder: Path) -> None:
         "embeddings": embeddings_kind(model.causal_lm),
         "dtype": str(model.causal_lm.dtype).removeprefix("torch."),
         "template": model.template,
+        "value_range": model.value_range,
     }
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 

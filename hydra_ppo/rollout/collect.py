@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -29,6 +29,24 @@ class Watching(Protocol):
         """Take in a rollout that is scored."""
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Which roles score responses, beside reference and reward.
+
+    Attributes:
+        actor: whose log-probs are recomputed, where they are.
+        critic: whether there is a critic.
+        after_last: whether its values of the states after the last tokens are wanted too.
+        states: whether those that scores are read from are kept, (B, H) fp32, which costs no pass.
+    """
+
+    actor: str = "actor"
+    critic: bool = True
+    after_last: bool = False
+    states: bool = False
+
+
+PPO_PASSES = Passes()
 MEASURED = 16
 """Rows of a rollout on which drift is measured, the longest: some hundred to some thousand tokens, for one pass over them."""
 
@@ -48,7 +66,7 @@ def collect_experience(
     never: Sequence[int] = (),
     stopped: Callable[[Sequence[Sequence[int]]], list[bool]] | None = None,
     world: World = ALONE,
-    features: bool = False,
+    passes: Passes = PPO_PASSES,
 ) -> ScoredExperience:
     """Sample a response to each prompt and score it in the three other roles.
 
@@ -66,7 +84,7 @@ def collect_experience(
         never, stopped: as of `sample`.
         world: the processes that share the work out; all get the whole result. A sampler that is not `sample` is asked by
             rank 0 alone.
-        features: as of `score`.
+        passes: which roles there are passes for.
 
     Returns:
         The rows, with the scores (B,) of the reward head.
@@ -92,7 +110,7 @@ def collect_experience(
 
     def score_all(size: int) -> ScoredExperience:
         on_phase("score")
-        return score(model, experience, logprobs, replace(settings, score_batch_size=size), eos_ids, world, features)
+        return score(model, experience, logprobs, replace(settings, score_batch_size=size), eos_ids, world, passes)
 
     samples = limits.fit(
         "rollout.generation_batch_size",
@@ -118,7 +136,7 @@ def score(
     settings: RolloutSettings,
     eos_ids: Sequence[int] = (),
     world: World = ALONE,
-    features: bool = False,
+    passes: Passes = PPO_PASSES,
 ) -> ScoredExperience:
     """Find reference log-probs, scores and values: two passes over the base (three where log-probs are recomputed).
 
@@ -132,14 +150,15 @@ def score(
         logprobs: (B, R) of the sampled tokens under the actor, as the sampler had them, nats.
         eos_ids: tokens that end a response; a row that ends in one is scored as if it ended in the first.
         world: the processes that share the rows out; all get the whole result.
-        features: whether to keep the states that scores are read from, (B, H) fp32, which costs no pass.
+        passes: which roles there are passes for; values are 0 without a critic.
     """
     model.eval()
     shape = experience.response_mask.shape
     with allocating("experience"):
         ref_logprobs, old_values, recomputed = (torch.zeros(shape, device=model.device) for _ in range(3))
         scores = torch.zeros(shape[0], device=model.device)
-        ends = torch.zeros(shape[0], model.architecture.hidden_size, device=model.device) if features else None
+        ends = torch.zeros(shape[0], model.architecture.hidden_size, device=model.device) if passes.states else None
+        after_last = torch.zeros_like(scores) if passes.after_last else None
         trunk = _room_for_trunk(model, experience, settings) if world.size == 1 else None
     measured = set(_longest(experience, MEASURED)) if settings.measures_drift and not settings.recomputes else set()
     groups = experience.split(world.rows_at_once(len(experience), settings.score_batch_size))
@@ -168,12 +187,19 @@ def score(
         if trunk is not None:  # the first pass ran it; no other has to
             sequences = replace(sequences, trunk=states[0])
             trunk[index.to(trunk.device), : states[0].shape[1]] = states[0].to(trunk.device)
-        with model.role("critic"):
-            values = model.values(sequences)
-        if counts:
-            old_values[index, :width] = values
+        if passes.critic:
+            with model.role("critic"):
+                after: Tensor | None = None
+                if after_last is None:
+                    values = model.values(sequences)
+                else:
+                    values, after = model.values_and_next(sequences)
+            if counts:
+                old_values[index, :width] = values
+            if counts and after_last is not None and after is not None:
+                after_last[index] = after
         if rows in again:
-            with model.role("actor"):
+            with model.role(passes.actor):
                 actors = model.logprobs(sequences, settings.temperature).logprobs
             if counts:
                 recomputed[index, :width] = actors
@@ -183,7 +209,7 @@ def score(
         with allocating("experience"):
             part = experience.with_trunk(trunk).select(rows)
             index = torch.tensor(rows, device=model.device)
-        with model.role("actor"):
+        with model.role(passes.actor):
             found = model.logprobs(ending_alike(part.sequences(), eos_ids), settings.temperature).logprobs
         if counts:
             recomputed[index, : found.shape[1]] = found
@@ -193,7 +219,12 @@ def score(
 
     world.together(lambda: _each(run, world.share(groups, tokens)), f"scoring {len(groups)} groups")
     # The rows of others are zeros here, so a sum gathers them, and to the last bit.
-    world.sum([ref_logprobs, scores, old_values, *([recomputed] if again else []), *([] if ends is None else [ends])])
+    needed = [
+        *([old_values] if passes.critic else []),
+        *([] if after_last is None else [after_last]),
+        *([] if ends is None else [ends]),
+    ]
+    world.sum([ref_logprobs, scores, *needed, *([recomputed] if again else [])])
     drift, recompute = None, settings.recomputes
     if measured:
         drift = _drift(experience, logprobs, recomputed, sorted(measured))
@@ -212,6 +243,7 @@ def score(
             ref_logprobs=ref_logprobs.masked_fill(outside, 0.0),
             old_values=old_values.masked_fill(outside, 0.0),
             scores=scores,
+            after_last=after_last,
             drift=drift,
             features=ends,
         )

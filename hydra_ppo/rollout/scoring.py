@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hydra_ppo.errors import NonFiniteError
 from hydra_ppo.experience import Experience
+from hydra_ppo.model.answer_states import ends_and_means
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rollout.collect import ending_alike
 from hydra_ppo.runtime.interruption import check_stop
@@ -91,7 +92,7 @@ def answer_states(
             for group in experience.split(rows):
                 check_stop()
                 sequences = ending_alike(experience.select(group).sequences(), eos_ids)
-                for kept, part in zip(found, model.ends_and_means(sequences, means), strict=False):
+                for kept, part in zip(found, ends_and_means(model, sequences, means), strict=False):
                     if part is not None:
                         kept[group] = part.cpu()
     finally:

@@ -31,7 +31,7 @@ TOKENIZER_FOLDER = "additional_chat_templates"
 
 MANIFEST, BASE = "hydra.json", "base"
 MODEL_FILES = (MANIFEST, "heads.safetensors")
-ADAPTERS = ("sft", "reward", "actor", "critic")
+ADAPTERS = ("sft", "reward", "actor", "actor_ema", "critic")
 WRITTEN_FILES = (*MODEL_FILES, CONFIG, METRICS, SAMPLES, LOG, SUMMARY, *TOKENIZER_FILES)
 """The model goes first: what is left of a folder that is being cleared must not look like one that holds a model."""
 

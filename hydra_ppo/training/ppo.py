@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ from hydra_ppo.model.origin import origin_of
 from hydra_ppo.parallel.dealing import check_divides
 from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.rewards.scorer import Scorer, Scores
-from hydra_ppo.rollout.collect import collect_experience
+from hydra_ppo.rollout.collect import Passes, collect_experience
 from hydra_ppo.rollout.sampling import Samples, sample
 from hydra_ppo.runs.checkpoint import Position, TrainerState
 from hydra_ppo.runtime import random_sources
@@ -48,10 +49,11 @@ from hydra_ppo.runtime.recorder import Recorder, Silent
 from hydra_ppo.training.in_step import end_step, keep_in_step
 from hydra_ppo.training.metrics import Metrics, measured
 from hydra_ppo.training.optim import build_optimizer, check_finite, state_tensors
+from hydra_ppo.training.ppo_advantages import with_advantages
 from hydra_ppo.training.ppo_metrics import compare, reward_metrics, rollout_metrics
 from hydra_ppo.training.ppo_reading import Reading
 from hydra_ppo.training.ppo_state import PartialStep, PPOState, PromptBatches
-from hydra_ppo.training.ppo_update import Updates, build_scaler, check_measured, optimizer_steps, with_advantages
+from hydra_ppo.training.ppo_update import Updates, build_scaler, check_measured, optimizer_steps, turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,8 +97,11 @@ class PPOTrainer:
         on_phase: Callable[[str], None] = lambda phase: None,
         world: World = ALONE,
     ) -> None:
-        if model.train_stage != "ppo":
-            raise ConfigError(f"model is at stage {model.train_stage!r}, PPO needs 'ppo'; build it with train='ppo'.")
+        if model.train_stage != config.stage:
+            raise ConfigError(
+                f"model is at stage {model.train_stage!r}, PPO needs {config.stage!r} for advantage={config.advantage!r} and "
+                f"ema_decay={config.ema_decay}; build it with train={config.stage!r}."
+            )
         if not prompts:
             raise ConfigError("data.train holds no prompt after the held-out ones are taken; give more rows.")
         check_divides(world.size, rollout__batch_size=config.rollout.batch_size, minibatch_size=config.minibatch_size)
@@ -105,6 +110,7 @@ class PPOTrainer:
         self.prompts, self.eval_prompts = list(prompts), list(eval_prompts)[: config.eval_prompts]
         self.run = run or Silent()
         self.save, self.sampler, self.on_phase, self.world = save, sampler, on_phase, world
+        model.bound_values(config.value_range)
         keep_in_step(world, model)
         scorer = Scorer(config.reward, model.device, asks=world.is_main)
         if scorer.needs_head and not model.reward_head_trained:
@@ -126,11 +132,12 @@ class PPOTrainer:
     def _begin(self, scorer: Scorer) -> PPOState:
         """Return the state of a run that has not begun."""
         model, config = self.model, self.config
+        roles = ["actor", "critic"] if config.has_critic else ["actor"]
         shuffler = torch.Generator().manual_seed(config.run.seed)
         copies = config.rollout.samples_per_prompt
-        actor, critic = model.role_parameters("actor"), model.role_parameters("critic")
         rate = config.optimizer.learning_rate
-        groups = [(actor, rate), (critic, config.critic_learning_rate or rate)]
+        rates = {"actor": rate, "critic": config.critic_learning_rate or rate}
+        groups = [(model.role_parameters(role), rates[role]) for role in roles]
         optimizer, schedule = build_optimizer(groups, config.optimizer, optimizer_steps(config))
         sizes = {
             "rollout.generation_batch_size": config.rollout.generation_batch_size or max(len(self.eval_prompts), self._rows),
@@ -141,8 +148,8 @@ class PPOTrainer:
             optimizer=optimizer,
             schedule=schedule,
             # fp16 gradients underflow without a scaled loss; with every other type the scaler does nothing.
-            scaler=build_scaler(model.device, model.causal_lm.dtype == torch.float16, config.update_order),
-            names={id(parameter): name for name, parameter in (critic | actor).items()},
+            scaler=build_scaler(model.device, model.causal_lm.dtype == torch.float16, len(turns(config))),
+            names={id(parameter): name for named, _ in reversed(groups) for name, parameter in named.items()},
             limits=Limits(sizes, model.device, lambda text: self.run.note(text)),
             sampler=torch.Generator(model.device).manual_seed(config.run.seed),
             shuffler=shuffler,
@@ -194,7 +201,7 @@ class PPOTrainer:
         assert progress.partial is not None
         seconds = progress.partial.seconds + time.perf_counter() - self._begun
         metrics |= self._throughput(metrics, seconds) | self.memory.metrics()
-        metrics |= end_step(self.world, [*self.updates.actor_parameters, *self.updates.critic_parameters], f"step={step}")
+        metrics |= end_step(self.world, self.updates.trained, f"step={step}")
         last = step == config.steps
         evaluated = last or (config.eval_every > 0 and step % config.eval_every == 0)
         found = self.evaluate(step) if evaluated else {}
@@ -277,13 +284,17 @@ class PPOTrainer:
         found, shaped = self._score(experience, rows, f"step={step} phase=score")
         if step % self.config.sample_every == 0 or step == 1:
             self.run.samples(step, self.reading.samples(experience, rows, found, self.config.minibatch_size))
-        cap = self.config.rollout.weight_cap
-        metrics = rollout_metrics(experience, found.total, shaped, progress.kl_coef, self.eos_ids, cap)
+        cap, estimator = self.config.rollout.weight_cap, self.config.kl.estimator
+        metrics = rollout_metrics(experience, found.total, shaped, progress.kl_coef, self.eos_ids, cap, estimator)
         metrics |= reward_metrics(found.parts)
         check_measured(f"step={step} phase=rollout", metrics, progress.scaler)
         with allocating("experience"):
             scores = torch.tensor(shaped, device=self.model.device)
-            finished = with_advantages(experience, scores, self.config, progress.kl_coef)
+            ended = self.reading.ended(experience) if self.config.bootstrap_truncated else None
+            warming_up = step <= self.config.critic_warmup_steps
+            finished = with_advantages(experience, scores, self.config, progress.kl_coef, progress.running, ended, warming_up)
+        if not self.config.has_critic:
+            return PartialStep(finished, metrics | {"value/mean": None, "value/explained_variance": None})
         explained = explained_variance(finished.old_values, finished.returns, finished.response_mask)
         return PartialStep(finished, metrics | {"value/explained_variance": explained.item()})
 
@@ -312,7 +323,7 @@ class PPOTrainer:
             experience = self._collect(self.eval_prompts, generator, f"step={step} evaluation")
             scores, raw = self._score(experience, self.eval_prompts, f"step={step} phase=evaluation", shape=False)
         found = rollout_metrics(experience, raw, raw, 0.0, self.eos_ids)
-        return {
+        return self._evaluate_ema(step) | {
             "eval/scores": found["objective/scores"],
             "eval/kl": found["objective/kl"],
             "eval/response_length": found["rollout/response_length"],
@@ -323,28 +334,42 @@ class PPOTrainer:
             "responses": self.reading.read(experience),
         }
 
+    def _evaluate_ema(self, step: int) -> dict[str, Any]:
+        """Return eval/ema_scores and eval/ema_kl of the running mean of the actor, where there is one."""
+        if self.config.ema_decay is None:
+            return {}
+        generator = torch.Generator(self.model.device).manual_seed(EVAL_SEED)
+        where = f"step={step} evaluation of actor_ema"
+        with random_sources.kept():
+            experience = self._collect(self.eval_prompts, generator, where, role="actor_ema")
+            _, raw = self._score(experience, self.eval_prompts, where, shape=False)
+        found = rollout_metrics(experience, raw, raw, 0.0, self.eos_ids)
+        return {"eval/ema_scores": found["objective/scores"], "eval/ema_kl": found["objective/kl"]}
+
     def _collect(
         self,
         rows: Sequence[PromptRow],
         generator: torch.Generator,
         where: str,
         on_phase: Callable[[str], None] = lambda phase: None,
+        role: str = "actor",
     ) -> ScoredExperience:
+        config = self.config
         return collect_experience(
             self.model,
             [row.ids for row in rows],
-            self.config.rollout,
+            config.rollout,
             eos_ids=self.eos_ids,
             pad_id=self.pad_id,
             generator=generator,
             on_phase=on_phase,
-            sampler=self.sampler,
+            sampler=self.sampler if role == "actor" else partial(sample, role=role),
             limits=self.progress.limits,
             where=where,
             never=self.never,
             stopped=self.reading.stop,
             world=self.world,
-            features=self.progress.scorer.needs_states,
+            passes=Passes(role, config.has_critic, config.bootstrap_truncated, self.progress.scorer.needs_states),
         )
 
     @property

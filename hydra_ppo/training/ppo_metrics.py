@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hydra_ppo.algorithms.losses import importance_weights, logprob_drift
 from hydra_ppo.algorithms.masked import masked_mean
+from hydra_ppo.algorithms.penalties import Estimator, kl_penalty
 from hydra_ppo.experience import ScoredExperience
 from hydra_ppo.training.metrics import Metrics
 
@@ -29,6 +30,7 @@ def rollout_metrics(
     kl_coef: float,
     eos_ids: Sequence[int],
     importance_cap: float | None = None,
+    estimator: Estimator = "k1",
 ) -> Metrics:
     """Return what the rollout shows, with one wait for the device."""
     rows = len(experience)
@@ -36,13 +38,14 @@ def rollout_metrics(
     kl = (experience.old_logprobs - experience.ref_logprobs).sum() / rows
     surprise = -experience.old_logprobs.sum() / rows
     value_mean = masked_mean(experience.old_values, experience.response_mask)
-    kl_value, entropy, value, *numbers = torch.stack([kl, surprise, value_mean, *compared.values()]).tolist()
+    penalty = kl if estimator == "k1" else _penalty(experience, estimator)
+    kl_value, entropy, value, paid, *numbers = torch.stack([kl, surprise, value_mean, penalty, *compared.values()]).tolist()
     found = dict(zip(compared, numbers, strict=True))
     mean = sum(raw) / rows
     return {
         "objective/scores": mean,
         "objective/scores_std": math.sqrt(sum((s - mean) ** 2 for s in raw) / rows),
-        "objective/rlhf_reward": sum(shaped) / rows - kl_coef * kl_value,
+        "objective/rlhf_reward": sum(shaped) / rows - kl_coef * paid,
         "objective/kl": kl_value,
         "objective/entropy": entropy,
         "value/mean": value,
@@ -53,6 +56,12 @@ def rollout_metrics(
         **found,
         **_measured_drift(experience),
     }
+
+
+def _penalty(experience: ScoredExperience, estimator: Estimator) -> Tensor:
+    """Return () the mean penalty of a response, in nats; what is penalised need not be the KL itself."""
+    found = kl_penalty(experience.old_logprobs, experience.ref_logprobs, estimator)
+    return found.masked_fill(~experience.response_mask, 0.0).sum() / len(experience)
 
 
 def _compared(experience: ScoredExperience, cap: float | None) -> dict[str, Tensor]:

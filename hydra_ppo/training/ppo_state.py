@@ -15,13 +15,14 @@ from hydra_ppo.data.rows import PromptRow
 from hydra_ppo.experience import FinishedExperience
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rewards.scorer import RunningMoments, Scorer
-from hydra_ppo.rollout.collect import score
+from hydra_ppo.rollout.collect import Passes, score
 from hydra_ppo.runs.checkpoint import Position, TrainerState
 from hydra_ppo.runtime import random_sources
 from hydra_ppo.runtime.exhaustion import Limits
 from hydra_ppo.training.away import send_away
 from hydra_ppo.training.metrics import Metrics
 from hydra_ppo.training.optim import load_optimizer, save_optimizer
+from hydra_ppo.training.ppo_advantages import RunningRewards
 
 
 class PromptBatches:
@@ -62,7 +63,7 @@ class PartialStep:
         actor_stats, critic_stats: of each; rows of `ppo_metrics.POLICY` and `VALUE`.
         stopped: whether the actor passed its target KL.
         seconds: spent on the step by processes before this one.
-        actor_done: with `update_order` in-turn, whether the actor has done its part of the optimizer step that is next.
+        turns_done: of those of the minibatch that is next; see `ppo_update.turns`.
     """
 
     experience: FinishedExperience
@@ -72,7 +73,7 @@ class PartialStep:
     critic_stats: list[Tensor] = field(default_factory=list)
     stopped: bool = False
     seconds: float = 0.0
-    actor_done: bool = False
+    turns_done: int = 0
 
 
 @dataclass
@@ -99,6 +100,7 @@ class PPOState:
         batches: gives the prompts of each step.
         scorer: keeps running statistics of the scores.
         kl_coef: as it is now.
+        running: what rewards were so far.
         done: steps done.
         partial: the step that is being updated on, None outside of the updates.
         totals: sums over the steps done.
@@ -116,6 +118,7 @@ class PPOState:
     batches: Iterator[list[PromptRow]]
     scorer: Scorer
     kl_coef: float
+    running: RunningRewards = field(default_factory=RunningRewards)
     done: int = 0
     partial: PartialStep | None = None
     totals: Totals = field(default_factory=Totals)
@@ -136,6 +139,8 @@ class PPOState:
             "kl_coef": self.kl_coef,
             "moments": asdict(self.scorer.moments),
         }
+        if self.running != RunningRewards():  # which earlier checkpoints do not have
+            values["running"] = asdict(self.running)
         self.sources = TrainerState(tensors, values)
 
     def _generators(self) -> dict[str, torch.Generator]:
@@ -170,7 +175,7 @@ class PPOState:
                 "critic_stats": [row.tolist() for row in part.critic_stats],
                 "stopped": part.stopped,
                 "seconds": part.seconds + seconds,
-                "actor_done": part.actor_done,
+                "turns_done": part.turns_done,
             }
         return TrainerState(tensors, values)
 
@@ -192,6 +197,7 @@ class PPOState:
         sources = values["sources"]
         self.kl_coef = sources["kl_coef"]
         self.scorer.moments = RunningMoments(**sources["moments"])
+        self.running = RunningRewards(**sources.get("running", {}))
         if isinstance(self.batches, PromptBatches):
             self.batches.pending = list(sources["pending"])
         fitting = replace(rollout, score_batch_size=self.limits.sizes["rollout.score_batch_size"])
@@ -211,7 +217,8 @@ def _partial(
     if model.trunk is not None:  # large, and what the same pass gives again
         passes = ("score_batch_size", "temperature", "trunk_cache")  # and nothing is recomputed or measured again
         plain = replace(RolloutSettings(), **{name: getattr(rollout, name) for name in passes})
-        experience = experience.with_trunk(score(model, experience, experience.old_logprobs, plain).trunk)
+        had = Passes(critic="critic" in model.roles)
+        experience = experience.with_trunk(score(model, experience, experience.old_logprobs, plain, passes=had).trunk)
     return PartialStep(
         experience,
         metrics=saved["metrics"],
@@ -220,7 +227,8 @@ def _partial(
         critic_stats=[torch.tensor(row, device=model.device) for row in saved["critic_stats"]],
         stopped=saved["stopped"],
         seconds=saved["seconds"],
-        actor_done=saved.get("actor_done", False),  # checkpoints of before there was an order have none
+        # Earlier checkpoints say whether the actor is done, those of before there was an order nothing.
+        turns_done=saved.get("turns_done", int(saved.get("actor_done", False))),
     )
 
 

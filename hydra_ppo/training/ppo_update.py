@@ -21,13 +21,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hydra_ppo.algorithms.advantages import gae
-from hydra_ppo.algorithms.losses import importance_weights, policy_loss, value_loss
-from hydra_ppo.algorithms.masked import masked_mean, whiten
-from hydra_ppo.algorithms.penalties import kl_penalised_rewards
+from hydra_ppo.algorithms.losses import averaging_weights, importance_weights, policy_loss, value_loss
+from hydra_ppo.algorithms.masked import masked_mean
+from hydra_ppo.algorithms.penalties import kl_penalty
 from hydra_ppo.config.settings import PPOConfig
 from hydra_ppo.errors import ConfigError, NonFiniteError
-from hydra_ppo.experience import FinishedExperience, ScoredExperience
+from hydra_ppo.experience import FinishedExperience
+from hydra_ppo.model.adapters import adapter_parameters
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.runtime.announce import allocating
@@ -37,6 +37,9 @@ from hydra_ppo.training.metrics import Metrics
 from hydra_ppo.training.optim import clip_gradients, fresh_scaler
 from hydra_ppo.training.ppo_metrics import POLICY, VALUE, mean_of
 from hydra_ppo.training.ppo_state import PartialStep, PPOState
+
+SIZES = {"actor": len(POLICY), "critic": len(VALUE)}
+"""What each role is measured by at an optimizer step."""
 
 
 class Updates:
@@ -59,14 +62,23 @@ class Updates:
         self, model: HydraModel, config: PPOConfig, state: PPOState, on_phase: Callable[[str], None], world: World = ALONE
     ) -> None:
         self.model, self.config, self.state, self.on_phase, self.world = model, config, state, on_phase, world
-        self.actor_parameters = list(model.role_parameters("actor").values())
-        self.critic_parameters = list(model.role_parameters("critic").values())
-        self.parameters = {"actor": self.actor_parameters, "critic": self.critic_parameters}
-        if config.update_order == "in-turn" and set(self.actor_parameters) & set(self.critic_parameters):
+        self.parameters = {role: list(model.role_parameters(role).values()) for role in model.trainable_roles}
+        self.turns = turns(config)
+        shared = len(self.parameters) > 1 and set(self.parameters["actor"]) & set(self.parameters["critic"])
+        if len(self.turns) > 1 and shared:
             raise ConfigError(
-                "update_order='in-turn' steps the actor before the critic, and here they train the same parameters; use "
-                "update_order='together'."
+                f"update_order={config.update_order!r} with critic_updates_per_actor={config.critic_updates_per_actor} steps "
+                "actor and critic apart, and here they train the same parameters; use update_order='together' and 1 update."
             )
+        self.ema: list[Tensor] = []
+        if config.ema_decay is not None:
+            self.ema = list(adapter_parameters(model.base, "actor_ema").values())
+            self.adapter: list[Tensor] = list(adapter_parameters(model.base, "actor").values())
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """All that the updates change, by role."""
+        return [parameter for parameters in self.parameters.values() for parameter in parameters]
 
     def run(self, part: PartialStep, *, train_actor: bool = True, step: int = 0) -> Metrics:
         """Run the PPO epochs over one rollout, or what is left of them, and return what they are measured by.
@@ -80,13 +92,12 @@ class Updates:
             OutOfMemory: when one row at a time does not fit.
         """
         config, state = self.config, self.state
-        if part.actor_done and config.update_order == "together":
+        if part.turns_done >= len(self.turns):
             raise ConfigError("update_order='together' cannot go on between the halves of a step; use 'in-turn', as it began.")
         self.model.train()
         if state.moments_leave:
             self.on_phase("optimizer")
             bring_back(state.optimizer)
-        update = self._in_turn if config.update_order == "in-turn" else self._minibatch
         minibatches = part.experience.minibatches(config.ppo_epochs, config.minibatch_size, state.shuffler)
         for number, minibatch in enumerate(minibatches):
             if number < part.optimizer_steps:
@@ -96,7 +107,7 @@ class Updates:
             state.limits.fit(
                 "microbatch_size",
                 f"step={step} phase=update",
-                partial(update, minibatch, part, train_actor, f"step={step} optimizer step {number + 1}"),
+                partial(self._minibatch, minibatch, part, train_actor, f"step={step} optimizer step {number + 1}"),
                 undo=self._drop_gradients,
                 most=max(len(rows) for rows in micro_batches),
             )
@@ -122,83 +133,66 @@ class Updates:
     def _minibatch(
         self, minibatch: FinishedExperience, part: PartialStep, train_actor: bool, where: str, microbatch_size: int
     ) -> None:
-        """Take one optimizer step; the result does not depend on the micro-batch size."""
-        config, device = self.config, self.model.device
-        count = minibatch.response_mask.sum()
-        policy, value = torch.zeros(5, device=device), torch.zeros(2, device=device)
-        stopped = part.stopped
-
-        def backward() -> None:
-            for micro, counts in self._micro_batches(minibatch, microbatch_size):
-                if train_actor and not stopped:
-                    self.on_phase("update-actor")
-                    policy.add_(self.actor_backward(micro, count, counts))
-                self.on_phase("update-critic")
-                value.add_(self.critic_backward(micro, count, counts))
-
-        self.world.together(backward, f"{where}, microbatch_size={microbatch_size}")
-        self.world.sum_gradients(dict.fromkeys(self.actor_parameters + self.critic_parameters), [policy, value])
-        # Reading the KL waits for the device, so only who asks for the early stop pays for it.
-        if config.target_kl is not None and train_actor and not stopped and policy[1].item() > config.target_kl:
-            stopped = True
-            for parameter in self.actor_parameters:
-                parameter.grad = None
-        self.on_phase("optimizer")
-        norms = self.world.alike(self.optimizer_step, where)
+        """Take the optimizer steps of a minibatch that are not done yet; the size of micro-batches changes no result."""
+        for roles in self.turns[part.turns_done :]:
+            stepped = [role for role in roles if role != "actor" or (train_actor and not part.stopped)]
+            if stepped:
+                self._turn(stepped, minibatch, part, where, microbatch_size)
+            part.turns_done += 1
         self.state.schedule.step()
-        if train_actor and not stopped:
-            part.actor_stats.append(torch.cat([policy, norms[:1]]))
-        part.critic_stats.append(torch.cat([value, norms[1:]]))
-        part.stopped = stopped
         part.optimizer_steps += 1
+        part.turns_done = 0
 
-    def _in_turn(
-        self, minibatch: FinishedExperience, part: PartialStep, train_actor: bool, where: str, microbatch_size: int
+    def _turn(
+        self, roles: Sequence[str], minibatch: FinishedExperience, part: PartialStep, where: str, microbatch_size: int
     ) -> None:
-        """Take one optimizer step, the actor first; what `part` says the actor has done is not done again."""
-        if not part.actor_done:
-            if train_actor and not part.stopped:
-                self._half("actor", minibatch, part, where, microbatch_size)
-            part.actor_done = True
-        self._half("critic", minibatch, part, where, microbatch_size)
-        self.state.schedule.step()
-        part.optimizer_steps += 1
-        part.actor_done = False
-
-    def _half(self, role: str, minibatch: FinishedExperience, part: PartialStep, where: str, microbatch_size: int) -> None:
-        """Go through the micro-batches for one role, step it, and note what it is measured by."""
-        config, actor = self.config, role == "actor"
+        """Go through the micro-batches for these roles, step them together, and note what they are measured by."""
+        config = self.config
         count = minibatch.response_mask.sum()
-        measured = torch.zeros(6 if actor else 3, device=self.model.device)  # the last is the norm
+        actor = partial(self.actor_backward, rows=len(minibatch))
+        passes: dict[str, Callable[..., Tensor]] = {"actor": actor, "critic": self.critic_backward}
+        measured = {role: torch.zeros(SIZES[role], device=self.model.device) for role in roles}  # the last is the norm
 
         def backward() -> None:
             for micro, counts in self._micro_batches(minibatch, microbatch_size):
-                self.on_phase(f"update-{role}")
-                measured[:-1] += (self.actor_backward if actor else self.critic_backward)(micro, count, counts)
+                for role in roles:
+                    self.on_phase(f"update-{role}")
+                    measured[role][:-1] += passes[role](micro, count, counts)
 
-        self.world.together(backward, f"{where}, {role}, microbatch_size={microbatch_size}")
-        self.world.sum_gradients(self.parameters[role], [measured])
-        if actor and config.target_kl is not None and measured[1].item() > config.target_kl:
+        self.world.together(backward, f"{where}, {' and '.join(roles)}, microbatch_size={microbatch_size}")
+        parameters = dict.fromkeys(parameter for role in roles for parameter in self.parameters[role])
+        self.world.sum_gradients(parameters, list(measured.values()))
+        stepped = list(roles)
+        # Reading the KL waits for the device, so only who asks for the early stop pays for it.
+        if "actor" in roles and config.target_kl is not None and measured["actor"][1].item() > config.target_kl:
             part.stopped = True
-            self.state.optimizer.zero_grad(set_to_none=True)
+            stepped.remove("actor")
+            for parameter in self.parameters["actor"]:
+                parameter.grad = None
+        if not stepped:
             return
         self.on_phase("optimizer")
-        norm = self.world.alike(partial(self.optimizer_step, [role]), where)
-        measured[-1:].copy_(norm)  # allocates nothing: where memory ran out from here on, the step would be done twice
-        (part.actor_stats if actor else part.critic_stats).append(measured)
+        norms = self.world.alike(partial(self.optimizer_step, stepped), where)
+        for role, norm in zip(stepped, norms, strict=True):
+            measured[role][-1:].copy_(norm)  # allocates nothing: where memory ran out from here on, a step would be done twice
+            (part.actor_stats if role == "actor" else part.critic_stats).append(measured[role])
 
     def _drop_gradients(self) -> None:
         """Forget what a failed minibatch left behind."""
         self.state.optimizer.zero_grad(set_to_none=True)
         self.state.scaler = fresh_scaler(self.state.scaler, self.model.device)
 
-    def actor_backward(self, micro: FinishedExperience, count: Tensor, counts: bool = True) -> Tensor:
+    def actor_backward(self, micro: FinishedExperience, count: Tensor, counts: bool = True, rows: int | None = None) -> Tensor:
         """Add the actor's gradients of one micro-batch; return (5,) loss, approx_kl, clip_frac, ratio, entropy.
 
         Args:
+            count: () tokens of the whole minibatch.
             counts: else zeros are added and returned, by the same passes.
+            rows: responses of the whole minibatch; None where this is all of it.
         """
         config = self.config
+        longest = config.rollout.max_new_tokens
+        average = averaging_weights(micro.response_mask, config.loss_average, rows or len(micro), count, longest)
         with self.model.role("actor"):
             found = self.model.logprobs(micro.sequences(), config.rollout.temperature, entropy_grad=config.entropy_coef > 0)
             out = policy_loss(
@@ -208,10 +202,19 @@ class Updates:
                 micro.response_mask,
                 config.clip_range,
                 count,
-                _weights(micro, config.rollout.weight_cap),
+                _product(_weights(micro, config.rollout.weight_cap), average),
+                config.clip_range_high,
+                config.dual_clip,
             )
             entropy = masked_mean(found.entropy, micro.response_mask, count)
-            loss = out.loss - config.entropy_coef * entropy if config.entropy_coef > 0 else out.loss
+            loss = out.loss
+            if config.entropy_coef > 0:
+                weighed = entropy if average is None else masked_mean(found.entropy * average, micro.response_mask, count)
+                loss = loss - config.entropy_coef * weighed
+            if config.kl.place == "loss" and config.kl.estimator != "none":
+                penalty = kl_penalty(found.logprobs, micro.ref_logprobs, config.kl.estimator)
+                penalty = penalty if average is None else penalty * average
+                loss = loss + self.state.kl_coef * masked_mean(penalty, micro.response_mask, count)
             self.state.scaler.scale(loss if counts else loss * 0.0).backward()
         if not counts:
             return torch.zeros(5, device=count.device)
@@ -237,6 +240,10 @@ class Updates:
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
+        if self.ema and "actor" in roles:
+            assert self.config.ema_decay is not None
+            with torch.no_grad():  # or the mean would be a part of the actor's graph
+                torch._foreach_lerp_(self.ema, self.adapter, 1 - self.config.ema_decay)
         return norms
 
 
@@ -247,23 +254,27 @@ def _weights(micro: FinishedExperience, cap: float | None) -> Tensor | None:
     return importance_weights(micro.old_logprobs, micro.sampler_logprobs, cap)
 
 
-def with_advantages(experience: ScoredExperience, scores: Tensor, config: PPOConfig, kl_coef: float) -> FinishedExperience:
-    """Find advantages and returns, both (B, R), from scores (B,) and the rollout's log-probs and values."""
-    mask = experience.response_mask
-    rewards = kl_penalised_rewards(scores, experience.old_logprobs, experience.ref_logprobs, mask, kl_coef, config.kl.estimator)
-    advantages, returns = gae(rewards, experience.old_values, mask, config.gamma, config.gae_lambda)
-    if config.whiten_advantages:
-        advantages = whiten(advantages, mask)
-    return experience.finished(advantages, returns)
+def _product(weights: Tensor | None, average: Tensor | None) -> Tensor | None:
+    return average if weights is None else weights if average is None else weights * average
 
 
-def build_scaler(device: torch.device, enabled: bool, update_order: str) -> torch.amp.GradScaler:
+def turns(config: PPOConfig) -> tuple[tuple[str, ...], ...]:
+    """Return which roles are stepped together, in order, on a minibatch."""
+    if not config.has_critic:
+        return (("actor",),)
+    first: tuple[tuple[str, ...], ...] = (("actor", "critic"),)
+    if config.update_order == "in-turn":
+        first = (("actor",), ("critic",))
+    return (*first, *[("critic",)] * (config.critic_updates_per_actor - 1))
+
+
+def build_scaler(device: torch.device, enabled: bool, updates: int) -> torch.amp.GradScaler:
     """Build what scales the losses of fp16; one that is not enabled does nothing.
 
-    In-turn it is updated twice per optimizer step, so it waits for twice as many updates before it grows.
+    Args:
+        updates: of it on each minibatch; it waits for as many times as many before it grows.
     """
-    twice = 2 if update_order == "in-turn" else 1
-    return torch.amp.GradScaler(device.type, growth_interval=2000 * twice, enabled=enabled)
+    return torch.amp.GradScaler(device.type, growth_interval=2000 * updates, enabled=enabled)
 
 
 def optimizer_steps(config: PPOConfig) -> int:

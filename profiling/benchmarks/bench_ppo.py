@@ -19,7 +19,7 @@ from hydra_ppo.profiling.benchmarks.trainers import endless_llama, make_trainer,
 from hydra_ppo.rollout.collect import collect_experience, score
 from hydra_ppo.rollout.sampling import Samples, sample
 from hydra_ppo.training.optim import state_tensors
-from hydra_ppo.training.ppo_update import with_advantages
+from hydra_ppo.training.ppo_advantages import with_advantages
 
 TOLERANCE = 1e-4
 """Absolute, nats, between log-probs from the KV cache and from one pass, both in fp32."""

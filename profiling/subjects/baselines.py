@@ -16,7 +16,7 @@ passes here, the actor's and the critic's, as for all others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -159,6 +159,10 @@ class SeparateModels(nn.Module):
     def role_parameters(self, role: str) -> dict[str, nn.Parameter]:
         """Return what training `role` changes."""
         return self._homes[role].role_parameters(role)
+
+    def bound_values(self, bounds: Sequence[float] | None) -> None:
+        """Keep the critic's values within two bounds."""
+        self._homes["critic"].bound_values(bounds)
 
     def enable_checkpointing(self, enabled: bool = True, offload: bool | None = None) -> None:
         """Switch activation checkpointing in every model."""

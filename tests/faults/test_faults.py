@@ -133,12 +133,12 @@ def test_nan_in_training(where, project, whole, monkeypatch, capsys, fault):
         name = "critic_backward" if where == "value/loss" else "actor_backward"
         real = getattr(Updates, name)
 
-        def broken(self, *arguments):
-            found = real(self, *arguments)
+        def broken(self, *arguments, **options):
+            found = real(self, *arguments, **options)
             seen["count"] += 1
             if seen["count"] == 11:  # in the second step
                 if where == "policy/grad_norm":
-                    self.actor_parameters[0].grad[0] = float("inf")
+                    self.parameters["actor"][0].grad[0] = float("inf")
                 else:
                     found[0] = float("nan")
             return found
@@ -175,11 +175,11 @@ def test_a_stop_after_nan_does_not_save_it(project, whole, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         step = Updates.optimizer_step
 
-        def broken(self):
-            found = step(self)
+        def broken(self, roles):
+            found = step(self, roles)
             if self.state.done == 1 and self.state.partial.optimizer_steps == 1:
                 with torch.no_grad():
-                    self.actor_parameters[0].fill_(float("nan"))
+                    self.parameters["actor"][0].fill_(float("nan"))
                 raise StopRequested
             return found
 

@@ -308,10 +308,13 @@ class TestServed:
             ({"target": mlp, "aggregate": "lcb", "aggregate_coef": -1.0}, "must not be negative"),
             ({"aggregate": "lcb"}, "needs several heads, and the model's own is one"),
             ({"kind": "function", "target": "a:b", "aggregate": "lcb"}, "does not go with kind='function'"),
+            ({"target": once, "aggregate": "pessimism"}, "samples_per_prompt=1 leaves none"),
             ({"target": str(tmp_path / "no")}, "holds no heads.json"),
             ({"target": str(damaged)}, "holds no tensors of 3 heads of kind 'mlp'"),
         ):
             settings = ppo_settings(project, tmp_path / "run", [{"kind": "head"} | source])
+            if "samples_per_prompt=1" in message:
+                settings["rollout"]["samples_per_prompt"] = 1
             code, _, err = call(capsys, "ppo", write(tmp_path / "run.yaml", settings), "--dry-run")
             assert (code, err.count("\n"), message in err) == (2, 1, True), err
         assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ import torch
 from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.experience import Experience
 from hydra_ppo.model.hydra import HydraModel
-from hydra_ppo.rollout.collect import collect_experience, score
+from hydra_ppo.rollout.collect import Passes, collect_experience, score
 from hydra_ppo.rollout.sampling import sample
 from hydra_ppo.rollout.scoring import answer_states
 from tests.families import FAMILIES, PROMPTS, randomise
@@ -189,7 +189,7 @@ def test_states_that_scores_are_read_from_cost_no_pass(own_adapter, trunk):
     hook = model.architecture.layers[-1].register_forward_hook(lambda *_: passes.append(1))
     plain = score(model, experience, logprobs, chosen, [2])
     count = len(passes)
-    found = score(model, experience, logprobs, chosen, [2], features=True)
+    found = score(model, experience, logprobs, chosen, [2], passes=Passes(states=True))
     hook.remove()
     assert len(passes) == 2 * count
     assert plain.features is None

@@ -15,8 +15,9 @@ from hydra_ppo.rewards.server import Server
 from hydra_ppo.rollout.collect import collect_experience
 from hydra_ppo.runtime.interruption import StopRequested
 from hydra_ppo.training.ppo import PPOTrainer
+from hydra_ppo.training.ppo_advantages import with_advantages
 from hydra_ppo.training.ppo_metrics import COMPARED, compare, repeated_ngrams
-from hydra_ppo.training.ppo_update import Updates, with_advantages
+from hydra_ppo.training.ppo_update import Updates
 from tests.families import randomise
 from tests.hydra_ppo.training.test_joint_sft import Memo
 from tests.training import count_low_tokens, hydra, ppo_config, prompts, tokenizer
@@ -161,11 +162,11 @@ def test_early_stop_leaves_the_actor_and_goes_on_with_the_critic():
 def test_critic_warmup_leaves_the_actor_alone():
     model = hydra()
     ppo = trainer(model, ppo_config(reward=LOW_WORDS, critic_warmup_steps=2))
-    before = [p.detach().clone() for p in ppo.updates.actor_parameters]
-    critic = [p.detach().clone() for p in ppo.updates.critic_parameters]
+    before = [p.detach().clone() for p in ppo.updates.parameters["actor"]]
+    critic = [p.detach().clone() for p in ppo.updates.parameters["critic"]]
     ppo.train()
-    assert all(torch.equal(a, b) for a, b in zip(before, ppo.updates.actor_parameters, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(critic, ppo.updates.critic_parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, ppo.updates.parameters["actor"], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(critic, ppo.updates.parameters["critic"], strict=True))
 
 
 def test_adaptive_kl_moves_the_coefficient():
@@ -232,7 +233,7 @@ def test_the_actors_gradient_is_that_of_the_weighed_loss():
         if shift is not None:
             rows = replace(rows, sampler_logprobs=rows.old_logprobs - shift)  # weights of e^5, capped
         ppo.updates.actor_backward(rows, rows.response_mask.sum())
-        gradients[name] = torch.cat([p.grad.flatten() for p in ppo.updates.actor_parameters])
+        gradients[name] = torch.cat([p.grad.flatten() for p in ppo.updates.parameters["actor"]])
     torch.testing.assert_close(gradients["weighed"], 3 * gradients["plain"])
     assert torch.equal(gradients["not recomputed"], gradients["plain"])
     assert gradients["plain"].abs().max() > 0
@@ -391,7 +392,7 @@ def test_only_one_roles_graph_is_alive_at_a_time():
                 function(batch, count)
         return live.peak
 
-    gradients = sum(p.numel() * 4 for p in ppo.updates.actor_parameters)
+    gradients = sum(p.numel() * 4 for p in ppo.updates.parameters["actor"])
     together = peak(ppo.updates.actor_backward, ppo.updates.critic_backward)
     assert together <= max(peak(ppo.updates.actor_backward), peak(ppo.updates.critic_backward)) + gradients + 4096
 
@@ -436,11 +437,11 @@ def test_a_step_that_was_stopped_between_its_minibatches_goes_on_from_its_state(
     stopped = trainer(model, config, run=Memo())
     real, minibatches = Updates.optimizer_step, []
 
-    def stop_at_the_third(self):
+    def stop_at_the_third(self, roles):
         minibatches.append(1)
         if len(minibatches) == 3:
             raise StopRequested
-        return real(self)
+        return real(self, roles)
 
     with monkeypatch.context() as patch:
         patch.setattr(Updates, "optimizer_step", stop_at_the_third)

@@ -179,7 +179,7 @@ def test_a_run_that_is_cut_at_any_micro_batch_goes_on_with_the_same_bits(name, m
                 first.train()
         assert all(p.grad is None for p in model.parameters())
         state = carried(first.state())
-        between += bool(state.values["partial"]["actor_done"])
+        between += bool(state.values["partial"]["turns_done"])
         second = trainer(model, settings)
         second.load(state)
         if settings.optimizer.offload_in_rollout:
@@ -239,7 +239,7 @@ def test_a_checkpoint_of_before_there_was_an_order_goes_on(monkeypatch):
         with pytest.raises(StopRequested):
             first.train()
     state = carried(first.state())
-    del state.values["partial"]["actor_done"]
+    del state.values["partial"]["turns_done"]
     again = trainer(model, settings)
     again.load(state)
     again.train()
@@ -249,14 +249,14 @@ def test_a_checkpoint_of_before_there_was_an_order_goes_on(monkeypatch):
 def test_halves_are_not_taken_together():
     model = hydra()
     settings = config()
-    part = PartialStep(finished_experience(model, settings), actor_done=True)
+    part = PartialStep(finished_experience(model, settings), turns_done=1)
     with pytest.raises(ConfigError, match=r"^update_order='together' cannot go on between the halves of a step; use 'in-turn'"):
         trainer(model, settings).updates.run(part)
 
 
 def test_roles_that_share_parameters_are_not_stepped_in_turn():
     model = HydraModel.from_config(llama(), train=STAGES["j-hydra"][0])
-    with pytest.raises(ConfigError, match=r"^update_order='in-turn' .* the same parameters; use update_order='together'\.$"):
+    with pytest.raises(ConfigError, match=r"^update_order='in-turn' .* the same parameters; use update_order='together' "):
         trainer(model, config(update_order="in-turn"))
     trainer(model, config())
 
@@ -295,9 +295,9 @@ def test_fp16_in_turn_counts_a_step_once(monkeypatch):
         ppo = trainer(model, settings)
         real = Updates.actor_backward
 
-        def overflowing(self, *arguments, real=real):
-            out = real(self, *arguments)
-            self.actor_parameters[0].grad.fill_(float("inf"))
+        def overflowing(self, *arguments, real=real, **options):
+            out = real(self, *arguments, **options)
+            self.parameters["actor"][0].grad.fill_(float("inf"))
             return out
 
         with monkeypatch.context() as patch:

@@ -86,9 +86,9 @@ def test_phases_agree():
     step = bench_ppo.Step(SMALL)
     bench_ppo.check_agreement(step)
     assert step.sample().responses == step.experience.responses()
-    before = [p.detach().clone() for p in step.trainer.updates.actor_parameters]
+    before = [p.detach().clone() for p in step.trainer.updates.parameters["actor"]]
     step.update()
-    assert any(not torch.equal(a, b) for a, b in zip(before, step.trainer.updates.actor_parameters, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, step.trainer.updates.parameters["actor"], strict=True))
     # Nothing is left behind: a second update starts from the same bytes.
     alive = step.alive()
     step.update()

@@ -11,7 +11,7 @@ from rich.console import Console
 from hydra_ppo.cli.main import main
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.profiling.learning import compare as learning
-from hydra_ppo.profiling.learning import savings
+from hydra_ppo.profiling.learning import setups
 from hydra_ppo.profiling.learning.compare import Outcome, compare_learning, learning_table, spread
 from hydra_ppo.profiling.learning.picture import trunk_figure
 from hydra_ppo.quickstart import run as quickstart
@@ -174,31 +174,32 @@ def test_the_picture_has_the_means_and_standard_errors():
 
 def test_savings_start_from_one_model_and_change_what_they_say(small, tmp_path):
     said = []
-    outcomes = savings.compare_savings(tmp_path, ["defaults", "all three"], [0], say=said.append)
+    outcomes = setups.compare_setups(tmp_path, "savings", ["defaults", "all three"], [0], say=said.append)
     assert [outcome.setup for outcome in outcomes] == ["defaults", "all three"]
     plain, saving = outcomes
     assert plain.gold_before != 0
     assert plain.drift is None
     assert saving.drift > 0  # the cache rounds, and that is measured
+    assert 1 < plain.perplexity < 1000
     assert len(said) == 2
-    assert savings.compare_savings(tmp_path, ["defaults", "all three"], [0], say=said.append) == outcomes
+    assert setups.compare_setups(tmp_path, "savings", ["defaults", "all three"], [0], say=said.append) == outcomes
     assert len(said) == 2
 
 
 def test_no_worse_by_hand():
     # mean -0.02, standard error 0.01 / sqrt(3) * ... of (-0.03, -0.02, -0.01): s = 0.01, se = 0.00577; -0.02 - 0.0115 = -0.0315
-    assert savings.no_worse([-0.03, -0.02, -0.01], margin=0.032)
-    assert not savings.no_worse([-0.03, -0.02, -0.01], margin=0.031)
+    assert setups.no_worse([-0.03, -0.02, -0.01], margin=0.032)
+    assert not setups.no_worse([-0.03, -0.02, -0.01], margin=0.031)
 
 
 def test_the_table_of_savings_compares_seed_by_seed():
     rows = [
-        savings.Outcome(setup, seed, 1.0, after, 0.1, 0.8, 4.0, drift, 60.0)
+        setups.Outcome(setup, seed, 1.0, after, 0.1, 0.8, 4.0, drift, 9.0, None, 60.0)
         for setup, drift, gold in (("defaults", None, (2.0, 2.2)), ("all three", 0.01, (1.9, 2.3)))
         for seed, after in enumerate(gold)
     ]
     console = Console(width=160, record=True)
-    console.print(savings.savings_table(rows))
+    console.print(setups.setups_table(rows))
     text = console.export_text()
     assert "0.000 ± 0.100" in text  # of -0.1 and 0.1
     assert "not shown" in text
