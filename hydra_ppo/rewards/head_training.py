@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -135,7 +135,7 @@ def train_heads(
         found, online = _by_adam(pairs, train, held_out, origin, settings, tell), {}
     margins = margins_of(found, pairs, held_out)
     measured = measure(margins) | online | {"pairs": len(train), "held_out": len(held_out), "seed": settings.seed}
-    return StoredHeads(**{**vars(found), "measured": measured})
+    return replace(found, measured=measured)
 
 
 def measure(margins: Tensor) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _by_adam(
             break
     pieces = iter(best)
     found = _heads(settings.kind, [(weight, next(pieces)) for weight in pieces], center, scale, origin)
-    return StoredHeads(**{**vars(found), "offset": _offset(found, pairs, train)})
+    return replace(found, offset=_offset(found, pairs, train))
 
 
 def _drawn(before: int, after: int, sources: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
