@@ -11,6 +11,7 @@ QUANTIZATIONS = ("none", "int8", "nf4", "fp4")
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit", "adamw-offloaded")
 UPDATE_ORDERS = ("together", "in-turn")
 KV_CACHES = ("auto", "int8")
+ADVANTAGES = ("gae", "group", "rloo", "reinforce")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Workload:
         checkpoint_offload: keep the layers' inputs, which checkpointing keeps, in host memory.
         tile_tokens: run MLPs, norms and the pass over prompts over pieces of this many tokens; None is all at once.
         kv_cache: keys and values while sampling: auto in the compute type, or int8.
+        advantage: gae, or one of those that need no critic.
+        ema: keep a running mean of the actor's adapter.
         world: processes that share the work out; batches are those of all. A profile is rank 0's, which has most to do.
         shard_base: each process holds a part of every decoder layer.
     """
@@ -59,6 +62,8 @@ class Workload:
     checkpoint_offload: bool = False
     tile_tokens: int | None = None
     kv_cache: Literal["auto", "int8"] = "auto"
+    advantage: Literal["gae", "group", "rloo", "reinforce"] = "gae"
+    ema: bool = False
     world: int = 1
     shard_base: bool = False
 
@@ -86,6 +91,16 @@ class Workload:
                 f"divides {self.rollout_batch}."
             )
 
+        if self.advantage != "gae" and self.update_order == "in-turn":
+            raise ConfigError(
+                f"update_order='in-turn' steps the actor before the critic, and advantage={self.advantage!r} has none; leave "
+                "it out."
+            )
+        if self.advantage in ("group", "rloo") and self.rollout_batch < 2:
+            raise ConfigError(
+                f"rollout_batch={self.rollout_batch} leaves advantage={self.advantage!r} nothing to compare a response with; "
+                "choose at least 2."
+            )
         if self.offload_in_rollout and self.optimizer in ("paged-adamw-8bit", "adamw-offloaded"):
             raise ConfigError(
                 f"offload_in_rollout=True has nothing to do with optimizer={self.optimizer!r}, whose moments are in host "
@@ -108,6 +123,9 @@ class Workload:
 
     def check_method(self, method: str) -> None:
         """Raise ConfigError where the method cannot be had with this workload."""
+        for name, there in {"advantage": self.advantage != "gae", "ema": self.ema}.items():
+            if there and method != "hydra":
+                raise ConfigError(f"{name}={getattr(self, name)!r} is of the method 'hydra'; leave {method!r} out of methods.")
         if method == "full" and self.quantize_embeddings is not None:
             raise ConfigError(
                 f"quantize_embeddings={self.quantize_embeddings!r} leaves embeddings that the method 'full' could not train; "
@@ -131,6 +149,7 @@ class Workload:
     def check_stage(self, stage: str) -> None:
         """Raise ConfigError where the workload has settings of PPO alone and another stage is asked for."""
         given = {"update_order": self.update_order != "together", "offload_in_rollout": self.offload_in_rollout}
+        given |= {"advantage": self.advantage != "gae", "ema": self.ema}
         for name, there in given.items():
             if there and stage != "ppo":
                 raise ConfigError(f"{name}={getattr(self, name)!r} has nothing to do in stage={stage!r}; leave it out.")

@@ -6,5 +6,5 @@ T = P + R tokens, V vocabulary entries, H hidden units. Masks are bool, True whe
 From outside: `masked` (means, whitening), `penalties` (KL), `advantages`, `losses` (of actor and critic), `preferences` (of
 reward models), `ensembles` (k heads as one score), `calibration` (of scores on pairs), `clusters` (k-means).
 
-Never: a tensor read on the host (`.item()`, `if tensor`, a shape that depends on data); modules, optimizers, settings.
+Never: modules, optimizers, settings; in what a step of training calls, a tensor read on the host.
 """

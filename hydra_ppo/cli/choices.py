@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-ExportedRole = Literal["actor", "reward", "critic"]
+ExportedRole = Literal["actor", "actor_ema", "reward", "critic"]
 EXPORTED_ROLES: tuple[ExportedRole, ...] = get_args(ExportedRole)
 EXPORTED_TYPES = ("auto", "fp32", "bf16", "fp16")
 

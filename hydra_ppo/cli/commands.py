@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra_ppo.cli.loading import check_vocabulary, load_model, load_rows, load_tokenizer
+from hydra_ppo.cli.practice import load_practice
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.parallel.environment import place
@@ -91,10 +92,20 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
         loaded = _load(config, load_prompts, config.stage, resume)
         if loaded is None:
             return None
+        practice, found = load_practice(config, loaded.tokenizer, datetime.fromisoformat(loaded.identity["begun"]))
+        loaded.notes += found
         sampling = Sampling(loaded.notes.append, world)
         sampler = at_the_end.enter_context(sampling.sampler(config, loaded.model, loaded.rows))
         trainer = PPOTrainer(
-            loaded.model, loaded.tokenizer, config, loaded.rows, loaded.eval_rows, sampler=sampler, world=world
+            loaded.model,
+            loaded.tokenizer,
+            config,
+            loaded.rows,
+            loaded.eval_rows,
+            sampler=sampler,
+            world=world,
+            ptx=practice.get("ptx", ()),
+            rehearsal=practice.get("rehearsal", ()),
         )
         loaded.when_open = lambda run: setattr(sampling, "note", run.note)
         return loaded, trainer

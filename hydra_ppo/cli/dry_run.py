@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from hydra_ppo.cli.model_check import check_contents
 from hydra_ppo.cli.model_files import NOT_CHECKED, check_model, check_reachable
+from hydra_ppo.cli.practice import sources
 from hydra_ppo.cli.rollouts import check_servers
 from hydra_ppo.config.settings import DataSettings, PPOConfig, SFTConfig
 from hydra_ppo.data.rows import Loaded, check_rows, shared_prompts, split_held_out
@@ -194,6 +195,9 @@ def dry_run(config: SFTConfig | PPOConfig, console: Console | None = None, *, re
         split = split_held_out(checked.rows, config.data.eval_fraction, config.run.seed)
         train, held_out = len(split[0]), len(split[1])
         found.append(("held out", f"{held_out:,} of them, {train:,} to train on"))
+    for name, source in (sources(config) if isinstance(config, PPOConfig) else {}).items():
+        rows, _ = check_data(replace(config.data, train=source, eval=None), "preferences")
+        found.append((f"{name}.data", _rows(rows, "preferences")))
     found.append(("run.output", f"{check_output(config.run, config, command=command, resume=resume)} can be written"))
     example: Table | None = None  # made before anything is printed: what stops the run is one line
     if Path(config.model.name_or_path).is_dir():

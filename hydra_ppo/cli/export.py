@@ -39,8 +39,8 @@ def export_role(
     Args:
         run: folder of a finished sft or ppo run, or a checkpoint.
         output: new folder: config, safetensors weights and tokenizer; or a PEFT adapter folder with `adapter_only`.
-        role: `actor` (the SFT policy, where there is no actor yet) becomes a causal LM that stops where the run's answers
-            end; `reward` and `critic` become sequence classifiers with one label, read at the last token of a row.
+        role: `actor` (the SFT policy, where there is no actor yet) and `actor_ema` become causal LMs that stop where the run's
+            answers end; `reward` and `critic` become sequence classifiers with one label, read at the last token of a row.
         adapter_only: leave the base out.
         dtype: of the weights that are written: auto, fp32, bf16 or fp16. auto keeps the actor as the base is stored, and
             writes classifiers in fp32: rounded to bf16, scores differ in the second digit.
@@ -84,6 +84,11 @@ def _spec(run: Path, manifest: Mapping[str, Any], role: ExportedRole) -> Mapping
             f"role='reward' of run={str(run)!r} was never trained, its head says nothing; export a run of sft with "
             "reward_coef above 0, or a ppo run that began from one."
         )
+    if role == "critic" and manifest.get("value_range") is not None:
+        raise ConfigError(
+            f"role='critic' of run={str(run)!r} has values within value_range={manifest['value_range']}, which no sequence "
+            "classifier says; use it in ppo, or export another role."
+        )
     return found
 
 
@@ -105,9 +110,13 @@ class _Export:
     base: str | None
     output: Path
 
+    @property
+    def _is_causal(self) -> bool:
+        return self.role in ("actor", "actor_ema")
+
     def write(self, folder: Path, adapter_only: bool, dtype: str) -> list[str]:
         """Write everything into a folder; return what a user should know."""
-        if self.role == "actor":
+        if self._is_causal:
             return self._adapter(folder) if adapter_only else self._actor(folder, dtype)
         return self._classifier(folder, adapter_only, dtype)
 
@@ -123,17 +132,17 @@ class _Export:
             return [f"trained over a base held as {held}: over another, or the unquantised one, it says something else"]
         if stored and not embeddings:
             return [f"the base is stored as {held}: written are the weights that it stands for, unpacked"]
-        what = "log-probs" if self.role == "actor" else "scores"
+        what = "log-probs" if self._is_causal else "scores"
         return [f"trained over a base held as {held}, written over the unquantised one: {what} differ by its rounding"]
 
     def how_to_load(self, adapter_only: bool) -> str:
         """Say what was written, and the line of Python that loads it."""
-        kind = self._causal_class() if self.role == "actor" else "AutoModelForSequenceClassification"
+        kind = self._causal_class() if self._is_causal else "AutoModelForSequenceClassification"
         what = f"Wrote {self.role} to {self.output}"
         if not adapter_only:
             return f"{what}, a model of its own: {kind}.from_pretrained({str(self.output)!r})"
         base = findable(self.base) if self.base is not None else self._base_of_adapter()
-        more = "" if self.role == "actor" else f", num_labels=1, pad_token_id={self._padding()[1].id}"
+        more = "" if self._is_causal else f", num_labels=1, pad_token_id={self._padding()[1].id}"
         return f"{what}, an adapter: PeftModel.from_pretrained({kind}.from_pretrained({base!r}{more}), {str(self.output)!r})"
 
     def _causal_class(self) -> str:

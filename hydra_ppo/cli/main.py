@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 SHARED = ("sft", "ppo")  # commands that several processes do together
 
-SAMPLED_ROLES = ("actor", "reference", "base")
+SAMPLED_ROLES = ("actor", "actor_ema", "reference", "base")
 
 
 Command = tuple[str, Callable[[list[str]], int | None]]
@@ -210,7 +210,7 @@ def _export(arguments: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", type=local_path, help="Run folder of ppo or sft, or a checkpoint.")
     parser.add_argument("--output", type=local_path, required=True, metavar="DIR", help="Folder to write to.")
     parser.add_argument(
-        "--role", choices=EXPORTED_ROLES, default="actor", help="actor is a causal LM, reward and critic sequence classifiers."
+        "--role", choices=EXPORTED_ROLES, default="actor", help="actor, actor_ema: causal LMs; others: sequence classifiers."
     )
     parser.add_argument("--adapter-only", action="store_true", help="Write the PEFT adapter alone, without the base.")
     parser.add_argument(

@@ -28,7 +28,7 @@ def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
         ConfigError, UnsupportedModelError: what the run would raise while it loads the model.
     """
     from hydra_ppo.model.architecture import inspect_architecture
-    from hydra_ppo.model.manifest import MANIFEST, UNTRAINED_HEAD, base_folder, check_base, read_manifest
+    from hydra_ppo.model.manifest import MANIFEST, UNSCORED, UNTRAINED_HEAD, base_folder, check_base, read_manifest
     from hydra_ppo.model.quantized_embeddings import check_width
     from hydra_ppo.model.roles import build_stage
     from hydra_ppo.model.whole import skeleton
@@ -40,8 +40,11 @@ def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
         config.check_policy()
     else:
         own = any(source.kind == "head" and source.target is None for source in config.reward.sources)
-        if own and not (manifest and manifest["reward_head_trained"]):
+        trained = manifest is not None and manifest["reward_head_trained"]
+        if own and not trained:
             raise ConfigError(UNTRAINED_HEAD)
+        if config.rehearsal.data is not None and not trained:
+            raise ConfigError(UNSCORED)
     build_stage(config.stage, manifest["roles"] if manifest else {})
     if saved is not None:
         check_base(saved, base_folder(saved))

@@ -9,11 +9,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra_ppo.cli.practice import sources
 from hydra_ppo.config.reading import as_values, settings_of
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
 from hydra_ppo.data.ends import find_ends
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.model.fingerprint import model_digests, model_folder, rows_digest, tokenizer_digest
+from hydra_ppo.model.fingerprint import file_digest, model_digests, model_folder, rows_digest, tokenizer_digest
 from hydra_ppo.model.manifest import MANIFEST, base_folder
 from hydra_ppo.parallel.environment import place
 from hydra_ppo.rewards.isolated import file_of
@@ -113,6 +114,9 @@ def describe_run(
     for index, source in enumerate(config.reward.sources if isinstance(config, PPOConfig) else []):
         if source.kind in ("classifier", "head") and source.target is not None:
             digests |= _digests(_source(index), source.target)
+    for kind, data in (sources(config) if isinstance(config, PPOConfig) else {}).items():
+        if Path(data).is_file():  # a name on the hub is a setting like others
+            digests[kind] = file_digest(Path(data))
     digests["tokenizer"] = tokenizer_digest(tokenizer)
     digests["the end of an answer"] = str(find_ends(tokenizer, end_of_turn=config.data.end_of_turn).turn)
     digests["data"] = rows_digest(rows, eval_rows)
@@ -152,6 +156,7 @@ def _without_known_paths(values: Mapping[str, Any], digests: Mapping[str, str]) 
     known = {name.split(" ")[0] for name in digests}
     changed = deepcopy(dict(values))
     told_apart = {"model.name_or_path": "model", "model.adapter": "adapter", "data.train": "data", "data.eval": "data"}
+    told_apart |= {"ptx.data": "ptx", "rehearsal.data": "rehearsal"}
     for name, what in told_apart.items():
         group, _, setting = name.partition(".")
         if what in known and isinstance(inner := changed.get(group), dict):

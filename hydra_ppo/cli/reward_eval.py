@@ -193,9 +193,9 @@ def _clusters(means: Tensor, scores: Sequence[float], margins: Sequence[float], 
     """Return size, mean and standard deviation of scores, and accuracy on pairs whose better answer is there, by cluster."""
     import torch
 
-    from hydra_ppo.algorithms.clusters import k_means
+    from hydra_ppo.algorithms.clusters import kmeans
 
-    numbers = k_means(means.float(), min(count, len(means)), torch.Generator().manual_seed(seed)).tolist()
+    numbers = kmeans(means.float(), count, torch.Generator().manual_seed(seed)).tolist()
     found = []
     for cluster in sorted(set(numbers), key=lambda number: -numbers.count(number)):
         inside = [score for score, number in zip(scores, numbers, strict=True) if number == cluster]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hydra_ppo.errors import ConfigError
-
-if TYPE_CHECKING:
-    from hydra_ppo.config.ppo import PPOConfig
 
 OF_CRITIC = (
     *("critic_learning_rate", "gae_lambda", "actor_lambda", "critic_lambda", "bootstrap_truncated", "value_clip_range"),
@@ -18,8 +15,11 @@ OF_CRITIC = (
 GROUPS = ("group", "rloo")
 
 
-def check_advantage(config: PPOConfig) -> None:
+def check_advantage(config: Any) -> None:
     """Refuse settings that contradict the advantages, or that they do not read.
+
+    Args:
+        config: a `PPOConfig`, whose own check this is a part of.
 
     Raises:
         ConfigError: naming the first.
@@ -47,7 +47,7 @@ def check_advantage(config: PPOConfig) -> None:
     _check_pessimism(config)
 
 
-def _check_groups(config: PPOConfig) -> None:
+def _check_groups(config: Any) -> None:
     kind, size = config.advantage, config.rollout.samples_per_prompt
     if size < 2:
         raise ConfigError(
@@ -57,7 +57,7 @@ def _check_groups(config: PPOConfig) -> None:
     _refuse_set(config, "gamma", f"discounts tokens, and advantage={kind!r} compares whole answers")
 
 
-def _check_pessimism(config: PPOConfig) -> None:
+def _check_pessimism(config: Any) -> None:
     """Refuse a penalty that would always be 0."""
     size = config.rollout.samples_per_prompt
     for index, source in enumerate(config.reward.sources if size < 2 else ()):
@@ -68,7 +68,7 @@ def _check_pessimism(config: PPOConfig) -> None:
             )
 
 
-def _check_range(config: PPOConfig, bounds: list[float]) -> None:
+def _check_range(config: Any, bounds: list[float]) -> None:
     """Refuse bounds of values that returns can leave."""
     given = f"value_range={bounds!r}"
     if len(bounds) != 2 or not bounds[0] < bounds[1]:
@@ -85,7 +85,7 @@ def _check_range(config: PPOConfig, bounds: list[float]) -> None:
         raise ConfigError(f"{given} is narrower than the scores, which lie in [{low:g}, {high:g}]; widen it.")
 
 
-def _refuse_set(config: PPOConfig, name: str, rule: str) -> None:
+def _refuse_set(config: Any, name: str, rule: str) -> None:
     default = next(item.default for item in fields(config) if item.name == name)
     if (value := getattr(config, name)) != default:
         raise ConfigError(f"{name}={value!r} {rule}; leave {name} out.")

@@ -11,7 +11,7 @@ from typing import Any
 from hydra_ppo.config.reading import read_yaml
 from hydra_ppo.errors import ConfigError
 
-PATHS = ("model.name_or_path", "model.adapter", "data.train", "data.eval", "run.output")
+PATHS = ("model.name_or_path", "model.adapter", "data.train", "data.eval", "run.output", "ptx.data", "rehearsal.data")
 SOURCES = "reward.sources"
 """Settings that may be paths, and the list of those whose `target` is one where their kind is classifier or head."""
 

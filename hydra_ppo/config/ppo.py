@@ -13,6 +13,7 @@ from hydra_ppo.config.fields import not_negative as _not_negative
 from hydra_ppo.config.fields import positive as _positive
 from hydra_ppo.config.fields import setting
 from hydra_ppo.config.model import ModelSettings
+from hydra_ppo.config.practice import PtxSettings, RehearsalSettings
 from hydra_ppo.config.rewards import RewardSettings
 from hydra_ppo.config.rollout import RolloutSettings
 from hydra_ppo.config.running import OptimizerSettings, RunSettings
@@ -111,6 +112,8 @@ class PPOConfig:
         None,
         "Keep a running mean of the actor's adapter, actor_ema; at each optimizer step it keeps this share of itself.",
     )
+    ptx: PtxSettings = setting(PtxSettings, "Answers that the actor goes on learning by heart.")
+    rehearsal: RehearsalSettings = setting(RehearsalSettings, "The best of such answers, of each kind.")
     sample_every: int = setting(10, "Record samples every this many steps.")
     eval_every: int = setting(0, "Score held-out prompts every this many steps; 0 only before and after training.")
     eval_prompts: int = setting(128, "Held-out prompts used per evaluation.")

@@ -12,6 +12,8 @@ from hydra_ppo.config.model import LoraSettings as LoraSettings
 from hydra_ppo.config.model import ModelSettings as ModelSettings
 from hydra_ppo.config.ppo import KLSettings as KLSettings
 from hydra_ppo.config.ppo import PPOConfig as PPOConfig
+from hydra_ppo.config.practice import PtxSettings as PtxSettings
+from hydra_ppo.config.practice import RehearsalSettings as RehearsalSettings
 from hydra_ppo.config.rewards import RewardSettings as RewardSettings
 from hydra_ppo.config.rewards import RewardSource as RewardSource
 from hydra_ppo.config.rollout import RolloutSettings as RolloutSettings

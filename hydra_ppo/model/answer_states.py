@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hydra_ppo.compute.packing import States
 from hydra_ppo.experience import Sequences
 from hydra_ppo.model.role_model import RoleModel
 
@@ -18,9 +19,17 @@ def ends_and_means(model: RoleModel, sequences: Sequences, means: bool = False) 
     """
     states = model._states(sequences)
     ends = states.at(sequences.last_positions()[:, None])[:, 0].float()
-    if not means:
-        return ends, None
-    own = (sequences.state_positions() + 1).clamp(max=sequences.input_ids.shape[1] - 1)  # of each token, not before it
+    return ends, _means(states, sequences) if means else None
+
+
+def scores_and_means(model: RoleModel, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """Return (B,) what the current role's scalar head says at the last response token, and (B, H) fp32 means as above."""
+    model._require_head("value", "reward")
+    states = model._states(sequences)
+    return model._scalar(states.at(sequences.last_positions()[:, None]))[:, 0], _means(states, sequences)
+
+
+def _means(states: States, sequences: Sequences) -> Tensor:
+    after = (sequences.state_positions() + 1).clamp(max=sequences.input_ids.shape[1] - 1)  # of each token, not before it
     mask = sequences.response_mask[..., None]
-    total = states.at(own).float().masked_fill(~mask, 0.0).sum(dim=1)
-    return ends, total / mask.sum(dim=1).clamp(min=1)
+    return (states.at(after).float() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)

@@ -20,6 +20,11 @@ UNTRAINED_HEAD = (
     "a classifier."
 )
 """What PPO and its dry run say of a base without a trained reward head."""
+UNSCORED = (
+    "rehearsal.data selects the best answers by the reward head, and this model's was never trained; run hydra-ppo sft first, "
+    "or use ptx."
+)
+"""What they say of one where answers are to be rehearsed."""
 
 
 FORMAT = 1

@@ -11,6 +11,7 @@ from torch import Tensor
 from hydra_ppo.errors import NonFiniteError
 from hydra_ppo.experience import Experience
 from hydra_ppo.model.answer_states import ends_and_means
+from hydra_ppo.model.answer_states import scores_and_means as of_rows
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rollout.collect import ending_alike
 from hydra_ppo.runtime.interruption import check_stop
@@ -98,3 +99,35 @@ def answer_states(
     finally:
         model.train(was_training)
     return found[0], found[1] if means else None
+
+
+@torch.no_grad()
+def scores_and_means(
+    model: HydraModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    eos_ids: Sequence[int],
+    *,
+    pad_id: int,
+    rows: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """Return scores (N,) and the mean final hidden state over each response's tokens (N, H), fp32 on the CPU, from one pass.
+
+    Arguments as of `reward_scores`.
+    """
+    was_training = model.training
+    model.eval()
+    experience = Experience.from_lists(prompts, responses, pad_id, model.device)
+    scores = torch.zeros(len(prompts))
+    means = torch.zeros(len(prompts), model.architecture.hidden_size)
+    try:
+        with model.role("reward"):
+            for group in experience.split(rows):
+                check_stop()
+                sequences = ending_alike(experience.select(group).sequences(), eos_ids)
+                found, mean = of_rows(model, sequences)
+                index = torch.tensor(group)
+                scores[index], means[index] = found.cpu(), mean.cpu()
+    finally:
+        model.train(was_training)
+    return scores, means

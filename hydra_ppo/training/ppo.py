@@ -25,13 +25,13 @@ import torch
 from hydra_ppo.algorithms.advantages import explained_variance
 from hydra_ppo.algorithms.penalties import adaptive_kl_coef
 from hydra_ppo.config.settings import PPOConfig
-from hydra_ppo.data.rows import PromptRow
+from hydra_ppo.data.rows import PreferenceRow, PromptRow
 from hydra_ppo.data.text import unknown_ids
 from hydra_ppo.errors import ConfigError, ServerError
 from hydra_ppo.experience import Experience, FinishedExperience, ScoredExperience
 from hydra_ppo.model.answers import end_tokens, settle_ends
 from hydra_ppo.model.hydra import HydraModel
-from hydra_ppo.model.manifest import UNTRAINED_HEAD
+from hydra_ppo.model.manifest import UNSCORED, UNTRAINED_HEAD
 from hydra_ppo.model.origin import origin_of
 from hydra_ppo.parallel.dealing import check_divides
 from hydra_ppo.parallel.world import ALONE, World
@@ -41,19 +41,20 @@ from hydra_ppo.rollout.sampling import Samples, sample
 from hydra_ppo.runs.checkpoint import Position, TrainerState
 from hydra_ppo.runtime import random_sources
 from hydra_ppo.runtime.announce import allocating
-from hydra_ppo.runtime.exhaustion import Limits
 from hydra_ppo.runtime.host_memory import keep_freed_memory
 from hydra_ppo.runtime.interruption import StopRequested
 from hydra_ppo.runtime.memory import PhaseMemory
 from hydra_ppo.runtime.recorder import Recorder, Silent
 from hydra_ppo.training.in_step import end_step, keep_in_step
 from hydra_ppo.training.metrics import Metrics, measured
-from hydra_ppo.training.optim import build_optimizer, check_finite, state_tensors
+from hydra_ppo.training.optim import check_finite, state_tensors
 from hydra_ppo.training.ppo_advantages import with_advantages
+from hydra_ppo.training.ppo_begin import begin
 from hydra_ppo.training.ppo_metrics import compare, reward_metrics, rollout_metrics
 from hydra_ppo.training.ppo_reading import Reading
-from hydra_ppo.training.ppo_state import PartialStep, PPOState, PromptBatches
-from hydra_ppo.training.ppo_update import Updates, build_scaler, check_measured, optimizer_steps, turns
+from hydra_ppo.training.ppo_state import PartialStep
+from hydra_ppo.training.ppo_update import Updates, check_measured
+from hydra_ppo.training.practice import Practising, practices, select_rehearsed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +76,7 @@ class PPOTrainer:
         sampler: samples the responses; called as `hydra_ppo.rollout.sampling.sample` is.
         on_phase: told rollout, score, update-actor, update-critic and optimizer as they begin.
         world: the processes that train together. All hold what is trained, the optimizer and the whole rollout; rank 0 writes.
+        ptx, rehearsal: rows whose chosen answers are practised, see `practice`; both or neither as the settings say.
 
     Attributes:
         progress: what the run has come to.
@@ -96,6 +98,8 @@ class PPOTrainer:
         sampler: Callable[..., Samples] = sample,
         on_phase: Callable[[str], None] = lambda phase: None,
         world: World = ALONE,
+        ptx: Sequence[PreferenceRow] = (),
+        rehearsal: Sequence[PreferenceRow] = (),
     ) -> None:
         if model.train_stage != config.stage:
             raise ConfigError(
@@ -121,45 +125,21 @@ class PPOTrainer:
         settle_ends(model, tokenizer, self.eos_ids, reads_head=scorer.needs_head)
         if scorer.heads:
             scorer.check_origin(origin_of(model, self.eos_ids[0]))
+        self.practised = {"ptx": list(ptx), "rehearsal": list(rehearsal)}
+        for name, settings in (("ptx", config.ptx), ("rehearsal", config.rehearsal)):
+            if (settings.data is None) != (not self.practised[name]):
+                raise ConfigError(f"{name}.data={settings.data!r} and the {name} rows do not go together; give both, or none.")
+        if config.rehearsal.data is not None and not model.reward_head_trained:
+            raise ConfigError(UNSCORED)
         self.reading = Reading(tokenizer, config, self.eos_ids)
         self.never = unknown_ids(tokenizer, model.architecture.output_embeddings.weight.shape[0])
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self.memory = PhaseMemory(model, model.device, config.run.memory)
-        self.progress = self._begin(scorer)
+        self.progress = begin(
+            model, config, self.prompts, scorer, max(len(self.eval_prompts), self._rows), lambda text: self.run.note(text)
+        )
         self.updates = Updates(model, config, self.progress, self._announce, world)
         self._begun = time.perf_counter()
-
-    def _begin(self, scorer: Scorer) -> PPOState:
-        """Return the state of a run that has not begun."""
-        model, config = self.model, self.config
-        roles = ["actor", "critic"] if config.has_critic else ["actor"]
-        shuffler = torch.Generator().manual_seed(config.run.seed)
-        copies = config.rollout.samples_per_prompt
-        rate = config.optimizer.learning_rate
-        rates = {"actor": rate, "critic": config.critic_learning_rate or rate}
-        groups = [(model.role_parameters(role), rates[role]) for role in roles]
-        optimizer, schedule = build_optimizer(groups, config.optimizer, optimizer_steps(config))
-        sizes = {
-            "rollout.generation_batch_size": config.rollout.generation_batch_size or max(len(self.eval_prompts), self._rows),
-            "rollout.score_batch_size": config.rollout.score_batch_size,
-            "microbatch_size": config.microbatch_size,
-        }
-        state = PPOState(
-            optimizer=optimizer,
-            schedule=schedule,
-            # fp16 gradients underflow without a scaled loss; with every other type the scaler does nothing.
-            scaler=build_scaler(model.device, model.causal_lm.dtype == torch.float16, len(turns(config))),
-            names={id(parameter): name for named, _ in reversed(groups) for name, parameter in named.items()},
-            limits=Limits(sizes, model.device, lambda text: self.run.note(text)),
-            sampler=torch.Generator(model.device).manual_seed(config.run.seed),
-            shuffler=shuffler,
-            batches=PromptBatches(self.prompts, config.rollout.batch_size // copies, copies, shuffler),
-            scorer=scorer,
-            kl_coef=config.kl.coef,
-            moments_leave=config.optimizer.offload_in_rollout,
-        )
-        state.capture()
-        return state
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -259,6 +239,8 @@ class PPOTrainer:
     def _advance(self, step: int) -> Metrics:
         """Do what is left of a step, but leave it open: an evaluation that is stopped can be done again."""
         progress = self.progress
+        if self.updates.practising is None:
+            self._practise(step)
         if progress.partial is None:
             progress.partial = self._rollout(step)
             progress.capture()
@@ -266,6 +248,18 @@ class PPOTrainer:
         metrics = part.metrics | self.updates.run(part, train_actor=step > self.config.critic_warmup_steps, step=step)
         part.experience = part.experience.with_trunk(None)  # large, and of no more use
         return metrics | {"kl_coef": progress.kl_coef, "lr": float(progress.schedule.get_last_lr()[0])}
+
+    def _practise(self, step: int) -> None:
+        """Let the updates practise what the settings say; what is rehearsed is selected in the run's first step."""
+        config, progress, rehearsal = self.config, self.progress, self.practised["rehearsal"]
+        if rehearsal and progress.rehearsed is None:
+            self.on_phase("score")
+            found = select_rehearsed(self.model, rehearsal, config, self.eos_ids, self.pad_id)
+            progress.rehearsed = self.world.from_main(lambda: found, f"step={step} selecting what is rehearsed")
+            self.run.note(f"rehearsal: {len(progress.rehearsed)} of {len(rehearsal)} answers, the best of each kind")
+        practised = practices(config, self.practised["ptx"], rehearsal, progress.rehearsed)
+        actor = self.updates.parameters["actor"]
+        self.updates.practising = Practising(practised, self.model, progress, self.world, actor, config.run.seed, self.pad_id)
 
     def _close(self, step: int, metrics: Metrics) -> None:
         """Count a step as done."""

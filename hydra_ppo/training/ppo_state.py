@@ -61,6 +61,7 @@ class PartialStep:
         metrics: of the rollout.
         optimizer_steps: done so far, by actor and critic.
         actor_stats, critic_stats: of each; rows of `ppo_metrics.POLICY` and `VALUE`.
+        practice_stats: cross-entropies of what is practised beside, where something is.
         stopped: whether the actor passed its target KL.
         seconds: spent on the step by processes before this one.
         turns_done: of those of the minibatch that is next; see `ppo_update.turns`.
@@ -71,6 +72,7 @@ class PartialStep:
     optimizer_steps: int = 0
     actor_stats: list[Tensor] = field(default_factory=list)
     critic_stats: list[Tensor] = field(default_factory=list)
+    practice_stats: list[Tensor] = field(default_factory=list)
     stopped: bool = False
     seconds: float = 0.0
     turns_done: int = 0
@@ -101,6 +103,7 @@ class PPOState:
         scorer: keeps running statistics of the scores.
         kl_coef: as it is now.
         running: what rewards were so far.
+        rehearsed: numbers of the rows that are rehearsed; None before they are selected.
         done: steps done.
         partial: the step that is being updated on, None outside of the updates.
         totals: sums over the steps done.
@@ -119,6 +122,7 @@ class PPOState:
     scorer: Scorer
     kl_coef: float
     running: RunningRewards = field(default_factory=RunningRewards)
+    rehearsed: list[int] | None = None
     done: int = 0
     partial: PartialStep | None = None
     totals: Totals = field(default_factory=Totals)
@@ -164,6 +168,8 @@ class PPOState:
             "limits": self.limits.sizes,
             "partial": None,
         }
+        if self.rehearsed is not None:  # which earlier checkpoints do not have
+            values["rehearsed"] = self.rehearsed
         if (part := self.partial) is not None:
             found, lengths = _pack(part.experience)
             tensors |= {f"experience.{name}": tensor for name, tensor in found.items()}
@@ -173,6 +179,7 @@ class PPOState:
                 "optimizer_steps": part.optimizer_steps,
                 "actor_stats": [row.tolist() for row in part.actor_stats],
                 "critic_stats": [row.tolist() for row in part.critic_stats],
+                "practice_stats": [row.tolist() for row in part.practice_stats],
                 "stopped": part.stopped,
                 "seconds": part.seconds + seconds,
                 "turns_done": part.turns_done,
@@ -191,7 +198,7 @@ class PPOState:
         if self.moments_leave:
             send_away(self.optimizer)
         self.scaler.load_state_dict(values["scaler"])
-        self.done = values["done"]
+        self.done, self.rehearsed = values["done"], values.get("rehearsed")
         self.totals = Totals(**values["totals"])
         self.limits.sizes |= values["limits"]
         sources = values["sources"]
@@ -225,6 +232,7 @@ def _partial(
         optimizer_steps=saved["optimizer_steps"],
         actor_stats=[torch.tensor(row, device=model.device) for row in saved["actor_stats"]],
         critic_stats=[torch.tensor(row, device=model.device) for row in saved["critic_stats"]],
+        practice_stats=[torch.tensor(row, device=model.device) for row in saved.get("practice_stats", [])],
         stopped=saved["stopped"],
         seconds=saved["seconds"],
         # Earlier checkpoints say whether the actor is done, those of before there was an order nothing.

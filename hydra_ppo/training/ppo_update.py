@@ -37,6 +37,7 @@ from hydra_ppo.training.metrics import Metrics
 from hydra_ppo.training.optim import clip_gradients, fresh_scaler
 from hydra_ppo.training.ppo_metrics import POLICY, VALUE, mean_of
 from hydra_ppo.training.ppo_state import PartialStep, PPOState
+from hydra_ppo.training.practice import Practising
 
 SIZES = {"actor": len(POLICY), "critic": len(VALUE)}
 """What each role is measured by at an optimizer step."""
@@ -64,6 +65,7 @@ class Updates:
         self.model, self.config, self.state, self.on_phase, self.world = model, config, state, on_phase, world
         self.parameters = {role: list(model.role_parameters(role).values()) for role in model.trainable_roles}
         self.turns = turns(config)
+        self.practising: Practising | None = None
         shared = len(self.parameters) > 1 and set(self.parameters["actor"]) & set(self.parameters["critic"])
         if len(self.turns) > 1 and shared:
             raise ConfigError(
@@ -107,7 +109,7 @@ class Updates:
             state.limits.fit(
                 "microbatch_size",
                 f"step={step} phase=update",
-                partial(self._minibatch, minibatch, part, train_actor, f"step={step} optimizer step {number + 1}"),
+                partial(self._minibatch, minibatch, part, train_actor, f"step={step} optimizer step {number + 1}", step),
                 undo=self._drop_gradients,
                 most=max(len(rows) for rows in micro_batches),
             )
@@ -119,7 +121,17 @@ class Updates:
             for number, row in enumerate(rows, 1):
                 where = f"step={step} phase=update, optimizer step {number}"
                 check_measured(where, dict(zip(names, row, strict=True)), state.scaler)
-        return mean_of(policy, POLICY) | mean_of(value, VALUE) | {"policy/stopped_early": float(part.stopped)}
+        practised = self._practised(part, step)
+        return mean_of(policy, POLICY) | mean_of(value, VALUE) | practised | {"policy/stopped_early": float(part.stopped)}
+
+    def _practised(self, part: PartialStep, step: int) -> Metrics:
+        """Return the mean cross-entropy of each practice; {} where nothing is practised."""
+        names = [] if self.practising is None else self.practising.names
+        if not names:
+            return {}
+        found = mean_of([row.tolist() for row in part.practice_stats], names)
+        check_measured(f"step={step} phase=update", found, self.state.scaler)
+        return found
 
     def _micro_batches(self, minibatch: FinishedExperience, size: int) -> Iterator[tuple[FinishedExperience, bool]]:
         """Yield the micro-batches that this process does, and whether each counts."""
@@ -131,20 +143,26 @@ class Updates:
             yield micro, counts
 
     def _minibatch(
-        self, minibatch: FinishedExperience, part: PartialStep, train_actor: bool, where: str, microbatch_size: int
+        self, minibatch: FinishedExperience, part: PartialStep, train_actor: bool, where: str, step: int, microbatch_size: int
     ) -> None:
         """Take the optimizer steps of a minibatch that are not done yet; the size of micro-batches changes no result."""
         for roles in self.turns[part.turns_done :]:
             stepped = [role for role in roles if role != "actor" or (train_actor and not part.stopped)]
             if stepped:
-                self._turn(stepped, minibatch, part, where, microbatch_size)
+                self._turn(stepped, minibatch, part, where, step, microbatch_size)
             part.turns_done += 1
         self.state.schedule.step()
         part.optimizer_steps += 1
         part.turns_done = 0
 
     def _turn(
-        self, roles: Sequence[str], minibatch: FinishedExperience, part: PartialStep, where: str, microbatch_size: int
+        self,
+        roles: Sequence[str],
+        minibatch: FinishedExperience,
+        part: PartialStep,
+        where: str,
+        step: int,
+        microbatch_size: int,
     ) -> None:
         """Go through the micro-batches for these roles, step them together, and note what they are measured by."""
         config = self.config
@@ -171,11 +189,18 @@ class Updates:
                 parameter.grad = None
         if not stepped:
             return
+        practised = None
+        if "actor" in stepped and self.practising is not None and self.practising.practices:
+            self.on_phase("update-actor")
+            size, place = (microbatch_size, config.microbatch_tokens), (step, part.optimizer_steps)
+            practised = self.practising.add(place, size, where)
         self.on_phase("optimizer")
         norms = self.world.alike(partial(self.optimizer_step, stepped), where)
         for role, norm in zip(stepped, norms, strict=True):
             measured[role][-1:].copy_(norm)  # allocates nothing: where memory ran out from here on, a step would be done twice
             (part.actor_stats if role == "actor" else part.critic_stats).append(measured[role])
+        if practised is not None:
+            part.practice_stats.append(practised)
 
     def _drop_gradients(self) -> None:
         """Forget what a failed minibatch left behind."""

@@ -72,7 +72,8 @@ def profile(
         from hydra_ppo.profiling.cli.predictor import parameters
         from hydra_ppo.profiling.subjects.shapes import model_config
 
-        print(f"critic: {format_count(parameters(model_config(workload.model))[0])} parameters (the base), in each method")
+        size = f"{format_count(parameters(model_config(workload.model))[0])} parameters (the base), in each method"
+        print(f"critic: {size if workload.advantage == 'gae' else f'none with advantage={workload.advantage}'}")
     return record
 
 

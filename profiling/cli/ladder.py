@@ -122,7 +122,8 @@ def exact(workload: Workload, moments: int) -> tuple[Saving, ...]:
     """
     long = workload.prompt + workload.response > 4 * TILE_TOKENS and not workload.shard_base
     away = OFFLOADED if moments > 2 * ROOMS * BUCKET_BYTES else AWAY
-    return (IN_TURN, away, CHECKPOINTS, TILES) if long else (IN_TURN, away, CHECKPOINTS)
+    first = (IN_TURN,) if workload.advantage == "gae" else ()
+    return (*first, away, CHECKPOINTS, *((TILES,) if long else ()))
 
 
 def rungs(all_exact: Sequence[Saving], holds: Sequence[str | None]) -> list[tuple[Saving, ...]]:

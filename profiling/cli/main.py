@@ -7,7 +7,7 @@ import argparse
 from hydra_ppo.cli.parser import Parser, check_folder
 from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.profiling.workload import KV_CACHES, OPTIMIZERS, QUANTIZATIONS, UPDATE_ORDERS, Workload
+from hydra_ppo.profiling.workload import ADVANTAGES, KV_CACHES, OPTIMIZERS, QUANTIZATIONS, UPDATE_ORDERS, Workload
 
 STAGES = {"ppo": ("full", "lora", "dlora", "j-hydra", "hydra"), "reward": ("full", "lora")}
 """Methods by stage."""
@@ -57,6 +57,7 @@ def profile(arguments: list[str]) -> None:
     )
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="How AdamW keeps its moments.")
     parser.add_argument("--update-order", choices=UPDATE_ORDERS, default="together", help="How actor and critic are stepped.")
+    parser.add_argument("--ema", action="store_true", help="Keep a running mean of the actor's adapter.")
     parser.add_argument("--offload-in-rollout", action="store_true", help="Moments are in host memory while sampling, scoring.")
     parser.add_argument(
         "--world", type=int, default=1, metavar="N", help="Simulate rank 0 of N processes; batches are those of all."
@@ -101,6 +102,8 @@ def profile(arguments: list[str]) -> None:
             checkpoint_offload=options.checkpoint_offload,
             tile_tokens=options.tile_tokens,
             kv_cache=options.kv_cache,
+            advantage=options.advantage,
+            ema=options.ema,
             world=options.world,
             shard_base=options.shard_base,
         )
@@ -153,6 +156,7 @@ def plan(arguments: list[str]) -> int:
     from hydra_ppo.profiling.cli import commands
 
     sizes = {"dtype": options.dtype, "prompt": options.prompt, "response": options.response}
+    sizes["advantage"] = options.advantage
     workload = Workload(model=_required(options.model), rollout_batch=8 * options.gpus, world=options.gpus, **sizes)
     return commands.plan(workload, memory, margin, options.count, options.output, options.json)
 
@@ -162,6 +166,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="Compute type.")
     parser.add_argument("--prompt", type=int, default=512, help="Tokens of a prompt.")
     parser.add_argument("--response", type=int, default=512, help="Tokens of a response.")
+    parser.add_argument("--advantage", choices=ADVANTAGES, default="gae", help="All but gae have no critic.")
 
 
 UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "B": 1, "": 1}

@@ -58,7 +58,9 @@ def print_plans(found: Search, count: int, console: Console) -> None:
         held = "a part of each decoder layer" if first.shard_base else "the whole base"
         say(f"{first.world} GPUs, one process each; {held} on each.")
         say("micro: rows of one process; rollout: of all. Start with torchrun --nproc-per-node, see docs/scale.md.")
-    say(f"critic: {format_count(found.parameters)} parameters (the base)")
+    kind = found.smallest.workload.advantage
+    size = f"{format_count(found.parameters)} parameters (the base)" if kind == "gae" else f"none with advantage={kind}"
+    say(f"critic: {size}")
     before: list[Saving] = []
     for number, plan in enumerate(shown, 1):
         new = [saving for saving in plan.savings if saving not in before]
@@ -105,9 +107,10 @@ def write_yaml(plan: Plan, path: Path) -> None:
             "max_new_tokens": workload.response,
             "score_batch_size": workload.score_batch,
             "kv_cache": workload.kv_cache,
+            **({"samples_per_prompt": 4} if workload.advantage in ("group", "rloo") else {}),
         },
         "optimizer": {"name": workload.optimizer, "offload_in_rollout": workload.offload_in_rollout},
-        "update_order": workload.update_order,
+        **({"update_order": workload.update_order} if workload.advantage == "gae" else {"advantage": workload.advantage}),
         "minibatch_size": min(workload.rollout_batch, -(-16 // workload.world) * workload.world),
         "microbatch_size": workload.microbatch,
     }

@@ -36,6 +36,7 @@ class Predictor:
 
     Attributes:
         parameters: of the base.
+        trained: adapters that are.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Predictor:
         self.layers: int = self.config.num_hidden_layers
         self.itemsize = DTYPES[workload.dtype].itemsize
         self.parameters, self.linear, self.adapter = parameters(self.config)
+        self.trained = 2 if workload.advantage == "gae" else 1
         self._known: dict[Workload, Step] = {}
         self._ahead = Ahead(partial(_simulate, self.config, tuple(micros)), workers)
 
@@ -84,8 +86,8 @@ class Predictor:
         return self.linear * bits // 8 // (workload.world if workload.shard_base else 1)
 
     def moments(self, rank: int) -> int:
-        """Return the bytes of AdamW's moments of both adapters."""
-        return 2 * 2 * 4 * rank * self.adapter
+        """Return the bytes of AdamW's moments of the adapters that are trained."""
+        return self.trained * 2 * 4 * rank * self.adapter
 
     def fits(self, workload: Workload, usable: int) -> bool:
         """Return whether all phases fit; what cannot, whatever the rest takes, is not simulated."""

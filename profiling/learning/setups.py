@@ -41,6 +41,10 @@ CACHE = {"rollout": {"kv_cache": "int8"}}
 IN_LOSS = {"kl": {"estimator": "k3", "place": "loss"}}
 EIGHT = {"rollout": {"samples_per_prompt": 8}}
 
+PRACTICE = "practice"
+"""Stands for the first `PRACTISED` of the pairs that the SFT model was tuned on."""
+PRACTISED = 2000
+
 Setup = Mapping[str, Any]
 """Settings that differ from the quickstart's, those of a group as a mapping of their own."""
 
@@ -69,6 +73,8 @@ TABLES: dict[str, dict[str, Setup]] = {
         "2 critic updates": {"critic_updates_per_actor": 2},
         "bounded critic": {"value_range": [-8.0, 8.0], "reward": {"score_clip": 8.0}, **IN_LOSS},
         "clip 0.2 to 0.28": {"clip_range_high": 0.28},
+        "ptx": {"ptx": {"data": PRACTICE, "coef": 0.3}},
+        "rehearsal": {"rehearsal": {"data": PRACTICE}},
     },
 }
 """Set-ups by table; each of a table's but the defaults is compared with those."""
@@ -160,11 +166,12 @@ def _train(place: Path, setup: str, changes: Setup, seed: int) -> Outcome:
 
     config = with_settings(quickstart.ppo_config(place, seed), changes)
     tokenizer = AutoTokenizer.from_pretrained(place / "sft")
+    practised = _practised(config, tokenizer, place, seed)
     prompts, eval_prompts, _ = loading.load_rows(load_prompts, tokenizer, config.data, seed)
     set_seed(seed)
     model = loading.load_model(config.model, config.stage)
     drifts = Drifts()
-    trainer = PPOTrainer(model, tokenizer, config, prompts, eval_prompts, run=drifts)
+    trainer = PPOTrainer(model, tokenizer, config, prompts, eval_prompts, run=drifts, **practised)
     started = time.perf_counter()
     texts = [row.text for row in trainer.eval_prompts]
     exact = quickstart.ppo_config(place, seed).rollout  # all are judged by the exact cache
@@ -182,6 +189,18 @@ def _train(place: Path, setup: str, changes: Setup, seed: int) -> Outcome:
         gold_ema=None if ema is None else mean(ema),
         seconds=time.perf_counter() - started,
     )
+
+
+def _practised(config: PPOConfig, tokenizer: Any, place: Path, seed: int) -> dict[str, Any]:
+    """Return the rows that the actor practises, by kind."""
+    from hydra_ppo.data.rows import load_preferences
+
+    kinds = [kind for kind in ("ptx", "rehearsal") if getattr(config, kind).data == PRACTICE]
+    if not kinds:
+        return {}
+    data = quickstart.sft_config(place, seed).data
+    rows = load_preferences(data.train, tokenizer, data).rows[:PRACTISED]
+    return dict.fromkeys(kinds, rows)
 
 
 def _perplexity(model: HydraModel, tokenizer: Any, place: Path, seed: int) -> float:

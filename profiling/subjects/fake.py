@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hydra_ppo.algorithms import advantages
 from hydra_ppo.compat import VERSION
 from hydra_ppo.compute import logprobs
 from hydra_ppo.compute.kv_cache import last_full
@@ -30,7 +31,7 @@ from hydra_ppo.model.sharding import shard_layer
 from hydra_ppo.model.whole import causal_class
 from hydra_ppo.rollout.decoder import Decoder
 from hydra_ppo.runtime.host_tensors import empty_on_host
-from hydra_ppo.training import eight_bit, ppo_update
+from hydra_ppo.training import eight_bit, ppo_advantages
 
 MOST_COLUMNS = 8
 """Of advantages in a simulation."""
@@ -94,7 +95,7 @@ def no_repetition() -> Iterator[None]:
     little too early. Of the blocks in which log-probs go through the vocabulary two are run, of their groups of rows too; the
     columns of advantages, which are found one after the other, are taken to be few and long.
     """
-    split, minibatches, cut, gae = Experience.split, Experience.minibatches, logprobs._cut, ppo_update.gae
+    split, minibatches, cut, gae = Experience.split, Experience.minibatches, logprobs._cut, advantages.gae
 
     def one_group(self: Experience, *args: Any, **kwargs: Any) -> list[list[int]]:
         return split(self, *args, **kwargs)[:1]
@@ -114,7 +115,8 @@ def no_repetition() -> Iterator[None]:
         patch.object(Experience, "split", one_group),
         patch.object(Experience, "minibatches", one_minibatch),
         patch.object(logprobs, "_cut", few_blocks),
-        patch.object(ppo_update, "gae", few_columns),
+        patch.object(advantages, "gae", few_columns),
+        patch.object(ppo_advantages, "gae", few_columns),
     ):
         yield
 

@@ -15,7 +15,7 @@ from hydra_ppo.config.settings import LoraSettings, OptimizerSettings, PPOConfig
 from hydra_ppo.data.rows import PreferenceRow, PromptRow
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.loading import DTYPES, base_from_config
-from hydra_ppo.model.roles import Role, Stage
+from hydra_ppo.model.roles import Role, Stage, build_stage
 from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.profiling.subjects.baselines import SeparateModels, build, drop_lm_head
 from hydra_ppo.profiling.subjects.fake import LeapingDecoder, fake_base
@@ -78,7 +78,7 @@ class Builder:
     def models(self) -> Models:
         """Build the models of the method, random weights, checkpointing as asked for."""
         if self.stage == "ppo":
-            model = build(self.method, self._base)
+            model = build(self.method, self._base) if self._is_plain else self._base(build_stage(self._settings().stage, {}))
         else:
             model = self._base(REWARD_STAGES[self.method])
             drop_lm_head(model)
@@ -116,20 +116,7 @@ class Builder:
     def _ppo(self, model: Models, on_phase: Callable[[str], None]) -> Subject:
         workload = self.workload
         rows = workload.rollout_batch
-        settings = PPOConfig(
-            **unused_settings(),
-            rollout=RolloutSettings(
-                batch_size=rows,
-                max_new_tokens=workload.response,
-                score_batch_size=workload.score_batch,
-                kv_cache=workload.kv_cache,
-            ),
-            ppo_epochs=1,
-            minibatch_size=workload.minibatch or rows,
-            microbatch_size=workload.microbatch,
-            optimizer=OptimizerSettings(name=workload.optimizer, offload_in_rollout=workload.offload_in_rollout),
-            update_order=workload.update_order,
-        )
+        settings = self._settings()
         decoder = self.decoder or (LeapingDecoder if self.simulate else None)
         sampler = partial(sample, lengths=[workload.response] * rows, decoder=decoder)
         # No two alike, where there are tokens enough: a prompt that is sampled from several times is run once.
@@ -142,13 +129,39 @@ class Builder:
         def warm_up() -> None:
             # A scaler makes its scale when it is first asked for one; only fp16 has a scaler that does anything.
             trainer.progress.scaler.scale(torch.zeros((), device=model.device))
-            for roles in [("actor",), ("critic",)] if workload.update_order == "in-turn" else [("actor", "critic")]:
+            for roles in trainer.updates.turns:
                 _zero_gradients(p for role in roles for p in trainer.updates.parameters[role])
                 trainer.updates.optimizer_step(roles)
             if workload.offload_in_rollout:
                 send_away(trainer.progress.optimizer)
 
         return Subject(trainer.progress.optimizer, partial(trainer.step, 1), warm_up)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the models are those of the method's own table of roles."""
+        return self.workload.advantage == "gae" and not self.workload.ema
+
+    def _settings(self) -> PPOConfig:
+        workload = self.workload
+        rows = workload.rollout_batch
+        return PPOConfig(
+            **unused_settings(),
+            rollout=RolloutSettings(
+                batch_size=rows,
+                max_new_tokens=workload.response,
+                score_batch_size=workload.score_batch,
+                kv_cache=workload.kv_cache,
+                samples_per_prompt=rows if workload.advantage in ("group", "rloo") else 1,
+            ),
+            advantage=workload.advantage,
+            ema_decay=0.99 if workload.ema else None,
+            ppo_epochs=1,
+            minibatch_size=workload.minibatch or rows,
+            microbatch_size=workload.microbatch,
+            optimizer=OptimizerSettings(name=workload.optimizer, offload_in_rollout=workload.offload_in_rollout),
+            update_order=workload.update_order,
+        )
 
     def _reward(self, model: Models, on_phase: Callable[[str], None]) -> Subject:
         workload = self.workload

@@ -198,3 +198,25 @@ def test_nothing_fake_stays_behind():
     assert torch.zeros(2).tolist() == [0.0, 0.0]
     model = HydraModel.from_config(CONFIGS["llama"], quantization="nf4").to("cpu")
     assert type(next(model.parameters())) is torch.nn.Parameter
+
+
+@pytest.mark.parametrize("changes", [{"advantage": "group"}, {"advantage": "reinforce", "ema": True}, {"ema": True}], ids=str)
+def test_simulated_and_measured_peaks_agree_without_a_critic_and_with_a_running_mean(changes):
+    sizes = workload(rollout_batch=4, microbatch=2, score_batch=2, **changes)
+    simulated = capture(sizes, simulate=True, config=CONFIGS["llama"])
+    measured = capture(sizes, simulate=False, device="cpu", config=CONFIGS["llama"])
+    assert simulated.phases.keys() == measured.phases.keys()
+    assert ("update-critic" in measured.phases) == (sizes.advantage == "gae")
+    for phase, peak in measured.phases.items():
+        assert simulated.phases[phase].bytes == pytest.approx(peak.bytes, rel=AGREEMENT), phase
+    plain = capture(workload(rollout_batch=4, microbatch=2, score_batch=2), simulate=True, config=CONFIGS["llama"])
+    adapters = [found.phases["optimizer"].kinds["adapters"] for found in (simulated, plain)]
+    expected = {"{'ema': True}": 3 / 2, "{'advantage': 'group'}": 1 / 2}.get(str(changes), 1)
+    assert adapters[0] == expected * adapters[1]
+
+
+def test_what_has_no_critic_has_no_order_of_roles():
+    with pytest.raises(ConfigError, match=r"^update_order='in-turn' .* advantage='group' has none; leave it out\.$"):
+        workload(advantage="group", update_order="in-turn", rollout_batch=4)
+    with pytest.raises(ConfigError, match="advantage='group' is of the method 'hydra'; leave 'full' out of methods"):
+        workload(advantage="group", rollout_batch=4).check_method("full")
