@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hydra_ppo.errors import ConfigError, NonFiniteError
 from hydra_ppo.model.origin import Origin
-from hydra_ppo.runtime.files import read_regular, write_whole
+from hydra_ppo.runtime.files import irregular, read_regular, write_whole
 
 ABOUT, PROGRESS = "features.json", "progress.json"
 STATES, MEANS, PAIRS, ROWS = "states.npy", "means.npy", "pairs.npy", "rows.jsonl"
@@ -75,6 +75,8 @@ def open_features(folder: Path) -> Features:
         raise ConfigError(f"{place} is not whole; run the same hydra-ppo features again, which goes on with it.")
     if not (folder / ABOUT).is_file():
         raise ConfigError(f"{place} holds no {ABOUT}; name a folder that hydra-ppo features wrote.")
+    if (strange := irregular(folder)) is not None:
+        raise ConfigError(f"{place} holds {strange!r}, which is neither file nor folder; remove it.")
     try:
         about = json.loads(read_regular(folder / ABOUT))
         if not isinstance(about, dict) or about.get("format") != FORMAT:
@@ -84,7 +86,7 @@ def open_features(folder: Path) -> Features:
         states = _opened(folder / STATES, shape, np.float16)
         means = _opened(folder / MEANS, shape, np.float16) if about.get("means") else None
         pairs = np.array(_opened(folder / PAIRS, (count, 4), np.int32))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, EOFError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{place} cannot be read ({' '.join(str(error).split())[:160]}); make them again.") from error

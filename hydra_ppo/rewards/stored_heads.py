@@ -19,7 +19,7 @@ from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.origin import Origin
 from hydra_ppo.rewards.numbers import Judgement
 from hydra_ppo.rewards.one_pass import pessimistic_scores
-from hydra_ppo.runtime.files import read_regular, write_whole
+from hydra_ppo.runtime.files import irregular, read_regular, write_whole
 
 Kind = Literal["linear", "mlp", "one-pass"]
 TENSORS, ABOUT = "heads.safetensors", "heads.json"
@@ -154,6 +154,8 @@ def read_heads(folder: Path) -> StoredHeads:
     """
     place = f"heads={str(folder)!r}"
     about = read_about(folder)
+    if (strange := irregular(folder)) is not None:
+        raise ConfigError(f"{place} holds {strange!r}, which is neither file nor folder; remove it.")
     try:
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from hydra_ppo.config.rewards import RewardSettings, RewardSource
 from hydra_ppo.errors import ConfigError, RewardError
 from hydra_ppo.model.origin import Origin, check_origin
 from hydra_ppo.rewards import head_training
+from hydra_ppo.rewards.features import open_features
 from hydra_ppo.rewards.head_training import HeadTraining, LabelledPairs, measure, split_by_prompt, train_heads
 from hydra_ppo.rewards.one_pass import OnePass
 from hydra_ppo.rewards.responses import Responses
 from hydra_ppo.rewards.scorer import Scorer
 from hydra_ppo.rewards.stored_heads import StoredHeads, read_heads, write_heads
+from tests.hydra_ppo.cli.reward_project import make_features
 
 ORIGIN = Origin("b", "a", 2, 6, None, None, "float32")
 
@@ -151,3 +154,27 @@ def test_one_pass_is_one_pass(monkeypatch):
     assert counts == [500] * 5 + [600]  # five ridges on the first 500, then all pairs once
     assert found.inverse is not None
     assert found.measured["accuracy"] > 0.7
+
+
+def test_folders_of_others_are_looked_at_first(tmp_path):
+    """A pipe is not waited for, a file that is cut or of another shape is one line."""
+    found, _ = heads()
+    write_heads(found, tmp_path / "heads")
+    features = make_features(tmp_path / "features", 10)
+    for folder, read in ((tmp_path / "heads", read_heads), (features, open_features)):
+        os.mkfifo(folder / "pipe")
+        with pytest.raises(ConfigError, match="holds 'pipe', which is neither file nor folder"):
+            read(folder)
+        (folder / "pipe").unlink()
+        read(folder)
+    whole = (features / "states.npy").read_bytes()
+    for content, message in ((whole[:-8], "cannot be read"), (b"", "cannot be read"), (b"no array", "cannot be read")):
+        (features / "states.npy").write_bytes(content)
+        with pytest.raises(ConfigError, match=message):
+            open_features(features)
+    np.save(features / "states.npy", np.zeros((10, 2, 5), dtype=np.float16))
+    with pytest.raises(ConfigError, match=r"states.npy is float16 \(10, 2, 5\), not float16 \(10, 2, 12\)"):
+        open_features(features)
+    (tmp_path / "heads" / "heads.safetensors").write_bytes(b"cut")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_heads(tmp_path / "heads")
