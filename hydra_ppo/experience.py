@@ -114,7 +114,7 @@ class Experience:
                     value = value[:, value.shape[1] - prompt_width :]
                 elif name == "trunk":
                     value = value[:, : max(p + r for p, r in zip(prompt_lengths, response_lengths, strict=True))]
-                elif value.dim() == 2 and name != "features":
+                elif value.dim() == 2 and name not in ("members", "features"):
                     value = value[:, :width]
                 parts[name] = value
         parts |= {"prompt_lengths": prompt_lengths, "response_lengths": response_lengths}
@@ -180,6 +180,7 @@ class ScoredExperience(Experience):
         old_values: (B, R) the critic's values of the state before each token; zeros where there is no critic.
         scores: (B,) scores of the responses.
         after_last: (B,) the critic's values of the states after the last tokens, where they are wanted.
+        members: (B, k) what each of several reward heads says; None where there is one.
         drift: mean and largest |sampler - pass| in nats per token, where it was measured on some rows.
         features: (B, H) fp32 the reward role's final states where scores are read, where a reward source asks for them.
 
@@ -192,6 +193,7 @@ class ScoredExperience(Experience):
     old_values: Tensor
     scores: Tensor
     after_last: Tensor | None = None
+    members: Tensor | None = None
     drift: tuple[float, float] | None = None
     features: Tensor | None = None
 

@@ -12,6 +12,7 @@ OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit", "adamw-offloaded")
 UPDATE_ORDERS = ("together", "in-turn")
 KV_CACHES = ("auto", "int8")
 ADVANTAGES = ("gae", "group", "rloo", "reinforce")
+REWARD_LOSSES = ("bradley-terry", "divergent", "margin", "advantage")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Workload:
         ema: keep a running mean of the actor's adapter.
         world: processes that share the work out; batches are those of all. A profile is rank 0's, which has most to do.
         shard_base: each process holds a part of every decoder layer.
+        reward_heads: members of the reward head.
+        reward_loss: of reward modelling; in PPO, whether there is a head of the expected reward (advantage).
     """
 
     model: str
@@ -66,10 +69,12 @@ class Workload:
     ema: bool = False
     world: int = 1
     shard_base: bool = False
+    reward_heads: int = 1
+    reward_loss: Literal["bradley-terry", "divergent", "margin", "advantage"] = "bradley-terry"
 
     def __post_init__(self) -> None:
         rows = ("rollout_batch", "minibatch", "microbatch", "score_batch")
-        for name in ("rank", "prompt", "response", *rows, "tile_tokens", "world"):
+        for name in ("rank", "prompt", "response", *rows, "tile_tokens", "world", "reward_heads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1; choose a positive number.")

@@ -1,4 +1,4 @@
-"""What k reward heads say together."""
+"""What several reward models say together of one response, and how far apart they are."""
 
 from __future__ import annotations
 
@@ -10,40 +10,50 @@ from torch import Tensor
 Aggregate = Literal["mean", "minimum", "variance", "lcb"]
 
 
-def combine_members(members: Tensor, aggregate: Aggregate, coef: float) -> Tensor:
-    """Return one score per response from what k members say of it.
+def combine_members(members: Tensor, aggregate: Aggregate, coef: float = 0.0) -> Tensor:
+    """Make one score of what the members of an ensemble say.
 
-    `mean`; `minimum`, which is WCO, and `variance`, mean - coef * variance, which is UWO, of Coste et al. 2023 (arXiv
-    2310.02743); `lcb`, mean - coef * standard deviation (arXiv 2401.16635). Variance and standard
-    deviation are unbiased, divided by k - 1. Members are taken as they are, neither shifted nor scaled.
+    `mean`; `minimum`, the worst case (WCO), and `variance`, mean - coef * variance (UWO), of Coste et al. 2023 (arXiv
+    2310.02743), section 3.2; `lcb`, mean - coef * standard deviation, of Zhang et al. 2024 (arXiv 2401.16635). Variance and
+    deviation are the unbiased ones, which divide by k - 1; of one member both are 0.
 
     Args:
-        members: (B, k), floating point.
-        aggregate: how they are combined.
-        coef: factor of the penalty; not read by `mean` and `minimum`.
+        members: (B, k).
+        coef: of the penalty; `mean` and `minimum` have none.
 
     Returns:
-        (B,), differentiable but for `lcb` where all members agree.
+        (B,).
 
     Raises:
-        ValueError: where there are no members, or fewer than two have a spread.
-
-    Memory: one more (B, k).
+        ValueError: for another aggregate.
     """
-    if members.dim() != 2 or members.shape[1] < 1:
-        raise ValueError(f"members={tuple(members.shape)} is not (B, k) with k of 1 or more; give a column for each member.")
-    if aggregate == "mean":
-        return members.mean(dim=1)
     if aggregate == "minimum":
-        return members.min(dim=1).values
-    if aggregate not in ("variance", "lcb"):
-        raise ValueError(f"aggregate={aggregate!r} is not mean, minimum, variance or lcb; choose one of them.")
-    if members.shape[1] < 2:
-        raise ValueError(f"aggregate={aggregate!r} needs two members or more, there is one; use mean.")
-    spread = members.var(dim=1) if aggregate == "variance" else members.std(dim=1)
-    return members.mean(dim=1) - coef * spread
+        return members.amin(dim=1)
+    mean = members.mean(dim=1)
+    if aggregate == "mean":
+        return mean
+    if aggregate == "variance":
+        return mean - coef * spread(members) ** 2
+    if aggregate == "lcb":
+        return mean - coef * spread(members)
+    raise ValueError(f"aggregate={aggregate!r} is none; choose mean, minimum, variance or lcb.")
 
 
-def spread_of(members: Tensor) -> Tensor:
-    """Return (B,) the unbiased standard deviation over members (B, k); zeros where there is one member."""
-    return members.std(dim=1) if members.shape[1] > 1 else torch.zeros_like(members[:, 0])
+def spread(members: Tensor) -> Tensor:
+    """Return (B,), the unbiased standard deviation over the members (B, k) of each response; 0 where there is one member."""
+    if members.shape[1] == 1:
+        return torch.zeros_like(members[:, 0])
+    return members.std(dim=1)
+
+
+def disagreements(members: Tensor) -> Tensor:
+    """Say of each response and the one after it whether the members differ on which of the two is better.
+
+    Args:
+        members: (B, k). After the last response comes the first.
+
+    Returns:
+        (B,) bool: whether one member ranks the response above the next one and another below it. A tie is on nobody's side.
+    """
+    apart = members - members.roll(-1, dims=0)  # (B, k)
+    return (apart > 0).any(dim=1) & (apart < 0).any(dim=1)

@@ -58,7 +58,8 @@ def sft(config: SFTConfig, resume: bool = False) -> Path:
         from hydra_ppo.model.answers import end_tokens, settle_ends
         from hydra_ppo.training.joint_sft import JointSFTTrainer
 
-        loaded = _load(config, load_preferences, config.stage, resume)
+        load = partial(load_preferences, margins=config.reward_loss == "margin")
+        loaded = _load(config, load, config.stage, resume)
         if loaded is None:
             return None
         # The trainer checks the settings against model and data, so it comes before the folder.
@@ -201,6 +202,7 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
     """Load what a run is made of; None where the run is finished, which is said."""
     from hydra_ppo.cli.model_check import check_lengths, what_to_know
     from hydra_ppo.cli.resume import check_unchanged, describe_run, find_checkpoint
+    from hydra_ppo.model.heads import head_plan
 
     folder = Path(config.run.output).expanduser()
     notes: list[str] = []
@@ -228,7 +230,7 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
         from hydra_ppo.rewards.scorer import check_columns
 
         check_columns(config.reward, [row.columns for row in rows])
-    model = load_model(config.model, train=stage)
+    model = load_model(config.model, train=stage, heads=head_plan(config))
     notes += check_lengths(config, model.causal_lm)
     identity = describe_run(config, tokenizer, rows, eval_rows) | {"begun": begun.isoformat()}
     return _Loaded(tokenizer, rows, eval_rows, model, checkpoint, identity, notes, resume)

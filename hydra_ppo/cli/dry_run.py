@@ -81,15 +81,20 @@ def sft_arithmetic(config: SFTConfig, pairs: int | None) -> list[Quantity]:
     batch, micro = config.batch_size, config.microbatch_size
     full = [batch, ceil(batch / micro), 2 * batch, 2 * batch * width]
     names = ["preference pairs", "micro-batches", "sequences (chosen and rejected)", "tokens, at most"]
+    if config.has_floor:
+        names[0] += f", {config.floor_pairs} of them floor pairs"
     steps: int | None = None
     totals: list[int | None] = [None] * len(names)
     if pairs:
-        steps_per_epoch = ceil(pairs / batch)
-        steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
-        epochs, rest = divmod(steps, steps_per_epoch)
-        seen = epochs * pairs + rest * batch
-        per_epoch = (steps_per_epoch - 1) * full[1] + ceil((pairs - (steps_per_epoch - 1) * batch) / micro)
-        totals = [seen, epochs * per_epoch + rest * full[1], 2 * seen, 2 * seen * width]
+        steps = config.steps(pairs)
+        first = min(config.floor_steps, steps)
+        steps_per_epoch = ceil(pairs / config.data_pairs)
+        last = pairs - (steps_per_epoch - 1) * config.data_pairs
+        last += config.floor_beside(last)
+        epochs, rest = divmod(steps - first, steps_per_epoch)
+        seen = epochs * ((steps_per_epoch - 1) * batch + last) + (rest + first) * batch
+        per_epoch = (steps_per_epoch - 1) * full[1] + ceil(last / micro)
+        totals = [seen, epochs * per_epoch + (rest + first) * full[1], 2 * seen, 2 * seen * width]
     elif config.max_steps is not None:
         steps = config.max_steps  # the data may end before that
     return [Quantity("optimizer steps", 1, steps)] + [
@@ -98,9 +103,11 @@ def sft_arithmetic(config: SFTConfig, pairs: int | None) -> list[Quantity]:
 
 
 def check_data(
-    data: DataSettings, kind: Literal["preferences", "prompts"]
+    data: DataSettings, kind: Literal["preferences", "prompts"], margins: bool = False
 ) -> tuple[Loaded[Hashable] | None, Loaded[Hashable] | None]:
     """Check the data files row by row and return what training and held-out source hold, before any split.
+
+    ``margins``: whether each pair has to have one.
 
     A hub dataset is not read: None. So is the held-out source where no ``eval`` is given.
 
@@ -108,7 +115,7 @@ def check_data(
         DataError: See ``hydra_ppo.data.rows.check_rows``.
     """
     found = [
-        None if source is None or is_hub_name(source) else check_rows(source, kind, data, split=split)
+        None if source is None or is_hub_name(source) else check_rows(source, kind, data, split=split, margins=margins)
         for source, split in ((data.train, data.split), (data.eval, data.eval_split))
     ]
     return found[0], found[1]
@@ -184,7 +191,8 @@ def dry_run(config: SFTConfig | PPOConfig, console: Console | None = None, *, re
     command = "ppo" if isinstance(config, PPOConfig) else "sft"
     kind: Literal["preferences", "prompts"] = "prompts" if isinstance(config, PPOConfig) else "preferences"
     found = check_files(config)
-    checked, checked_eval = check_data(config.data, kind)
+    margins = isinstance(config, SFTConfig) and config.reward_loss == "margin"
+    checked, checked_eval = check_data(config.data, kind, margins)
     train = None if checked is None else len(checked.rows)
     found.append(("data.train", _rows(checked, kind)))
     if config.data.eval is not None:

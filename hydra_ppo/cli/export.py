@@ -200,7 +200,21 @@ class _Export:
         tokenizer.padding_side = "right"  # absolute positions, as GPT-2's, are wrong after padding on the left
         save_tokenizer(tokenizer, folder)
         text = tokenizer.convert_ids_to_tokens(ends[0])
+        notes += self._left_out()
         return [*notes, f"a text is to end in {text} ({ends[0]}), where the {self.role} was trained; nothing adds it by itself"]
+
+    def _left_out(self) -> list[str]:
+        """Say what of a reward model one linear head cannot hold."""
+        from hydra_ppo.model.heads import saved_plan
+
+        plan = saved_plan(self.manifest)
+        if self.role != "reward":
+            return []
+        several = [f"written is the mean of {plan.reward} reward heads"] if plan.reward > 1 else []
+        expects = (
+            "the classifier gives r(x, y), without the expected reward of the prompt: answers to one prompt differ as before"
+        )
+        return [*several, *([f"{expects}, those to several prompts do not"] if plan.expected else [])]
 
     def _padding(self) -> tuple[PreTrainedTokenizerBase, Padding]:
         """Return the run's tokenizer, and what it pads with where that is part of no text."""
@@ -323,11 +337,13 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _head(run: Path, name: str) -> Tensor:
+    """Return a scalar head (1, H); of several reward heads the one that says their mean."""
     from safetensors.torch import load_file
 
+    from hydra_ppo.model.heads import mean_weight
     from hydra_ppo.model.saving import HEADS
 
-    return load_file(run / HEADS)[f"{name}.weight"]
+    return mean_weight(load_file(run / HEADS)[f"{name}.weight"])
 
 
 def _other_tokens(folder: Path | None, written: Path, output: Path) -> list[str]:

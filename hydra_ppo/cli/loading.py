@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hydra_ppo.data.rows import Loaded
+    from hydra_ppo.model.heads import HeadPlan
     from hydra_ppo.model.hydra import HydraModel
     from hydra_ppo.model.roles import StageName
 
@@ -61,8 +62,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings
         )
 
 
-def load_model(settings: ModelSettings, train: StageName) -> HydraModel:
-    """Load the shared base with the adapters and heads that stage ``train`` needs."""
+def load_model(settings: ModelSettings, train: StageName, heads: HeadPlan | None = None) -> HydraModel:
+    """Load the shared base with the adapters that stage ``train`` needs, and ``heads``; None takes those of the saved model."""
     from hydra_ppo.model.hydra import HydraModel
 
     model = HydraModel.from_pretrained(
@@ -81,6 +82,7 @@ def load_model(settings: ModelSettings, train: StageName) -> HydraModel:
         adapter=settings.adapter,
         tile_tokens=settings.tile_tokens,
         shard=settings.shard_base,
+        heads=heads,
     )
     model.enable_checkpointing(settings.gradient_checkpointing, offload=settings.checkpoint_offload)
     return model

@@ -28,10 +28,12 @@ def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
         ConfigError, UnsupportedModelError: what the run would raise while it loads the model.
     """
     from hydra_ppo.model.architecture import inspect_architecture
+    from hydra_ppo.model.heads import head_plan, settled_plan
     from hydra_ppo.model.manifest import MANIFEST, UNSCORED, UNTRAINED_HEAD, base_folder, check_base, read_manifest
     from hydra_ppo.model.quantized_embeddings import check_width
     from hydra_ppo.model.roles import build_stage
     from hydra_ppo.model.whole import skeleton
+    from hydra_ppo.rewards.ensembles import check_aggregates
 
     name = config.model.name_or_path
     saved = Path(name) if (Path(name) / MANIFEST).is_file() else None
@@ -45,6 +47,9 @@ def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
             raise ConfigError(UNTRAINED_HEAD)
         if config.rehearsal.data is not None and not trained:
             raise ConfigError(UNSCORED)
+    plan = settled_plan(head_plan(config), manifest)
+    if isinstance(config, PPOConfig):
+        check_aggregates(config.reward, plan.reward)
     build_stage(config.stage, manifest["roles"] if manifest else {})
     if saved is not None:
         check_base(saved, base_folder(saved))
@@ -106,12 +111,12 @@ def _check_saved(empty: PreTrainedModel, saved: Path, manifest: dict[str, Any]) 
     from hydra_ppo.model.adapter_options import saved_options
     from hydra_ppo.model.adapters import check_fit, put_adapter
     from hydra_ppo.model.architecture import inspect_architecture
-    from hydra_ppo.model.hydra import scalar_heads
+    from hydra_ppo.model.heads import saved_plan, scalar_heads
     from hydra_ppo.model.saving import HEADS, check_heads
     from hydra_ppo.model.whole import tensor_shapes
 
     architecture = inspect_architecture(empty)
-    heads = scalar_heads(architecture.hidden_size, empty.device)
+    heads = scalar_heads(architecture.hidden_size, empty.device, saved_plan(manifest))
     check_heads(saved, manifest, heads, tensor_shapes(saved / HEADS))
     base: PreTrainedModel | PeftModel = empty
     for adapter in manifest["adapters"]:

@@ -111,14 +111,15 @@ def check_reachable(setting: str, name_or_path: str) -> None:
 
 
 def _check_saved_model(name: str, path: Path) -> str:
-    base = check_adapters(name, path)
+    base, heads = check_adapters(name, path), read_manifest(path).get("reward_heads", 1)
     base_name, relative = str(base["name_or_path"]), base["relative"]
+    saved = "saved by this program" + (f" with {heads} reward heads" if heads > 1 else "")
     if not relative:
-        return f"saved by this program; base {base_name}: {check_model('the base of ' + name, base_name)}"
+        return f"{saved}; base {base_name}: {check_model('the base of ' + name, base_name)}"
     base_path = path / base_name
     if not base_path.is_dir():
         raise ConfigError(f"{name} needs its base at {base_name!r} beside it; put it back there.")
-    return f"saved by this program; base: {check_model('the base of ' + name, str(base_path))}"
+    return f"{saved}; base: {check_model('the base of ' + name, str(base_path))}"
 
 
 def check_adapters(name: str, path: Path) -> dict[str, Any]:

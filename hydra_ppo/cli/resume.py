@@ -20,7 +20,6 @@ from hydra_ppo.parallel.environment import place
 from hydra_ppo.rewards.isolated import file_of
 from hydra_ppo.runs.checkpoint import Checkpoint, Position, newest_checkpoint, why_unlike
 from hydra_ppo.runs.run import PACKAGES, version
-from hydra_ppo.training.joint_sft import total_steps
 from hydra_ppo.training.optim import rates_until
 from hydra_ppo.training.ppo_update import optimizer_steps
 
@@ -120,7 +119,7 @@ def describe_run(
     digests["tokenizer"] = tokenizer_digest(tokenizer)
     digests["the end of an answer"] = str(find_ends(tokenizer, end_of_turn=config.data.end_of_turn).turn)
     digests["data"] = rows_digest(rows, eval_rows)
-    steps = optimizer_steps(config) if isinstance(config, PPOConfig) else total_steps(config, len(rows))
+    steps = optimizer_steps(config) if isinstance(config, PPOConfig) else config.steps(len(rows))
     return {
         "config": as_values(config),
         "optimizer_steps": steps,

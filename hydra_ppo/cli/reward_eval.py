@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from hydra_ppo.algorithms.calibration import best_of_n_gain, calibration_error, length_r2, mean_and_error, pair_accuracy
-from hydra_ppo.cli.features import check_reward_role, pair_states
+from hydra_ppo.algorithms.reliability import best_of_n_gain, length_r2, mean_and_error, pair_accuracy
+from hydra_ppo.cli.features import check_reward_role
 from hydra_ppo.cli.generate import Sampling
 from hydra_ppo.cli.opened import Opened, open_model, open_tokenizer
 from hydra_ppo.cli.pairs import Pairs, load_pairs
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from hydra_ppo.rewards.scorer import Scorer
 
-PAIRS_AT_ONCE = 64
+    Score = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], tuple[list[float], Tensor]]
+    """Of prompts and answers: scores, and mean states (N, H)."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,12 @@ def reward_eval(
     if judging is not None:
         judging.check([row.columns for row in prompts])
     opened = open_model(run, config, tokenizer, [role, "reward"] if sampled.best_of else ["reward"])
-    score = _scoring(opened, heads)
-    numbers, groups = _of_pairs(opened, pairs, score, rows, clusters, sampled.seed)
+    score = _scoring(opened, heads, rows)
+    numbers, groups = _of_pairs(pairs, score, clusters, sampled.seed)
     if prompts:
         rollout = config.rollout if isinstance(config, PPOConfig) else RolloutSettings()
         drawn = Sampling(max_new_tokens=sampled.max_new_tokens, batch_size=rows, seed=sampled.seed).over(rollout)
-        numbers |= _of_samples(opened, role, prompts, drawn, sampled, score, judging, rows)
+        numbers |= _of_samples(opened, role, prompts, drawn, sampled, score, judging)
     for note in pairs.notes(source):
         print(note)
     _show(numbers, groups, sampled.best_of if prompts else 0, role)
@@ -136,42 +137,43 @@ def _prompts(source: str, pairs: Pairs, tokenizer: Any, config: Any, sampled: Sa
     return list(reversed(once.values()))[: sampled.prompts]
 
 
-def _scoring(opened: Opened, heads: Path | None) -> Callable[[Tensor], list[float]]:
-    """Return what scores states: the run's own head, or the mean of those in a folder."""
-    import torch
-
-    if heads is None:
-        own = opened.model.heads["reward"]
-
-        @torch.no_grad()
-        def score(states: Tensor) -> list[float]:
-            found: list[float] = own(states.to(opened.model.device).float())[:, 0].tolist()
-            return found
-
-        return score
+def _scoring(opened: Opened, heads: Path | None, rows: int) -> Score:
+    """Return what scores answers, and gives their mean states: the run's own head, or the mean of those in a folder."""
     from hydra_ppo.model.origin import check_origin, origin_of
     from hydra_ppo.rewards.stored_heads import read_heads
+    from hydra_ppo.rollout.scoring import answer_states, scores_and_means
 
+    model, ends, pad_id = opened.model, opened.ends, opened.pad_id
+    if heads is None:
+
+        def own(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> tuple[list[float], Tensor]:
+            scores, means = scores_and_means(model, prompts, answers, ends, pad_id=pad_id, rows=rows)
+            return scores.tolist(), means
+
+        return own
     read = read_heads(heads)
-    note = check_origin(read.origin, origin_of(opened.model, opened.ends[0]), f"heads={str(heads)!r}")
+    note = check_origin(read.origin, origin_of(model, ends[0]), f"heads={str(heads)!r}")
     if note is not None:
         print(note)
-    return lambda states: read.members(states).mean(dim=1).tolist()
+
+    def stored(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> tuple[list[float], Tensor]:
+        states, means = answer_states(model, prompts, answers, ends, pad_id=pad_id, rows=rows, means=True)
+        assert means is not None
+        return read.members(states).mean(dim=1).tolist(), means
+
+    return stored
 
 
-def _of_pairs(
-    opened: Opened, pairs: Pairs, score: Callable[[Tensor], list[float]], rows: int, clusters: int, seed: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _of_pairs(pairs: Pairs, score: Score, clusters: int, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return numbers of given pairs, and of clusters of their answers."""
     import torch
 
-    chosen, rejected, means = [], [], []
-    for start in range(0, len(pairs.loaded.rows), PAIRS_AT_ONCE):
-        part = pairs.loaded.rows[start : start + PAIRS_AT_ONCE]
-        ends, mean = pair_states(opened, part, rows, clusters > 0)
-        chosen += score(ends[0])
-        rejected += score(ends[1])
-        means.append(torch.stack(mean) if mean is not None else torch.zeros(2, 0, 1))
+    from hydra_ppo.algorithms.calibration import expected_calibration_error
+
+    rows = pairs.loaded.rows
+    chosen, of_chosen = score([row.prompt_ids for row in rows], [row.chosen_ids for row in rows])
+    rejected, of_rejected = score([row.before_rejected for row in rows], [row.rejected_ids for row in rows])
+    means = torch.cat([of_chosen, of_rejected])
     margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
     accuracy, error = pair_accuracy(margins)
     lengths = [len(row.chosen_ids) for row in pairs.loaded.rows] + [len(row.rejected_ids) for row in pairs.loaded.rows]
@@ -180,12 +182,12 @@ def _of_pairs(
         "pairs": len(margins),
         "accuracy": accuracy,
         "accuracy_se": error,
-        "ece": calibration_error(margins),
+        "ece": expected_calibration_error(torch.tensor(margins)).item(),
         "length_r2": length_r2(both, lengths),
         "score_mean": statistics.fmean(both),
         "score_sd": statistics.pstdev(both),
     }
-    groups = _clusters(torch.cat(means, dim=1).flatten(0, 1), both, margins, clusters, seed) if clusters else []
+    groups = _clusters(means, both, margins, clusters, seed) if clusters else []
     return numbers, groups
 
 
@@ -217,15 +219,13 @@ def _of_samples(
     prompts: Sequence[PromptRow],
     rollout: RolloutSettings,
     sampled: Sampled,
-    score: Callable[[Tensor], list[float]],
+    score: Score,
     judge: Scorer | None,
-    rows: int,
 ) -> dict[str, Any]:
     """Sample answers of the policy, and return what the best of them gain, by the head and by the judge."""
     import torch
 
     from hydra_ppo.rollout.sampling import sample
-    from hydra_ppo.rollout.scoring import answer_states
 
     model, tokenizer, count = opened.model, opened.tokenizer, sampled.best_of
     asked = [row for row in prompts for _ in range(count)]
@@ -234,8 +234,7 @@ def _of_samples(
     never = unknown_ids(tokenizer, model.architecture.output_embeddings.weight.shape[0])
     stop = StopStrings(tokenizer, rollout.stop) if rollout.stop else None
     answers = sample(model, ids, rollout, opened.ends, generator, role=role, never=never, stopped=stop).responses
-    states, _ = answer_states(model, ids, answers, opened.ends, pad_id=opened.pad_id, rows=rows)
-    by_head = _table(score(states), count)
+    by_head = _table(score(ids, answers)[0], count)
     gain, error = best_of_n_gain(by_head)
     numbers: dict[str, Any] = {
         "prompts": len(prompts),

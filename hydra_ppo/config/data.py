@@ -9,7 +9,7 @@ from hydra_ppo.config.fields import check as _check
 from hydra_ppo.config.fields import expand_home, required, setting
 from hydra_ppo.config.fields import positive as _positive
 
-ROW_COLUMNS = ("prompt", "chosen", "rejected", "messages", "responses", "ratings", "tools", "chat_template_kwargs")
+ROW_COLUMNS = ("prompt", "chosen", "rejected", "messages", "responses", "ratings", "margin", "tools", "chat_template_kwargs")
 """Columns of a row that are read; all others are handed to reward functions."""
 
 TEMPLATE_OPTIONS = (

@@ -41,10 +41,10 @@ class RewardSource:
     retries: int = setting(4, "http: how often a request that failed is sent again, after 1, 2, 4, ... seconds.")
     aggregate: Literal["mean", "minimum", "variance", "lcb", "pessimism"] = setting(
         "mean",
-        "head with a target: what its members say together. variance is mean - aggregate_coef * variance, lcb mean - "
-        "aggregate_coef * standard deviation; pessimism, of one-pass heads, takes off aggregate_coef * uncertainty.",
+        "head: what several reward heads say together: mean, minimum, mean - coef * variance, mean - coef * deviation (lcb); "
+        "pessimism, of one-pass heads in target: the score - coef * uncertainty.",
     )
-    aggregate_coef: float = setting(0.1, "head with a target: factor of the penalty of variance, lcb and pessimism.")
+    aggregate_coef: float = setting(0.1, "head: the coef of variance, lcb and pessimism.")
 
     def __post_init__(self) -> None:
         if self.kind in ("classifier", "head"):
@@ -65,6 +65,9 @@ class RewardSource:
         self._check_kinds()
         positive(self, "max_tokens", "batch_size", "timeout")
         not_negative(self, "retries", "aggregate_coef")
+        unread = self.aggregate in ("mean", "minimum") and self.aggregate_coef != RewardSource.aggregate_coef
+        rule = f"has nothing to do with aggregate={self.aggregate!r}"
+        check(self, "aggregate_coef", not unread, rule, "use aggregate='variance' or 'lcb', or leave aggregate_coef out")
         rule = "is not made of letters, digits, '.', '_' and '-'"
         named = self.name is None or re.fullmatch(r"[\w.-]+", self.name) is not None
         check(self, "name", named, rule, "choose a short name")
@@ -72,19 +75,10 @@ class RewardSource:
     def _check_kinds(self) -> None:
         """Refuse what another kind of source takes and this one would pass over."""
         taken = {"classifier": {"label", "dtype", "quantization", "max_tokens", "batch_size"}}
+        taken["head"] = {"aggregate", "aggregate_coef"}
         taken["http"] = {"label", "batch_size", "timeout", "retries"}
-        if self.kind == "head" and self.target is None and self.aggregate != "mean":
-            raise ConfigError(
-                f"aggregate={self.aggregate!r} needs several heads, and the model's own is one; name a folder "
-                "of hydra-ppo heads in target."
-            )
-        penalised = self.aggregate in ("variance", "lcb", "pessimism")
-        taken["head"] = {"aggregate", "aggregate_coef"} if penalised else {"aggregate"}
-        if self.kind == "head" and not penalised and self.aggregate_coef != 0.1:
-            raise ConfigError(
-                f"aggregate_coef={self.aggregate_coef!r} is not read with aggregate={self.aggregate!r}; leave it out, or "
-                "choose variance, lcb or pessimism."
-            )
+        if self.kind == "head" and self.target is None and self.aggregate == "pessimism":
+            raise ConfigError("aggregate='pessimism' needs one-pass heads; name a folder of hydra-ppo heads in target.")
         for member in fields(self):
             if member.name in ("kind", "target", "weight", "name") or member.name in taken.get(self.kind, ()):
                 continue

@@ -19,5 +19,6 @@ from hydra_ppo.config.rewards import RewardSource as RewardSource
 from hydra_ppo.config.rollout import RolloutSettings as RolloutSettings
 from hydra_ppo.config.running import OptimizerSettings as OptimizerSettings
 from hydra_ppo.config.running import RunSettings as RunSettings
+from hydra_ppo.config.sft import FloorKind as FloorKind
 from hydra_ppo.config.sft import SFTConfig as SFTConfig
 from hydra_ppo.config.vllm import VLLMSettings as VLLMSettings

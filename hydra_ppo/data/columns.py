@@ -11,13 +11,15 @@ from hydra_ppo.data.sources import Rejected
 Kind = Literal["preferences", "prompts"]
 
 _READ: Mapping[Kind, tuple[str, ...]] = {
-    "preferences": ("prompt", "chosen", "rejected", "responses", "ratings", "tools", "chat_template_kwargs"),
+    "preferences": ("prompt", "chosen", "rejected", "responses", "ratings", "margin", "tools", "chat_template_kwargs"),
     "prompts": ("prompt", "messages", "tools", "chat_template_kwargs"),
 }
 _NEEDED: Mapping[Kind, tuple[str, ...]] = {
     "preferences": ("prompt", "chosen", "rejected"),
     "prompts": ("prompt", "chosen", "rejected", "messages"),
 }
+_OF_LISTS = ("chosen", "rejected", "responses", "ratings", "margin")
+"""Columns that the pairs of a list have of their own, or not at all."""
 _SHOWN = 20
 _UNRATED = ("", "n/a", "na", "nan", "none", "null")
 """What stands, in any case, for a rating that nobody gave."""
@@ -91,7 +93,8 @@ class Columns:
 def pair_rows(row: Any, form: Literal["pairs", "ranked", "rated"], limit: int | None) -> Iterator[Any]:
     """Yield rows of prompt, chosen and rejected, or a Rejected for each that cannot be one.
 
-    Of a list of responses every two make a pair, those that lie furthest apart first: by rating, or by rank.
+    Of a list of responses every two make a pair, those that lie furthest apart first: by rating, or by rank. Ratings leave a
+    pair their difference as its `margin`.
 
     Args:
         form: data.format.
@@ -106,7 +109,7 @@ def pair_rows(row: Any, form: Literal["pairs", "ranked", "rated"], limit: int | 
     except Rejected as rejected:
         yield rejected
         return
-    rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected", "responses", "ratings")}
+    rest = {name: value for name, value in row.items() if name not in _OF_LISTS}
     if rest.get("prompt") is None:
         yield Rejected("prompt is missing", missing="prompt")
         return
@@ -121,7 +124,26 @@ def pair_rows(row: Any, form: Literal["pairs", "ranked", "rated"], limit: int | 
             yield Rejected("both responses have the same rating", malformed=False)
             continue
         better, worse = (i, j) if rated[i][0] > rated[j][0] else (j, i)
-        yield rest | {"chosen": rated[better][1], "rejected": rated[worse][1]}
+        margin = {"margin": gap} if form == "rated" else {}
+        yield rest | {"chosen": rated[better][1], "rejected": rated[worse][1]} | margin
+
+
+def margin_of(row: Any) -> float:
+    """Return how much better a pair's chosen answer is said to be, also where that is written as text.
+
+    Raises:
+        Rejected: where nobody says so, or what is said is no number of 0 or more.
+    """
+    value = row.get("margin") if isinstance(row, Mapping) else None
+    try:
+        margin = _rating(value)
+    except Rejected:
+        raise Rejected("margin is not a number") from None
+    if margin is None:
+        raise Rejected("margin is missing", missing="margin")
+    if margin < 0:
+        raise Rejected("margin is negative")
+    return margin
 
 
 def _list(row: Mapping[str, Any], name: str) -> Sequence[Any]:

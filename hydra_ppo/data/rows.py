@@ -17,7 +17,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 from hydra_ppo.config.settings import DataSettings
-from hydra_ppo.data.columns import Columns, Kind, pair_rows
+from hydra_ppo.data.columns import Columns, Kind, margin_of, pair_rows
 from hydra_ppo.data.ends import find_ends
 from hydra_ppo.data.formats import TEXT_COLUMNS, ChatText, Messages, checked_pair, checked_prompt, template_options
 from hydra_ppo.data.sources import DataSource, Rejected, Source, open_source
@@ -37,6 +37,7 @@ class PreferenceRow:
     Attributes:
         prompt_text, prompt_ids: what chosen answers; rejected too, but where conversations part before their last turn.
         rejected_prompt_text, rejected_prompt_ids: what rejected answers then; None where that is the same.
+        margin: how much better chosen is said to be; None where that was not asked for.
     """
 
     prompt_text: str
@@ -47,6 +48,7 @@ class PreferenceRow:
     rejected_ids: tuple[int, ...]
     rejected_prompt_text: str | None = None
     rejected_prompt_ids: tuple[int, ...] | None = None
+    margin: float | None = field(default=None, repr=False)  # which a digest of rows takes in by itself, where there is one
 
     @property
     def before_rejected(self) -> tuple[int, ...]:
@@ -91,6 +93,7 @@ def load_preferences(
     split: str | None = None,
     now: datetime | None = None,
     keep: Callable[[Mapping[str, Any]], None] = lambda row: None,
+    margins: bool = False,
 ) -> Loaded[PreferenceRow]:
     """Read and tokenise preference pairs.
 
@@ -104,6 +107,7 @@ def load_preferences(
         split: of a hub dataset; None is ``settings.split``.
         now: the time that chat templates see.
         keep: given each row that is used, under our names, in the order of the result.
+        margins: read the margin of each pair; a row without one is malformed then.
 
     Raises:
         DataError: the source cannot be read, has malformed rows (unless ``skip_bad_rows``) or no usable row,
@@ -115,6 +119,7 @@ def load_preferences(
 
     def convert(raw: Any, place: str) -> tuple[PreferenceRow, list[str]]:
         pair = checked_pair(raw, settings.degenerate_pairs == "error", codec.header)
+        margin = margin_of(raw) if margins else None
         options = template_options(raw)
         prompt = codec.prompt(pair.prompt, place, options)
         other = prompt if pair.rejected_prompt is None else codec.prompt(pair.rejected_prompt, place, options)
@@ -131,9 +136,9 @@ def load_preferences(
         if chosen == rejected and prompt.ids == other.ids:
             raise Rejected("chosen and rejected have the same tokens", malformed=False)
         texts = (prompt.text, answers[0].text, answers[1].text)
-        own = (None, None) if other is prompt else (other.text, other.ids)
+        text, ids = (None, None) if other is prompt else (other.text, other.ids)
         keep(raw)
-        return PreferenceRow(*texts, prompt.ids, chosen, rejected, *own), notes
+        return PreferenceRow(*texts, prompt.ids, chosen, rejected, text, ids, margin), notes
 
     return collect_rows(open_source(source, split or settings.split), convert, settings, "preferences")
 
@@ -180,7 +185,13 @@ def check_source(
 
 
 def check_rows(
-    source: DataSource, kind: Kind, settings: DataSettings, *, split: str | None = None, limit: int | None = None
+    source: DataSource,
+    kind: Kind,
+    settings: DataSettings,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    margins: bool = False,
 ) -> Loaded[Hashable]:
     """Check the format of rows without a tokenizer; return for each usable one what `split_held_out` keeps together.
 
@@ -188,6 +199,7 @@ def check_rows(
         settings: columns, formats, and what is done with rows that cannot be used.
         split: of a hub dataset; None is ``settings.split``.
         limit: most rows to read; None reads all.
+        margins: count preference rows without a margin as malformed.
 
     Raises:
         DataError: as `load_preferences` does.
@@ -197,6 +209,8 @@ def check_rows(
     def check(raw: Any, place: str) -> tuple[Hashable, list[str]]:
         if kind == "preferences":
             checked_pair(raw, strict)
+            if margins:
+                margin_of(raw)
         template_options(raw)
         prompt, _ = checked_prompt(raw)
         return prompt_key(prompt if isinstance(prompt, str) else repr(prompt)), []

@@ -22,13 +22,6 @@ def ends_and_means(model: RoleModel, sequences: Sequences, means: bool = False) 
     return ends, _means(states, sequences) if means else None
 
 
-def scores_and_means(model: RoleModel, sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """Return (B,) what the current role's scalar head says at the last response token, and (B, H) fp32 means as above."""
-    model._require_head("value", "reward")
-    states = model._states(sequences)
-    return model._scalar(states.at(sequences.last_positions()[:, None]))[:, 0], _means(states, sequences)
-
-
 def _means(states: States, sequences: Sequences) -> Tensor:
     after = (sequences.state_positions() + 1).clamp(max=sequences.input_ids.shape[1] - 1)  # of each token, not before it
     mask = sequences.response_mask[..., None]

@@ -120,6 +120,8 @@ def rows_digest(*parts: Iterable[Any]) -> str:
         found.update(b"part")
         for row in part:
             found.update(repr(row).encode("utf-8", "surrogatepass"))
+            if (margin := getattr(row, "margin", None)) is not None:
+                found.update(f"margin {margin!r}".encode())
     return found.hexdigest()[:32]
 
 

@@ -10,7 +10,6 @@ from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hydra_ppo.compat import mend_int8_layers
@@ -28,6 +27,7 @@ from hydra_ppo.model.adapters import (
     refuse_adapters,
 )
 from hydra_ppo.model.architecture import disable_dropout, inspect_architecture, keep_quantised_layers_trainable, understand_head
+from hydra_ppo.model.heads import HeadPlan, scalar_heads, settled_plan
 from hydra_ppo.model.loading import DTYPES, base_from_config, load_base, quantization_of
 from hydra_ppo.model.manifest import MANIFEST, base_folder, check_base, held_otherwise, read_manifest
 from hydra_ppo.model.probe import as_one_line, probe, without_values
@@ -77,8 +77,9 @@ class HydraModel(RoleModel):
         autocast: compute type of a base that is itself trained, whose weights stay in fp32.
         check: try the passes of the model on a few tokens, `fast`, on rows of some hundred, `full`, or not, `off`.
         tile_tokens: run gated MLPs, norms and the pass over prompts over pieces of this many tokens; None is all at once.
+        heads: which scalar heads there are; None is those of the saved model, or a value and a reward head.
 
-    Memory: the base once; per adapter set 4 bytes a LoRA parameter; two heads of H numbers.
+    Memory: the base once; per adapter set 4 bytes a LoRA parameter; per head H numbers, k times as many of k reward heads.
 
     Raises:
         UnsupportedModelError: naming what the architecture lacks.
@@ -98,6 +99,7 @@ class HydraModel(RoleModel):
         autocast: torch.dtype | None = None,
         check: CheckName = "fast",
         tile_tokens: int | None = None,
+        heads: HeadPlan | None = None,
     ) -> None:
         if check not in get_args(CheckName):
             raise ConfigError(f"model.check={check!r} is unknown; choose fast, full or off.")
@@ -109,6 +111,7 @@ class HydraModel(RoleModel):
                 f"model.adapter={str(adapter)!r} does not go with a run of this program, which brings its own; name the plain "
                 "base."
             )
+        plan = settled_plan(heads, manifest)
         roles = manifest["roles"] if manifest else FROM_ADAPTER if adapter is not None else {}
         stage = train if isinstance(train, Stage) else build_stage(train, roles)
         trunk_layers = _trunk_layers(trunk_layers, manifest, len(architecture.layers))
@@ -133,15 +136,15 @@ class HydraModel(RoleModel):
         use_lean_linear(architecture.layers)
         if tile_tokens is not None:
             tile(architecture, tile_tokens, stage.tunes_base)
-        heads = scalar_heads(architecture.hidden_size, architecture.output_embeddings.weight.device)
+        scalars = scalar_heads(architecture.hidden_size, architecture.output_embeddings.weight.device, plan)
         if saved is not None and manifest is not None:
-            read_heads(heads, saved, manifest)
+            read_heads(scalars, saved, manifest)
             computed_in = str(causal_lm.dtype).removeprefix("torch.")
             if (
                 note := held_otherwise(manifest, quantization_of(causal_lm), computed_in, embeddings_kind(causal_lm))
             ) is not None:
                 logger.warning("%s: %s", saved, note)
-        super().__init__(architecture, base, stage, heads, trunk_layers=trunk_layers, packing=packing, autocast=autocast)
+        super().__init__(architecture, base, stage, scalars, trunk_layers=trunk_layers, packing=packing, autocast=autocast)
         self.reward_head_trained = bool(manifest and manifest["reward_head_trained"])
         self.template = manifest.get("template") if manifest else None
         self.bound_values(manifest.get("value_range") if manifest else None)
@@ -174,6 +177,7 @@ class HydraModel(RoleModel):
         quantize_embeddings: Literal["int8", "nf4"] | None = None,
         tile_tokens: int | None = None,
         shard: bool = False,
+        heads: HeadPlan | None = None,
     ) -> Self:
         """Load a causal LM (folder or hub name), or a folder that `save_pretrained` wrote.
 
@@ -187,7 +191,7 @@ class HydraModel(RoleModel):
             packing: see the class.
             device: auto, cpu, cuda or cuda:N.
             trust_remote_code: run Python code that comes with the model. Never on by itself.
-            train, check, adapter, tile_tokens: see the class.
+            train, check, adapter, tile_tokens, heads: see the class.
             quantize_embeddings: how embeddings and output head are held; None keeps them in the compute type.
             shard: share the decoder layers out over the processes of torch.distributed, see `sharding`.
 
@@ -228,6 +232,7 @@ class HydraModel(RoleModel):
             adapter=brought,
             autocast=autocast,
             tile_tokens=tile_tokens,
+            heads=heads,
             **options,
         )
 
@@ -248,6 +253,7 @@ class HydraModel(RoleModel):
         quantize_embeddings: Literal["int8", "nf4"] | None = None,
         tile_tokens: int | None = None,
         shard: bool = False,
+        heads: HeadPlan | None = None,
     ) -> Self:
         """Build a model with random weights from a Hugging Face config; arguments as in `from_pretrained`."""
         if shard:
@@ -262,7 +268,7 @@ class HydraModel(RoleModel):
             shard=shard,
         )
         options: dict[str, Any] = {"trunk_layers": trunk_layers, "packing": packing, "check": check}
-        return cls(causal_lm, lora=lora, train=train, tile_tokens=tile_tokens, **options)
+        return cls(causal_lm, lora=lora, train=train, tile_tokens=tile_tokens, heads=heads, **options)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -273,14 +279,6 @@ class HydraModel(RoleModel):
         loads an adapter without this package.
         """
         write_model(self, Path(folder).expanduser())
-
-
-def scalar_heads(hidden_size: int, device: torch.device) -> dict[str, nn.Linear]:
-    """Return the value and the reward head, (..., H) -> (..., 1) in fp32, all zeros."""
-    heads = {name: nn.Linear(hidden_size, 1, bias=False, device=device) for name in ("value", "reward")}
-    for head in heads.values():
-        nn.init.zeros_(head.weight)
-    return heads
 
 
 def _trunk_layers(asked: int, manifest: Mapping[str, Any] | None, depth: int) -> int:

@@ -27,8 +27,9 @@ UNSCORED = (
 """What they say of one where answers are to be rehearsed."""
 
 
-FORMAT = 1
-"""Number of what `hydra.json` says and means; another one is refused."""
+FORMAT, WITH_HEADS = 1, 2
+"""Numbers of what `hydra.json` says and means; another one is refused. The second has several reward heads, or one of the
+expected reward: who reads the first alone would take something else for the score."""
 NEEDED = ("base", "roles", "adapters", "heads", "reward_head_trained", "trunk_layers")
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What adapters and heads may be called: they are names of folders and tensors, and a path would lead out of the run."""
@@ -47,8 +48,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not a manifest of this program ({error}); save the model again.") from error
     if not isinstance(manifest, dict):
         raise ConfigError(f"{path} is not a manifest of this program ({type(manifest).__name__}); save the model again.")
-    if (found := manifest.get("format", FORMAT)) != FORMAT:
-        raise ConfigError(f"{path}: format={found!r} is not the {FORMAT} that this version reads; use the one that wrote it.")
+    if (found := manifest.get("format", FORMAT)) not in (FORMAT, WITH_HEADS):
+        raise ConfigError(
+            f"{path}: format={found!r} is not the {FORMAT} or {WITH_HEADS} that this version reads; use the one that wrote it."
+        )
     if missing := set(NEEDED) - manifest.keys():
         raise ConfigError(f"{path} lacks {', '.join(sorted(missing))}; save the model again.")
     if not _is_sound(manifest):
@@ -77,6 +80,8 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
         and all(isinstance(item, str) for name in ("adapters", "heads") for item in manifest[name])
         and isinstance(manifest["reward_head_trained"], bool)
         and isinstance(manifest["trunk_layers"], int)
+        and type(manifest.get("reward_heads", 1)) is int
+        and manifest.get("reward_heads", 1) > 0
         and _is_list_of_ids(manifest.get("end_ids"))
         and _are_bounds(manifest.get("value_range"))
         and all(isinstance(manifest.get(name), str | None) for name in ("quantization", "dtype", "template", "embeddings"))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock, get_ident
-from typing import Any, NoReturn, Self, cast
+from typing import Any, Self, TypeVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hydra_ppo.algorithms.advantages import bounded_values
 from hydra_ppo.compute.logprobs import TokenLogprobs, token_logprobs
 from hydra_ppo.compute.packing import Packing, States, attention_of, packing_attention
 from hydra_ppo.compute.recompute import enable_recompute
@@ -21,21 +20,18 @@ from hydra_ppo.errors import RoleError, UnsupportedModelError
 from hydra_ppo.experience import Sequences
 from hydra_ppo.model.adapters import AdapterSwitch, adapter_parameters
 from hydra_ppo.model.architecture import Architecture, keep_quantised_layers_trainable
+from hydra_ppo.model.head_reading import HeadReading
+from hydra_ppo.model.heads import Heads, Readings, read_all
 from hydra_ppo.model.positions import rope_limit
 from hydra_ppo.model.roles import Role, Stage
+
+Read = TypeVar("Read")
 
 _ENTERING = Lock()
 """Held while a role is entered. None of a model's own: a model can be copied and pickled."""
 
 
-class Heads(nn.ModuleDict):
-    """The scalar heads by name, each (..., H) -> (..., 1) in fp32."""
-
-    def __getitem__(self, name: str) -> nn.Linear:
-        return cast(nn.Linear, super().__getitem__(name))
-
-
-class RoleModel(nn.Module):
+class RoleModel(HeadReading):
     """A base with adapters and scalar heads, and a table that says what each role uses of them.
 
     `HydraModel` builds one. Here is what it does once it stands: which parameters receive gradients, which role is in
@@ -45,7 +41,7 @@ class RoleModel(nn.Module):
         architecture: where the parts of the base are.
         base: the same base, adapters of all roles injected.
         stage: roles, and which of them are trained.
-        heads: a linear layer (H -> 1, fp32) for each scalar head.
+        heads: a linear layer (fp32) for each scalar head, see `heads`.
         trunk_layers: adapters sit on the decoder layers above this many.
         packing: whether to run rows end to end where the attention can.
         autocast: compute type of a base that is itself trained; None where the base has its own.
@@ -53,7 +49,6 @@ class RoleModel(nn.Module):
     Attributes:
         reward_head_trained: whether the reward head says anything yet.
         trained_end: the token that training answers ended in, at which the reward head is read; None where nobody said.
-        value_range: bounds of what the value head says; None where it has none.
         template: digest of the chat template that training texts were put into; None where there was none, or nobody said.
         kept: what rooms above this one made for this model and want to find again; no submodule, and never saved.
     """
@@ -118,7 +113,8 @@ class RoleModel(nn.Module):
             named = dict(self.base.named_parameters()) if self.stage.tunes_base else {}
         named = {f"{role}.{name}": p for name, p in named.items()}
         if spec.head != "lm":
-            named |= {f"{role}.{spec.head}_head.{name}": p for name, p in self.heads[spec.head].named_parameters()}
+            read = [spec.head, *(["expected"] if spec.head == "reward" and self.expects else [])]
+            named |= {f"{role}.{head}_head.{name}": p for head in read for name, p in self.heads[head].named_parameters()}
         return named
 
     def enable_checkpointing(self, enabled: bool = True, use_reentrant: bool = False, offload: bool | None = None) -> None:
@@ -165,44 +161,6 @@ class RoleModel(nn.Module):
         self.base.eval()
         keep_quantised_layers_trainable(self)
         return self
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the model to a device. Its types stay: adapters and heads are fp32, the base is of the type it was loaded in.
-
-        Raises:
-            RoleError: when asked for another type.
-        """
-        _, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None:
-            self._refuse_type(dtype)
-        return super().to(*args, **kwargs)
-
-    def _refuse_type(self, dtype: torch.dtype) -> NoReturn:
-        raise RoleError(
-            f"dtype={dtype} would round adapters and heads, which train in fp32; choose model.dtype when the model is loaded."
-        )
-
-    def half(self) -> Self:
-        """Refuse, as `to` does."""
-        self._refuse_type(torch.float16)
-
-    def bfloat16(self) -> Self:
-        """Refuse, as `to` does."""
-        self._refuse_type(torch.bfloat16)
-
-    def forward(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse: what a pass computes depends on the role, and on what is wanted of it."""
-        raise RoleError(
-            "forward: the shared base is one model in each role; call logprobs, values, rewards or hidden_states inside "
-            "`with model.role(...)`, or make views (hydra_ppo.views), which are called as models are."
-        )
-
-    def compile(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse: a module's forward pass is compiled, and the passes of roles are methods, so nothing would happen."""
-        raise RoleError(
-            "compile of the whole would change nothing, since the passes of roles are methods of it; compile its layers: "
-            "for layer in model.architecture.layers: layer.compile()."
-        )
 
     # -- roles -------------------------------------------------------------------------------------------------------
 
@@ -305,27 +263,6 @@ class RoleModel(nn.Module):
         self._require_head("lm")
         return self._logprobs(self._states(sequences), sequences, temperature, entropy_grad)
 
-    def values(self, sequences: Sequences) -> Tensor:
-        """Return (B, R) values of the state before each response token, in the current role (critic or reward)."""
-        self._require_head("value", "reward")
-        return self._scalar(self._states(sequences).at(sequences.state_positions()))
-
-    def values_and_next(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Return (B, R) values as `values` does, and (B,) those of the states after the last response tokens."""
-        self._require_head("value", "reward")
-        positions = torch.cat([sequences.state_positions(), sequences.last_positions()[:, None]], dim=1)
-        found = self._scalar(self._states(sequences).at(positions))
-        return found[:, :-1], found[:, -1]
-
-    def bound_values(self, bounds: Sequence[float] | None) -> None:
-        """Keep what the value head says within two bounds from now on, see `bounded_values`; None lets it be as it is."""
-        self.value_range = None if bounds is None else (bounds[0], bounds[1])
-
-    def scores(self, sequences: Sequences) -> Tensor:
-        """Return (B,) what the current role's scalar head says at the last response token."""
-        self._require_head("value", "reward")
-        return self._scalar(self._states(sequences).at(sequences.last_positions()[:, None]))[:, 0]
-
     def reference_and_reward(
         self, sequences: Sequences, temperature: float = 1.0, lm_rows: int | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -341,20 +278,42 @@ class RoleModel(nn.Module):
 
         Memory: one (B, T, H) hidden state and the chunks of `token_logprobs`.
         """
-        return self.reference_reward_and_ends(sequences, temperature, lm_rows)[:2]
+        return self._with_reference(sequences, temperature, lm_rows, lambda states: self._scores(states, sequences))
 
-    def reference_reward_and_ends(
-        self, sequences: Sequences, temperature: float = 1.0, lm_rows: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Do what `reference_and_reward` does, and also return (B, H) fp32 the states that the scores were read from."""
+    def reference_and_members(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute what `reference_and_reward` does, and from the same pass what each member says, (B, k)."""
+        ref_logprobs, (scores, members, _) = self.reference_and_all(sequences, temperature)
+        return ref_logprobs, scores, members
+
+    def reference_and_all(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Compute reference log-probs, and from the same pass scores, what each member says, (B, k), and (B, H) fp32 states.
+
+        The states are those that scores are read from, the final ones at the last response token.
+        """
+
+        def read(states: States) -> tuple[Tensor, Tensor, Tensor]:
+            ends = states.at(sequences.last_positions()[:, None])[:, 0].float()
+            return self._scores(states, sequences), self._members(states, sequences), ends
+
+        return self._with_reference(sequences, temperature, None, read)
+
+    def reference_and_readings(
+        self, sequences: Sequences, lm_rows: int | None = None, columns: Tensor | None = None
+    ) -> tuple[Tensor, Readings]:
+        """Compute reference log-probs as `reference_and_reward` does, and `readings`, from the same pass."""
+        return self._with_reference(sequences, 1.0, lm_rows, lambda states: read_all(self.heads, states, sequences, columns))
+
+    def _with_reference(
+        self, sequences: Sequences, temperature: float, lm_rows: int | None, read: Callable[[States], Read]
+    ) -> tuple[Tensor, Read]:
+        """Return reference log-probs, and what `read` makes of the states of the reward role."""
         with self.role("reference"):
             states = self._states(sequences)
             ref_logprobs = self._logprobs(states, sequences.first(lm_rows), temperature, False).logprobs
         with self.role("reward"):
             if self.roles["reward"].adapter != self.roles["reference"].adapter:
                 states = self._states(sequences)
-            ends = states.at(sequences.last_positions()[:, None])  # (B, 1, H)
-            return ref_logprobs, self._scalar(ends)[:, 0], ends[:, 0].float()
+            return ref_logprobs, read(states)
 
     @contextmanager
     def taking_trunk(self) -> Iterator[list[Tensor]]:
@@ -382,17 +341,3 @@ class RoleModel(nn.Module):
         return token_logprobs(
             hidden, sequences.response_ids, self.architecture.lm_head(), temperature=temperature, entropy_grad=entropy_grad
         )
-
-    def _scalar(self, hidden: Tensor) -> Tensor:
-        assert self._role is not None
-        head = self.roles[self._role].head
-        found: Tensor = self.heads[head](hidden.float())[..., 0]
-        return found if head != "value" or self.value_range is None else bounded_values(found, *self.value_range)
-
-    def _require_head(self, *heads: str) -> None:
-        head = self.roles[self._role].head if self._role is not None else None
-        if head not in heads:
-            raise RoleError(
-                f"role={self._role!r} has no {' or '.join(heads)} head; call this inside `with model.role(...)` of one "
-                "that has."
-            )

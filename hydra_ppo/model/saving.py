@@ -17,8 +17,9 @@ from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.adapters import read_adapter
 from hydra_ppo.model.fingerprint import weights_digest
 from hydra_ppo.model.for_others import save_for_others
+from hydra_ppo.model.heads import mean_weight
 from hydra_ppo.model.loading import quantization_of
-from hydra_ppo.model.manifest import FORMAT, MANIFEST, describe_base, findable, read_manifest
+from hydra_ppo.model.manifest import FORMAT, MANIFEST, WITH_HEADS, describe_base, findable, read_manifest
 from hydra_ppo.model.quantized_embeddings import embeddings_kind
 from hydra_ppo.model.role_model import RoleModel
 from hydra_ppo.runtime.files import PARTIAL, write_whole
@@ -39,17 +40,20 @@ def write_model(model: RoleModel, folder: Path) -> None:
     adapters = sorted(model.stage.adapters)
     for name in adapters:
         write_adapter(model, name, folder / name, adapter_tensors(model, name))
-    used = sorted({role.head for role in model.roles.values()} - {"lm"})
+    used: list[str] = sorted({role.head for role in model.roles.values()} - {"lm"})
+    if model.expects and "reward" in used:
+        used = sorted([*used, "expected"])
     heads = {f"{n}.{k}": v for n in used for k, v in model.heads[n].state_dict().items()}
     _write_tensors(heads, folder / HEADS)
     if model.stage.tunes_base:
         save_for_others(model.causal_lm, folder / "base")
     manifest = {
-        "format": FORMAT,
+        "format": WITH_HEADS if "expected" in used or model.reward_heads > 1 else FORMAT,
         "base": base,
         "roles": {name: asdict(role) for name, role in model.roles.items()},
         "adapters": adapters,
         "heads": used,
+        "reward_heads": model.reward_heads,
         "reward_head_trained": model.reward_head_trained,
         "trunk_layers": model.trunk_layers,
         "end_ids": _end_ids(model),
@@ -110,14 +114,19 @@ def _end_ids(model: RoleModel) -> list[int] | None:
 def read_heads(heads: Mapping[str, nn.Linear], folder: Path, manifest: Mapping[str, Any]) -> None:
     """Copy the saved scalar heads into `heads`, in place.
 
+    A critic that has none yet starts as the reward model, whose members then count by their mean. What was never trained is
+    left as it is where `heads` has other members, and so is a head of the expected reward that is new.
+
     Raises:
         ConfigError: when one is missing, or they are for another hidden size.
     """
     state = load_file(folder / HEADS)
-    check_heads(folder, manifest, heads, {name: tuple(tensor.shape) for name, tensor in state.items()})
-    for name, head in heads.items():
+    wanted = {name: head for name, head in heads.items() if not _is_new(name, head, manifest)}
+    check_heads(folder, manifest, wanted, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    for name, head in wanted.items():
+        saved = state[_stored(name, manifest)].to(head.weight.device)
         with torch.no_grad():
-            head.weight.copy_(state[_stored(name, manifest)])
+            head.weight.copy_(mean_weight(saved) if name == "value" else saved)
 
 
 def check_heads(
@@ -132,17 +141,30 @@ def check_heads(
         found: shapes of the tensors in the file, by name.
 
     Raises:
-        ConfigError: when one is missing, or they are for another hidden size.
+        ConfigError: when one is missing, they are for another hidden size, or others in number than the manifest says.
     """
     for name, head in heads.items():
         stored = _stored(name, manifest)
         if stored not in found:
             raise ConfigError(f"{HEADS} in {str(folder)!r} lacks {stored}; save the model again.")
-        if found[stored] != tuple(head.weight.shape):
+        if found[stored][-1] != head.weight.shape[1]:
             raise ConfigError(
                 f"{HEADS} in {str(folder)!r} is for hidden size {found[stored][-1]}, the base has {head.weight.shape[1]}; "
                 "use its own base."
             )
+        rows = manifest.get("reward_heads", 1) if stored == "reward.weight" else 1
+        if found[stored] != (rows, head.weight.shape[1]):
+            raise ConfigError(
+                f"{HEADS} in {str(folder)!r} has {stored} of shape {list(found[stored])}, where the model has {rows} of it; "
+                "save the model again."
+            )
+
+
+def _is_new(name: str, head: nn.Linear, manifest: Mapping[str, Any]) -> bool:
+    """Say whether a head starts afresh, whatever the saved model holds."""
+    if name == "expected":
+        return name not in manifest["heads"]
+    return name == "reward" and not manifest["reward_head_trained"] and head.out_features != manifest.get("reward_heads", 1)
 
 
 def _stored(head: str, manifest: Mapping[str, Any]) -> str:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from hydra_ppo.algorithms.calibration import calibration_error, pair_accuracy
+from hydra_ppo.algorithms.calibration import expected_calibration_error
+from hydra_ppo.algorithms.reliability import pair_accuracy
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.origin import Origin
 from hydra_ppo.rewards.features import read_pairs
@@ -146,7 +147,7 @@ def measure(margins: Tensor) -> dict[str, Any]:
         "accuracy": accuracy,
         "accuracy_se": error,
         "accuracies": [pair_accuracy(column)[0] for column in margins.T.tolist()],
-        "ece": calibration_error(together),
+        "ece": expected_calibration_error(margins.mean(dim=1)).item(),
         "loss": softplus(-margins.mean(dim=1)).mean().item(),
         "spread": margins.std(dim=1).mean().item() if margins.shape[1] > 1 else 0.0,
     }

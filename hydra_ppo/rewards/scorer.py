@@ -16,6 +16,7 @@ from hydra_ppo.errors import HydraError, RewardError
 from hydra_ppo.model.origin import Origin, check_origin
 from hydra_ppo.rewards.classifier import Classifier as _Classifier
 from hydra_ppo.rewards.classifier import check_classifier
+from hydra_ppo.rewards.ensembles import disagreement_parts, head_scores
 from hydra_ppo.rewards.functions import FunctionSource, place_of, what_it_said
 from hydra_ppo.rewards.isolated import FunctionFailed, IsolatedFunction
 from hydra_ppo.rewards.numbers import Judgement, checked_numbers
@@ -154,17 +155,25 @@ class Scorer:
             if note is not None:
                 logger.warning(note)
 
-    def raw(self, head_scores: Sequence[float], prompts: Sequence[str], responses: Sequence[str], where: str) -> list[float]:
+    def raw(self, head: Sequence[float], prompts: Sequence[str], responses: Sequence[str], where: str) -> list[float]:
         """Return the weighted sum for texts that nothing else is known of; see `score`."""
-        return self.score(head_scores, Responses.of_text(prompts, responses), where).total
+        return self.score(head, Responses.of_text(prompts, responses), where).total
 
-    def score(self, head_scores: Sequence[float], responses: Responses, where: str, states: Tensor | None = None) -> Scores:
+    def score(
+        self,
+        head: Sequence[float],
+        responses: Responses,
+        where: str,
+        members: Tensor | None = None,
+        states: Tensor | None = None,
+    ) -> Scores:
         """Return the weighted sum of the sources, one number per response, and what each source says.
 
         Args:
-            head_scores: the reward head's, used where it is a source.
+            head: the reward head's scores, used where it is a source.
             responses: what the other sources are given.
             where: step and phase, for error messages.
+            members: (B, k) of a reward head that has several; how far they are apart is told as parts that are not added up.
             states: (N, H) the reward role's states where scores are read, where `needs_states`.
 
         Raises:
@@ -182,9 +191,10 @@ class Scorer:
                     raise RewardError(f"{where}: {name} reads states, and none were given; score with the model at hand.")
                 found = source(states, responses.prompts)
             else:
-                found = head_scores if source is None else self._asked(source, name, responses, where)
+                found = head_scores(settings, head, members) if source is None else self._asked(source, name, responses, where)
             values, pieces = _summed(found, len(responses), name, where)
             parts[short] = values
+            pieces |= disagreement_parts(members) if source is None else {}
             parts |= {f"{short}/{piece}": numbers for piece, numbers in pieces.items()}
             total = [sum_ + settings.weight * value for sum_, value in zip(total, values, strict=True)]
         return Scores(total, parts)

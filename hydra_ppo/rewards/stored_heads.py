@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hydra_ppo.algorithms.ensembles import combine_members, spread_of
+from hydra_ppo.algorithms.ensembles import combine_members, spread
 from hydra_ppo.config.rewards import RewardSource
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.origin import Origin
@@ -123,7 +123,7 @@ class HeadSource:
         """
         members, aggregate, coef = self.heads.members(states), self.source.aggregate, self.source.aggregate_coef
         if aggregate != "pessimism":
-            return Judgement(combine_members(members, aggregate, coef), {"spread": spread_of(members)})
+            return Judgement(combine_members(members, aggregate, coef), {"spread": spread(members)})
         assert self.heads.inverse is not None
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
         groups = torch.tensor([numbers[prompt] for prompt in prompts], device=members.device)

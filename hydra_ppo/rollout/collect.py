@@ -87,7 +87,7 @@ def collect_experience(
         passes: which roles there are passes for.
 
     Returns:
-        The rows, with the scores (B,) of the reward head.
+        The rows, with the scores (B,) of the reward head, and those of its members where there are several.
 
     Memory: the KV cache while sampling; afterwards five (B, R) tensors.
     """
@@ -159,6 +159,7 @@ def score(
         scores = torch.zeros(shape[0], device=model.device)
         ends = torch.zeros(shape[0], model.architecture.hidden_size, device=model.device) if passes.states else None
         after_last = torch.zeros_like(scores) if passes.after_last else None
+        members = torch.zeros(shape[0], model.reward_heads, device=model.device) if model.reward_heads > 1 else None
         trunk = _room_for_trunk(model, experience, settings) if world.size == 1 else None
     measured = set(_longest(experience, MEASURED)) if settings.measures_drift and not settings.recomputes else set()
     groups = experience.split(world.rows_at_once(len(experience), settings.score_batch_size))
@@ -174,13 +175,17 @@ def score(
         index = torch.tensor(rows, device=model.device)
         width = part.response_ids.shape[1]
         with model.taking_trunk() as states:
-            if ends is None:
-                found, scored = model.reference_and_reward(sequences, settings.temperature)
-            else:
-                found, scored, read = model.reference_reward_and_ends(sequences, settings.temperature)
+            if ends is not None:
+                found, (scored, each, read) = model.reference_and_all(sequences, settings.temperature)
                 if counts:
                     ends[index] = read
                 del read
+            elif members is not None:
+                found, scored, each = model.reference_and_members(sequences, settings.temperature)
+            else:
+                found, scored = model.reference_and_reward(sequences, settings.temperature)
+            if counts and members is not None:
+                members[index] = each
         if counts:
             ref_logprobs[index, :width], scores[index] = found, scored
         del found, scored
@@ -219,12 +224,9 @@ def score(
 
     world.together(lambda: _each(run, world.share(groups, tokens)), f"scoring {len(groups)} groups")
     # The rows of others are zeros here, so a sum gathers them, and to the last bit.
-    needed = [
-        *([old_values] if passes.critic else []),
-        *([] if after_last is None else [after_last]),
-        *([] if ends is None else [ends]),
-    ]
-    world.sum([ref_logprobs, scores, *needed, *([recomputed] if again else [])])
+    needed = [*([old_values] if passes.critic else []), *([recomputed] if again else [])]
+    needed += [found for found in (after_last, members, ends) if found is not None]
+    world.sum([ref_logprobs, scores, *needed])
     drift, recompute = None, settings.recomputes
     if measured:
         drift = _drift(experience, logprobs, recomputed, sorted(measured))
@@ -244,6 +246,7 @@ def score(
             old_values=old_values.masked_fill(outside, 0.0),
             scores=scores,
             after_last=after_last,
+            members=members,
             drift=drift,
             features=ends,
         )

@@ -11,7 +11,6 @@ from torch import Tensor
 from hydra_ppo.errors import NonFiniteError
 from hydra_ppo.experience import Experience
 from hydra_ppo.model.answer_states import ends_and_means
-from hydra_ppo.model.answer_states import scores_and_means as of_rows
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rollout.collect import ending_alike
 from hydra_ppo.runtime.interruption import check_stop
@@ -125,7 +124,7 @@ def scores_and_means(
             for group in experience.split(rows):
                 check_stop()
                 sequences = ending_alike(experience.select(group).sequences(), eos_ids)
-                found, mean = of_rows(model, sequences)
+                found, mean = model.scores_and_means(sequences)
                 index = torch.tensor(group)
                 scores[index], means[index] = found.cpu(), mean.cpu()
     finally:

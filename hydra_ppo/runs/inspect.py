@@ -19,9 +19,22 @@ from hydra_ppo.runs.plots import read_metrics
 MIB = 2**20
 HIGHLIGHTS = (
     *("model.name_or_path", "model.quantization", "model.trunk_layers", "model.lora.r", "data.train"),
-    *("method", "adapter", "epochs", "steps", "batch_size", "rollout.batch_size", "rollout.max_new_tokens"),
+    *(
+        "method",
+        "adapter",
+        "reward_heads",
+        "reward_loss",
+        "floor_share",
+        "floor_steps",
+        "epochs",
+        "steps",
+        "batch_size",
+        "rollout.batch_size",
+        "rollout.max_new_tokens",
+    ),
     *("minibatch_size", "microbatch_size", "optimizer.learning_rate", "kl.coef", "run.seed"),
 )
+EVALUATED = ("eval/perplexity", "eval/reward_accuracy", "eval/reward_ece")
 EXPECTED = {
     "ppo": (
         *("objective/scores", "objective/rlhf_reward", "objective/kl", "objective/entropy", "policy/clip_frac"),
@@ -29,7 +42,7 @@ EXPECTED = {
         *("memory/rollout_peak_bytes", "memory/score_peak_bytes", "memory/update-actor_peak_bytes"),
         *("memory/update-critic_peak_bytes", "memory/optimizer_peak_bytes", "eval/scores"),
     ),
-    "sft": ("loss/total", "loss/sft", "loss/reward", "train/reward_accuracy", "eval/perplexity", "eval/reward_accuracy"),
+    "sft": ("loss/total", "loss/sft", "loss/reward", "train/reward_accuracy", *EVALUATED),
 }
 
 

@@ -5,26 +5,27 @@ On preference pairs (x, y_w, y_l), one pass over chosen and rejected serves both
     L = sft_coef * mean over tokens of y_w of -log p(token)  +  reward_coef * mean over pairs of -log sigmoid(r_w - r_l).
 
 Source: Santacroce et al. 2023 (arXiv 2309.00754), section 3.1. `reward_coef` = 0 is plain SFT, `sft_coef` = 0 plain reward
-modelling; each then makes only the passes that it needs.
+modelling; each then makes only the passes that it needs. Other losses of the reward model, several reward heads and floor pairs
+(`reward_losses`, `pairs`) are of the same pass.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hydra_ppo.algorithms.preferences import ranking_loss
+from hydra_ppo.algorithms.calibration import expected_calibration_error
 from hydra_ppo.config.settings import SFTConfig
 from hydra_ppo.data.rows import PreferenceRow
 from hydra_ppo.errors import ConfigError, NonFiniteError
 from hydra_ppo.experience import Experience, split_by_length
+from hydra_ppo.model.heads import Readings
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.parallel.dealing import check_divides
 from hydra_ppo.parallel.world import ALONE, World
@@ -46,14 +47,9 @@ from hydra_ppo.training.optim import (
     save_optimizer,
     state_tensors,
 )
-
-
-class PairSums(NamedTuple):
-    """Sums over the pairs of one pass, each (): what was not computed is 0."""
-
-    nll: Tensor
-    ranking: Tensor
-    correct: Tensor
+from hydra_ppo.training.pairs import PairBatches, longest, real_first
+from hydra_ppo.training.reward_losses import along_columns, pair_losses
+from hydra_ppo.training.sft_metrics import COUNT, Counts, PairSums, named_sums
 
 
 class JointSFTTrainer:
@@ -74,7 +70,8 @@ class JointSFTTrainer:
     Attributes:
         done: steps done.
 
-    Memory: gradients and moments (see `optim.build_optimizer`) of what is trained; activations of 2 * microbatch_size rows.
+    Memory: gradients and moments (see `optim.build_optimizer`) of what is trained; activations of 2 * microbatch_size rows, of
+    which `reward_loss` divergent has the last once more in fp32.
     """
 
     def __init__(
@@ -99,6 +96,7 @@ class JointSFTTrainer:
             )
         if not train_rows:
             raise ConfigError("data.train holds no preference pair after the held-out ones are taken; give more rows.")
+        check_heads(config, model)
         check_divides(world.size, batch_size=config.batch_size)
         keep_freed_memory(model.device)
         self.model, self.config, self.world = model, config, world
@@ -107,7 +105,8 @@ class JointSFTTrainer:
         self.pad_token_id = pad_token_id
         self.run = run or Silent()
         self.save_best, self.save, self.on_phase = save_best, save, on_phase
-        self.total_steps = total_steps(config, len(self.train_rows))
+        self.batches = PairBatches(self.train_rows, config)
+        self.total_steps = self.batches.steps
         groups = [(model.role_parameters(role), config.optimizer.learning_rate) for role in model.trainable_roles]
         self.parameter_names = {id(p): name for named, _ in reversed(groups) for name, p in named.items()}
         self.optimizer, self.schedule = build_optimizer(groups, config.optimizer, self.total_steps)
@@ -118,6 +117,7 @@ class JointSFTTrainer:
 
         self.limits = Limits({"microbatch_size": config.microbatch_size}, model.device, lambda text: self.run.note(text))
         self.done = 0
+        self._heads_only = False
         self.seconds = 0.0
         self.best: Metrics = {}
         self.best_step: int | None = None
@@ -133,7 +133,7 @@ class JointSFTTrainer:
         try:
             with self.run.progress(self.total_steps, "SFT") as advance:
                 advance(self.done, "")
-                for rows in islice(self._batches(), self.done, None):
+                for rows in self.batches.after(self.done):
                     metrics = self._whole_step(self.done, rows)
                     advance(1, f"loss {metrics['loss/total']:.3f}")
         except StopRequested:
@@ -212,18 +212,6 @@ class JointSFTTrainer:
         self.limits.sizes |= values["limits"]
         random_sources.restore(tensors["random"], values["random"], {})
 
-    def _batches(self) -> Iterator[list[PreferenceRow]]:
-        """Yield `total_steps` batches of pairs, each epoch in a fresh order; the same ones for the same seed."""
-        generator = torch.Generator().manual_seed(self.config.run.seed)
-        done = 0
-        while True:
-            order = torch.randperm(len(self.train_rows), generator=generator).tolist()
-            for start in range(0, len(order), self.config.batch_size):
-                if done == self.total_steps:
-                    return
-                done += 1
-                yield [self.train_rows[i] for i in order[start : start + self.config.batch_size]]
-
     def step(self, step: int, rows: Sequence[PreferenceRow]) -> Metrics:
         """Take one optimizer step; the result does not depend on the micro-batch size.
 
@@ -249,41 +237,44 @@ class JointSFTTrainer:
         self.scaler = fresh_scaler(self.scaler, self.model.device)
 
     def _step(self, step: int, rows: Sequence[PreferenceRow], microbatch_size: int) -> Metrics:
-        config = self.config
+        config, counts = self.config, Counts.of(rows)
+        self._heads_only = step < config.floor_steps
         self.model.train()
-        tokens = sum(len(row.chosen_ids) for row in rows)
-        totals = torch.zeros(3, device=self.model.device)
+        totals = torch.zeros(COUNT, device=self.model.device)
         self.scaler.scale(totals)  # which readies it, also where this process has no pair of the last few
 
         def backward() -> None:
-            for group, counts in self._share(rows, microbatch_size):
+            for group, is_ours in self._share(rows, microbatch_size):
                 check_stop()
                 self._announce("update")
-                sums = self.pass_over(group)
-                loss = config.sft_coef * sums.nll / tokens + config.reward_coef * sums.ranking / len(rows)
-                self.scaler.scale(loss if counts else loss * 0.0).backward()
-                if counts:
-                    totals.add_(torch.stack([s.detach() for s in sums]))
+                sums = self.pass_over([rows[i] for i in group])
+                loss = config.sft_coef * sums.nll / max(counts.tokens, 1) + config.reward_coef * sums.ranking / len(rows)
+                if sums.expected is not None:
+                    loss = loss + config.reward_coef * sums.expected / len(rows)
+                self.scaler.scale(loss if is_ours else loss * 0.0).backward()
+                if is_ours:
+                    totals.add_(sums.vector())
 
         where = f"step={step + 1} phase=update, microbatch_size={microbatch_size}"
         self.world.together(backward, where)
         self.world.sum_gradients(self._parameters, [totals])
-        return self.world.alike(partial(self._optimizer_step, step, rows, totals, tokens), where)
+        return self.world.alike(partial(self._optimizer_step, step, totals, counts), where)
 
-    def _share(self, rows: Sequence[PreferenceRow], size: int) -> list[tuple[list[PreferenceRow], bool]]:
-        """Return the micro-batches that this process does, and whether each counts."""
-        lengths = [_length(row) for row in rows]
-        groups = self.world.share(split_by_length(lengths, size), lambda group: sum(lengths[i] for i in group))
-        return [([rows[i] for i in group], counts) for group, counts in groups]
+    def _share(self, rows: Sequence[PreferenceRow], size: int) -> list[tuple[list[int], bool]]:
+        """Return the numbers of the rows of each micro-batch that this process does, and whether it counts."""
+        lengths = [longest(row) for row in rows]
+        return self.world.share(split_by_length(lengths, size), lambda group: sum(lengths[i] for i in group))
 
-    def _optimizer_step(self, step: int, rows: Sequence[PreferenceRow], totals: Tensor, tokens: int) -> Metrics:
+    def _optimizer_step(self, step: int, totals: Tensor, counts: Counts) -> Metrics:
         config = self.config
         self._announce("optimizer")
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_gradients(self._parameters, config.optimizer.max_grad_norm)
         # The one wait for the device in a step, before anything is changed.
-        nll, ranking, correct, norm = torch.cat([totals, grad_norm[None]]).tolist()
-        for name, value in (("loss/sft", nll), ("loss/reward", ranking), ("grad_norm", norm)):
+        *sums, norm = torch.cat([totals, grad_norm[None]]).tolist()
+        nll, ranking, _, expected = sums[:4]
+        for name, value in (("sft", nll), ("reward", ranking), ("expected", expected), ("grad_norm", norm)):
+            name = name if name == "grad_norm" else f"loss/{name}"
             if not math.isfinite(value) and not (name == "grad_norm" and self.scaler.is_enabled()):
                 raise NonFiniteError(
                     f"step={step + 1} phase=update: {name} is {value}; lower optimizer.learning_rate or look at the data. "
@@ -294,10 +285,7 @@ class JointSFTTrainer:
         rate = self.schedule.get_last_lr()[0]
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return _metrics(config, nll / tokens, ranking / len(rows), correct / len(rows), "train/reward_accuracy") | {
-            "grad_norm": norm,
-            "lr": rate,
-        }
+        return named_sums(config, sums, counts, "train") | {"grad_norm": norm, "lr": rate}
 
     def _announce(self, phase: str) -> None:
         self.memory(phase)
@@ -305,75 +293,92 @@ class JointSFTTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> Metrics:
-        """Return held-out perplexity (per response token, None without SFT), pair accuracy (None without reward) and loss."""
-        self.model.eval()
-        rows = self.eval_rows
+        """Return what the held-out pairs show.
 
-        def total(size: int) -> Tensor:
-            totals = torch.zeros(3, device=self.model.device)
+        Returns:
+            eval/loss; eval/perplexity (per response token, None without SFT); eval/reward_accuracy and eval/reward_ece, the
+            calibration error of the probabilities that the scores stand for (None without reward); eval/reward_spread of
+            several reward heads.
+        """
+        self.model.eval()
+        rows, config = self.eval_rows, self.config
+
+        def total(size: int) -> tuple[Tensor, Tensor]:
+            totals = torch.zeros(COUNT, device=self.model.device)
+            margins = torch.zeros(len(rows), device=self.model.device)
 
             def run() -> None:
-                for group, counts in self._share(rows, self.world.rows_at_once(len(rows), 4 * size)):
-                    sums = torch.stack(list(self.pass_over(group)))
-                    if counts:
-                        totals.add_(sums)
+                for group, is_ours in self._share(rows, self.world.rows_at_once(len(rows), 4 * size)):
+                    found = self.pass_over([rows[i] for i in group])
+                    if is_ours:
+                        totals.add_(found.vector())
+                        if found.margins is not None:
+                            margins[torch.tensor(group, device=margins.device)] = found.margins
 
             self.world.together(run, f"step={self.done} evaluation, {size} at once")
-            self.world.sum([totals])
-            return totals
+            self.world.sum([totals, margins])
+            return totals, margins
 
-        totals = self.limits.fit("microbatch_size", f"step={self.done} evaluation", total, most=len(rows))
-        nll, ranking, correct = totals.tolist()
-        nll /= sum(len(row.chosen_ids) for row in rows)
-        found = _metrics(self.config, nll, ranking / len(rows), correct / len(rows), "eval/reward_accuracy")
+        totals, margins = self.limits.fit("microbatch_size", f"step={self.done} evaluation", total, most=len(rows))
+        sums, counts, ranked = totals.tolist(), Counts.of(rows), config.reward_coef > 0
+        found = named_sums(config, sums, counts, "eval")
+        shown = {name: value for name, value in found.items() if name.startswith("eval/")}
         return {
             "eval/loss": found["loss/total"],
-            "eval/perplexity": math.exp(min(nll, 80.0)) if self.config.sft_coef else None,
-            "eval/reward_accuracy": found["eval/reward_accuracy"],
+            "eval/perplexity": math.exp(min(sums[0] / counts.tokens, 80.0)) if config.sft_coef else None,
+            **shown,
+            "eval/reward_ece": expected_calibration_error(margins).item() if ranked else None,
         }
 
     def pass_over(self, rows: Sequence[PreferenceRow]) -> PairSums:
         """Run chosen and rejected responses of the pairs through the base once; return the sums of both losses."""
         config, model = self.config, self.model
-        zero = torch.zeros((), device=model.device)
+        rows, real = real_first(rows)
         ranked = config.reward_coef > 0
         responses = [row.chosen_ids for row in rows] + ([row.rejected_ids for row in rows] if ranked else [])
         prompts = [row.prompt_ids for row in rows] + ([row.before_rejected for row in rows] if ranked else [])
         sequences = Experience.from_lists(prompts, responses, self.pad_token_id, model.device).sequences()
-        nll = ranking = correct = zero
-        logprobs, scores = None, None
-        if config.sft_coef > 0 and ranked:
-            logprobs, scores = model.reference_and_reward(sequences, lm_rows=len(rows))
+        columns = along_columns(rows, model.device) if config.reward_loss == "divergent" else None
+        read = None if columns is None else columns.read
+        logprobs: Tensor | None = None
+        found: Readings | None = None
+        if config.sft_coef > 0 and ranked and real > 0:
+            logprobs, found = model.reference_and_readings(sequences, lm_rows=real, columns=read)
         elif ranked:
-            with model.role("reward"):
-                scores = model.scores(sequences)
+            with model.role("reward"):  # where all are floor pairs, the heads alone learn
+                found = model.readings(sequences, read, heads_only=real == 0 and self._heads_only)
         else:
             with model.role("reference"):
                 logprobs = model.logprobs(sequences).logprobs
+        nll = zero = torch.zeros((), device=model.device)
         if logprobs is not None:
-            nll = -logprobs.masked_fill(~sequences.response_mask[: len(rows)], 0.0).sum()
-        if scores is not None:
-            chosen, rejected = scores[: len(rows)], scores[len(rows) :]
-            ranking = ranking_loss(chosen, rejected).sum()
-            correct = (chosen > rejected).float().sum()
-        return PairSums(nll, ranking, correct)
+            nll = -logprobs.masked_fill(~sequences.response_mask[:real], 0.0).sum()
+        if found is None:
+            return PairSums(nll, zero, zero)
+        losses = pair_losses(config, rows, found, columns)
+        right = (losses.margins > 0).float()
+        return PairSums(
+            nll,
+            losses.ranking.sum(),
+            right[:real].sum(),
+            None if losses.expected is None else losses.expected.sum(),
+            losses.spread[:real].sum(),
+            right[real:].sum(),
+            losses.margins,
+        )
 
 
-def total_steps(config: SFTConfig, pairs: int) -> int:
-    """Return the optimizer steps of a run over so many training pairs."""
-    whole = math.ceil(pairs / config.batch_size) * config.epochs
-    return min(whole, config.max_steps or whole)
+def check_heads(config: SFTConfig, model: HydraModel) -> None:
+    """Refuse a model whose reward heads are not those that the settings train.
 
-
-def _length(row: PreferenceRow) -> int:
-    return max(len(row.prompt_ids) + len(row.chosen_ids), len(row.before_rejected) + len(row.rejected_ids))
-
-
-def _metrics(config: SFTConfig, nll: float, ranking: float, accuracy: float, accuracy_name: str) -> dict[str, Any]:
-    """Name the numbers; what was not computed is None."""
-    return {
-        "loss/total": config.sft_coef * nll + config.reward_coef * ranking,
-        "loss/sft": nll if config.sft_coef else None,
-        "loss/reward": ranking if config.reward_coef else None,
-        accuracy_name: accuracy if config.reward_coef else None,
-    }
+    Raises:
+        ConfigError: where they are others in number, or one of the expected reward is missing or left over.
+    """
+    if config.reward_coef == 0:
+        return
+    wanted, found = (config.reward_heads, config.reward_loss == "advantage"), (model.reward_heads, model.expects)
+    if wanted != found:
+        raise ConfigError(
+            f"reward_heads={wanted[0]} and reward_loss={config.reward_loss!r} do not fit a model of {found[0]} reward heads "
+            f"{'and' if found[1] else 'without'} an expected reward; build it with heads=HeadPlan({wanted[0]}, {wanted[1]})."
+        )

@@ -35,6 +35,7 @@ from hydra_ppo.model.manifest import UNSCORED, UNTRAINED_HEAD
 from hydra_ppo.model.origin import origin_of
 from hydra_ppo.parallel.dealing import check_divides
 from hydra_ppo.parallel.world import ALONE, World
+from hydra_ppo.rewards.ensembles import check_aggregates
 from hydra_ppo.rewards.scorer import Scorer, Scores
 from hydra_ppo.rollout.collect import Passes, collect_experience
 from hydra_ppo.rollout.sampling import Samples, sample
@@ -119,6 +120,7 @@ class PPOTrainer:
         scorer = Scorer(config.reward, model.device, asks=world.is_main)
         if scorer.needs_head and not model.reward_head_trained:
             raise ConfigError(UNTRAINED_HEAD)
+        check_aggregates(config.reward, model.reward_heads)
         for held in (self.prompts, self.eval_prompts):
             scorer.check([row.columns for row in held])
         self.eos_ids = end_tokens(model, tokenizer, config.data.end_of_turn)
@@ -376,9 +378,9 @@ class PPOTrainer:
     ) -> tuple[Scores, list[float]]:
         """Return what the sources say, and the scores that PPO sees."""
         scorer = self.progress.scorer
-        given = experience.scores.tolist()
-        read, states = self.reading.responses, experience.features
-        found = self.world.from_main(lambda: scorer.score(given, read(experience, rows), where, states), where)
+        given, members, states = experience.scores.tolist(), experience.members, experience.features
+        read = self.reading.responses
+        found = self.world.from_main(lambda: scorer.score(given, read(experience, rows), where, members, states), where)
         return found, scorer.shape(found.total, self.reading.ended(experience)) if shape else found.total
 
     def _texts(self, experience: Experience, show: bool = False, ends: Sequence[int] = ()) -> list[str]:

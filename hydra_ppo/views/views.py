@@ -18,6 +18,7 @@ from transformers.modeling_outputs import (
 )
 
 from hydra_ppo.errors import RoleError
+from hydra_ppo.model.heads import mean_weight
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.views.lazy_logits import LazyLogits
 from hydra_ppo.views.passes import Passes
@@ -153,7 +154,7 @@ class ScoreHead(nn.Module):
 
     def __init__(self, head: nn.Linear, trained: bool) -> None:
         super().__init__()
-        self.in_features, self.out_features = head.in_features, head.out_features
+        self.in_features, self.out_features = head.in_features, 1
         if trained:
             self.weight = head.weight
         else:  # an attribute like any other: nobody's parameter
@@ -163,6 +164,49 @@ class ScoreHead(nn.Module):
         return nn.functional.linear(hidden.float(), self.weight)
 
 
+class RewardHead(nn.Module):
+    """What a classifier can say of a reward head that is more than one linear layer: the mean of its members.
+
+    Args:
+        head: several members, which are not trained through a view.
+        expects: scores are what is above the expected reward of a prompt, which no classifier sees: nothing is said then.
+    """
+
+    def __init__(self, head: nn.Linear, expects: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = head.in_features, 1
+        self.expects = expects
+        self._behind = (head,)  # in a tuple: no submodule of the view
+
+    @property
+    def weight(self) -> Tensor:
+        """The mean of the members (1, H), wherever they are now."""
+        return mean_weight(self._behind[0].weight).detach()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.expects:
+            raise RoleError(
+                "a view of the reward model cannot tell what is above a prompt's expected reward (reward_loss='advantage'); "
+                "use HydraModel.scores, or a reward model of another loss."
+            )
+        return nn.functional.linear(hidden.float(), self.weight)
+
+
+def _score_head(hydra: HydraModel, role: str) -> nn.Module:
+    """Return the head of a role as a classifier has it.
+
+    Raises:
+        RoleError: for several reward heads that are to be trained.
+    """
+    name, trained = hydra.roles[role].head, role in hydra.trainable_roles
+    head = hydra.heads[name]
+    if name != "reward" or (head.out_features == 1 and not hydra.expects):
+        return ScoreHead(head, trained)
+    if trained:
+        raise RoleError(f"role={role!r}: views train no ensemble of reward heads; train it with hydra-ppo sft.")
+    return RewardHead(head, hydra.expects)
+
+
 class ClassifierView(RoleView):
     """Critic or reward model as a sequence classifier with one label: `score` over the backbone."""
 
@@ -170,8 +214,7 @@ class ClassifierView(RoleView):
 
     def __init__(self, passes: Passes, role: str) -> None:
         super().__init__(passes, role)
-        head = self.hydra.heads[self.hydra.roles[role].head]
-        self.score = ScoreHead(head, trained=role in self.hydra.trainable_roles)
+        self.score = _score_head(self.hydra, role)
         self.config = deepcopy(self.config)
         self.config.num_labels = 1
 

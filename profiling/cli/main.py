@@ -7,7 +7,15 @@ import argparse
 from hydra_ppo.cli.parser import Parser, check_folder
 from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.profiling.workload import ADVANTAGES, KV_CACHES, OPTIMIZERS, QUANTIZATIONS, UPDATE_ORDERS, Workload
+from hydra_ppo.profiling.workload import (
+    ADVANTAGES,
+    KV_CACHES,
+    OPTIMIZERS,
+    QUANTIZATIONS,
+    REWARD_LOSSES,
+    UPDATE_ORDERS,
+    Workload,
+)
 
 STAGES = {"ppo": ("full", "lora", "dlora", "j-hydra", "hydra"), "reward": ("full", "lora")}
 """Methods by stage."""
@@ -63,6 +71,8 @@ def profile(arguments: list[str]) -> None:
         "--world", type=int, default=1, metavar="N", help="Simulate rank 0 of N processes; batches are those of all."
     )
     parser.add_argument("--shard-base", action="store_true", help="Each of them holds a part of every decoder layer.")
+    parser.add_argument("--reward-heads", type=int, default=1, metavar="K", help="Members of the reward head.")
+    parser.add_argument("--reward-loss", choices=REWARD_LOSSES, default="bradley-terry", help="Of --stage reward.")
     parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="A,B", help="Seeds of --learning.")
     options = parser.parse_args(arguments)
     methods = options.methods or ["hydra" if options.stage == "ppo" else "lora"]
@@ -106,6 +116,8 @@ def profile(arguments: list[str]) -> None:
             ema=options.ema,
             world=options.world,
             shard_base=options.shard_base,
+            reward_heads=options.reward_heads,
+            reward_loss=options.reward_loss,
         )
         if workload.world > 1 and not options.simulate:
             raise ConfigError(f"world={workload.world} is simulated, in one process; add --simulate.")

@@ -178,6 +178,8 @@ def label_weights(tracker: Tracker, model: Models) -> dict[str, list[nn.Paramete
                 tracker.label((p for n, p in part.role_parameters(role).items() if "lora_" in n), "adapters", role)
             if spec.head != "lm":
                 tracker.label(part.heads[spec.head].parameters(), "heads", role)
+            if spec.head == "reward" and part.expects:
+                tracker.label(part.heads["expected"].parameters(), "heads", role)
     return trained
 
 

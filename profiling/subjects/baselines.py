@@ -130,6 +130,10 @@ class SeparateModels(nn.Module):
         return self._homes["reward"].reward_head_trained
 
     @property
+    def reward_heads(self) -> int:
+        return self._homes["reward"].reward_heads
+
+    @property
     def current_role(self) -> str | None:
         """Name of the role in force; None outside of all roles."""
         return self._current.current_role
@@ -183,3 +187,12 @@ class SeparateModels(nn.Module):
             ref_logprobs = self.logprobs(sequences, temperature).logprobs
         with self.role("reward"):
             return ref_logprobs, self._current.scores(sequences)
+
+    def reference_and_members(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute what `reference_and_reward` does, and what each member of the reward head says, (B, k)."""
+        with self.role("reference"):
+            ref_logprobs = self.logprobs(sequences, temperature).logprobs
+        with self.role("reward"):
+            found = self._current.readings(sequences)
+        members = found.members if found.expected is None else found.members - found.expected[:, None]
+        return ref_logprobs, members.mean(dim=1), members

@@ -13,6 +13,7 @@ from torch import nn
 
 from hydra_ppo.config.settings import LoraSettings, OptimizerSettings, PPOConfig, RolloutSettings, SFTConfig
 from hydra_ppo.data.rows import PreferenceRow, PromptRow
+from hydra_ppo.model.heads import HeadPlan
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.loading import DTYPES, base_from_config
 from hydra_ppo.model.roles import Role, Stage, build_stage
@@ -104,7 +105,13 @@ class Builder:
         lora = LoraSettings(r=workload.rank, alpha=2 * workload.rank)
         # What checks a new model is no part of a step; that of an 8B in nf4 takes 0.2 GiB beside the base.
         model = HydraModel(
-            base, lora=lora, train=stage, trunk_layers=workload.trunk_layers, check="off", tile_tokens=workload.tile_tokens
+            base,
+            lora=lora,
+            train=stage,
+            trunk_layers=workload.trunk_layers,
+            check="off",
+            tile_tokens=workload.tile_tokens,
+            heads=HeadPlan(workload.reward_heads, workload.reward_loss == "advantage"),
         )
         model.reward_head_trained = True
         return model
@@ -175,9 +182,12 @@ class Builder:
             batch_size=workload.rollout_batch,
             microbatch_size=workload.microbatch,
             optimizer=OptimizerSettings(name=workload.optimizer),
+            reward_heads=workload.reward_heads,
+            reward_loss=workload.reward_loss,
         )
         prompt, response = _tokens(workload.prompt), _tokens(workload.response)
-        rows = [PreferenceRow("", "", "", prompt, response, response)] * workload.rollout_batch
+        other = tuple(token + 1 for token in response)  # which parts from it at once: most is read then
+        rows = [PreferenceRow("", "", "", prompt, response, other, margin=0.0)] * workload.rollout_batch
         trainer = JointSFTTrainer(model, settings, rows, pad_token_id=0, on_phase=on_phase, world=self.world)
         taken = rows[: workload.microbatch] if self.simulate else rows
 

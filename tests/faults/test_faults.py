@@ -155,7 +155,8 @@ def test_nan_in_training(where, project, whole, monkeypatch, capsys, fault):
 
 
 def test_nan_in_sft(project, monkeypatch, capsys):
-    from hydra_ppo.training.joint_sft import JointSFTTrainer, PairSums
+    from hydra_ppo.training.joint_sft import JointSFTTrainer
+    from hydra_ppo.training.sft_metrics import PairSums
 
     def broken(self, rows):
         nan = torch.tensor(float("nan"), requires_grad=True)

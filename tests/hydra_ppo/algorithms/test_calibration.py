@@ -1,4 +1,4 @@
-"""Accuracy, calibration and length, by hand."""
+"""The calibration error of preferences: by hand, and where it has to be 0."""
 
 from __future__ import annotations
 
@@ -7,63 +7,37 @@ import math
 import pytest
 import torch
 
-from hydra_ppo.algorithms.calibration import best_of_n_gain, calibration_error, length_r2, mean_and_error, pair_accuracy
+from hydra_ppo.algorithms.calibration import expected_calibration_error
 
 
-def logit(p: float) -> float:
+def margin(p: float) -> float:
+    """Return the margin whose sigmoid is p."""
     return math.log(p / (1 - p))
 
 
-def test_accuracy_with_its_error():
-    share, error = pair_accuracy([1.0, 2.0, -1.0, 0.5])
-    assert share == 0.75
-    assert error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
-    assert pair_accuracy([0.0])[0] == 0.0
+def test_by_hand():
+    # Bins of width 0.05 over [0.5, 1]: 0.72 and 0.74 share one, of which one hits; 0.93 is alone and hits.
+    margins = torch.tensor([margin(0.72), -margin(0.74), margin(0.93)], dtype=torch.float64)
+    # (|1 - 1.46| + |1 - 0.93|) / 3
+    assert expected_calibration_error(margins).item() == pytest.approx((0.46 + 0.07) / 3)
 
 
-def test_calibration_by_hand():
-    # 4 pairs foretold with 0.72, 3 of them right: |0.75 - 0.72|; 2 with 0.93, both wrong: 0.93
-    margins = [logit(0.72)] * 3 + [-logit(0.72)] + [-logit(0.93)] * 2
-    assert calibration_error(margins) == pytest.approx((4 * 0.03 + 2 * 0.93) / 6)
-    # One bin of all: 3 of 6 right, foretold 0.79 in the mean.
-    assert calibration_error(margins, bins=1) == pytest.approx(abs(0.5 - (4 * 0.72 + 2 * 0.93) / 6))
-    # As often right as foretold.
-    assert calibration_error([logit(0.75)] * 3 + [-logit(0.75)]) == pytest.approx(0.0, abs=1e-12)
+def test_fewer_bins_average_first():
+    margins = torch.tensor([margin(0.6), -margin(0.9)], dtype=torch.float64)
+    assert expected_calibration_error(margins, bins=1).item() == pytest.approx(abs(1 - 1.5) / 2)
+    assert expected_calibration_error(margins, bins=10).item() == pytest.approx((0.4 + 0.9) / 2)
 
 
-def test_certain_pairs_fall_into_the_last_bin():
-    assert calibration_error([1e3, 1e3]) == 0.0
-    assert calibration_error([-1e3]) == 1.0
-    assert calibration_error([0.0]) == 0.5  # foretold 0.5, and counted as wrong
+def test_pairs_that_hold_as_often_as_they_say_are_calibrated():
+    sure = [margin(0.8)] * 8 + [-margin(0.8)] * 2
+    assert expected_calibration_error(torch.tensor(sure, dtype=torch.float64)).item() == pytest.approx(0.0, abs=1e-12)
 
 
-def test_length_explains_what_it_was_made_of():
-    lengths = [1, 2, 4, 8]
-    assert length_r2([3 + 2 * math.log(n) for n in lengths], lengths) == pytest.approx(1.0)
-    # x = 0, 1, 2, 3 times log 2, y = 0, 1, 0, 1: r^2 = 1/5
-    assert length_r2([0.0, 1.0, 0.0, 1.0], lengths) == pytest.approx(0.2)
-    assert length_r2([1.0, 1.0], [3, 5]) is None
-    assert length_r2([1.0, 2.0], [3, 3]) is None
+def test_a_margin_of_0_is_no_hit_and_half_sure():
+    assert expected_calibration_error(torch.zeros(4)).item() == pytest.approx(0.5)
 
 
-def test_length_is_the_squared_correlation():
-    torch.manual_seed(0)
-    lengths = torch.randint(1, 50, (40,))
-    scores = torch.randn(40) + 0.5 * lengths.log()
-    expected = torch.corrcoef(torch.stack([scores.double(), lengths.double().log()]))[0, 1] ** 2
-    assert length_r2(scores.tolist(), lengths.tolist()) == pytest.approx(expected.item(), abs=1e-6)
-
-
-def test_best_of_n():
-    # gains 3 - 2 and 5 - 2
-    assert best_of_n_gain([[1.0, 2.0, 3.0], [1.0, 5.0, 0.0]]) == pytest.approx((2.0, math.sqrt(2.0 / 2)))
-    assert best_of_n_gain([[4.0]]) == (0.0, 0.0)
-    assert mean_and_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))
-
-
-def test_nothing_is_refused():
-    for call in (lambda: pair_accuracy([]), lambda: calibration_error([]), lambda: best_of_n_gain([[]])):
-        with pytest.raises(ValueError, match="is empty"):
-            call()
-    with pytest.raises(ValueError, match="as many of each"):
-        length_r2([1.0], [1, 2])
+def test_the_surest_fall_into_the_last_bin():
+    """p = 1 has no bin of its own."""
+    assert expected_calibration_error(torch.tensor([1e4, 1e4])).item() == pytest.approx(0.0, abs=1e-12)
+    assert expected_calibration_error(torch.tensor([-1e4, 1e4])).item() == pytest.approx(0.5)

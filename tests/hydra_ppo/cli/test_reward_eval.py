@@ -7,8 +7,10 @@ import math
 import statistics
 
 import pytest
+import torch
 
-from hydra_ppo.algorithms.calibration import calibration_error, length_r2
+from hydra_ppo.algorithms.calibration import expected_calibration_error
+from hydra_ppo.algorithms.reliability import length_r2
 from hydra_ppo.cli.main import main
 from hydra_ppo.model.hydra import HydraModel
 from tests.hydra_ppo.cli.judges import low_words
@@ -36,7 +38,7 @@ def test_pairs_are_measured_as_score_scores_them(project, tmp_path, capsys):
     share = sum(margin > 0 for margin in margins) / 24
     assert found["accuracy"] == pytest.approx(share)
     assert found["accuracy_se"] == pytest.approx(math.sqrt(share * (1 - share) / 24))
-    assert found["ece"] == pytest.approx(calibration_error(margins), abs=1e-5)
+    assert found["ece"] == pytest.approx(expected_calibration_error(torch.tensor(margins)).item(), abs=1e-5)
     scores = [line[name] for name in ("chosen_score", "rejected_score") for line in lines]
     rows = read_rows(data)
     lengths = [

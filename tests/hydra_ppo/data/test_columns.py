@@ -183,3 +183,57 @@ def test_lists_serve_as_prompts_and_are_checked_without_a_tokenizer():
     prompt = load_prompts(rows, PLAIN, data(format="ranked")).rows[0]
     assert (prompt.text, prompt.columns) == ("Q:", {"responses": [" a", " b", " c"]})
     assert check_source(rows, "prompts") == 1
+
+
+# Margins
+
+
+def margins(rows, **settings):
+    return [row.margin for row in load_preferences(rows, PLAIN, data(**settings), margins=True).rows]
+
+
+def test_margins_are_read_where_they_are_asked_for():
+    rows = [pair() | {"margin": 0.5}, pair(prompt="Q2:") | {"margin": "2"}, pair(prompt="Q3:") | {"margin": 0}]
+    assert margins(rows) == [0.5, 2.0, 0.0]
+    assert [row.margin for row in load_preferences(rows, PLAIN, data()).rows] == [None] * 3
+
+
+def test_margins_of_another_name_and_of_ratings():
+    assert margins([pair() | {"gap": {"score": 3}}], columns={"margin": "gap.score"}) == [3.0]
+    rated = {"prompt": "Q:", "responses": [" a", " b", " c"], "ratings": [1, "4.5", 2], "margin": 9}
+    assert margins([rated], format="rated") == [3.5, 2.5, 1.0]  # 4.5 - 1, 4.5 - 2, 2 - 1
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ({}, "margin is missing"),
+        ({"margin": None}, "margin is missing"),
+        ({"margin": "n/a"}, "margin is missing"),
+        ({"margin": "much"}, "margin is not a number"),
+        ({"margin": True}, "margin is not a number"),
+        ({"margin": -1}, "margin is negative"),
+    ],
+)
+def test_rows_without_a_margin_are_malformed(value, line):
+    rows = [pair() | {"margin": 1}, pair(prompt="Q2:") | value]
+    with pytest.raises(DataError, match=f"1 of 2 rows is malformed; first at row 2: {line}"):
+        margins(rows)
+    assert margins(rows, skip_bad_rows=True) == [1.0]
+    assert len(load_preferences(rows, PLAIN, data()).rows) == 2  # nobody asked
+
+
+def test_ranks_are_no_margins():
+    with pytest.raises(DataError, match="margin is missing"):
+        margins([{"prompt": "Q:", "responses": [" a", " b"]}], format="ranked")
+
+
+def test_a_digest_of_rows_tells_margins_apart_and_leaves_rows_without_alone():
+    from dataclasses import replace
+
+    from hydra_ppo.model.fingerprint import rows_digest
+
+    (row,) = load_preferences([pair() | {"margin": 1}], PLAIN, data(), margins=True).rows
+    bare = replace(row, margin=None)
+    assert "margin" not in repr(bare)
+    assert len({rows_digest([row]), rows_digest([bare]), rows_digest([replace(row, margin=2.0)])}) == 3
