@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hydra_ppo.algorithms.ensembles import combine_members, spread
+from hydra_ppo.algorithms.ensembles import combine_members
 from hydra_ppo.config.rewards import RewardSource
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.origin import Origin
+from hydra_ppo.rewards.ensembles import disagreement_parts
 from hydra_ppo.rewards.numbers import Judgement
 from hydra_ppo.rewards.one_pass import pessimistic_scores
 from hydra_ppo.runtime.files import irregular, read_regular, write_whole
@@ -115,7 +116,7 @@ class HeadSource:
 
     @torch.no_grad()
     def __call__(self, states: Tensor, prompts: Sequence[str]) -> Judgement:
-        """Return scores of responses, and `spread`, how far members disagree (of pessimism: the uncertainty).
+        """Return scores of responses, and how far several members are apart; of pessimism `spread` is the uncertainty.
 
         Args:
             states: (B, H) where scores are read.
@@ -123,7 +124,9 @@ class HeadSource:
         """
         members, aggregate, coef = self.heads.members(states), self.source.aggregate, self.source.aggregate_coef
         if aggregate != "pessimism":
-            return Judgement(combine_members(members, aggregate, coef), {"spread": spread(members)})
+            return Judgement(
+                combine_members(members, aggregate, coef), disagreement_parts(members if self.heads.count > 1 else None)
+            )
         assert self.heads.inverse is not None
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
         groups = torch.tensor([numbers[prompt] for prompt in prompts], device=members.device)

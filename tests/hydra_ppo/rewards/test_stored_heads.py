@@ -73,7 +73,7 @@ def test_a_source_of_two_kinds_of_numbers(tmp_path):
     assert scorer.needs_states
     assert scorer.needs_head
     states = torch.randn(2, 6)
-    scores = scorer.score([10.0, 20.0], Responses.of_text(["p", "q"], ["a", "b"]), "here", states)
+    scores = scorer.score([10.0, 20.0], Responses.of_text(["p", "q"], ["a", "b"]), "here", states=states)
     low = found.members(states).min(dim=1).values
     assert scores.parts["head"] == pytest.approx(low.tolist())
     assert scores.parts["head/spread"] == pytest.approx(found.members(states).std(dim=1).tolist())
