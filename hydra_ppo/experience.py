@@ -114,7 +114,7 @@ class Experience:
                     value = value[:, value.shape[1] - prompt_width :]
                 elif name == "trunk":
                     value = value[:, : max(p + r for p, r in zip(prompt_lengths, response_lengths, strict=True))]
-                elif value.dim() == 2 and name != "members":
+                elif value.dim() == 2 and name not in ("members", "features"):
                     value = value[:, :width]
                 parts[name] = value
         parts |= {"prompt_lengths": prompt_lengths, "response_lengths": response_lengths}
@@ -182,8 +182,9 @@ class ScoredExperience(Experience):
         after_last: (B,) the critic's values of the states after the last tokens, where they are wanted.
         members: (B, k) what each of several reward heads says; None where there is one.
         drift: mean and largest |sampler - pass| in nats per token, where it was measured on some rows.
+        features: (B, H) fp32 the reward role's final states where scores are read, where a reward source asks for them.
 
-    Memory: four more (B, R) tensors, five where log-probs were recomputed.
+    Memory: four more (B, R) tensors, five where log-probs were recomputed; features until the rewards are known.
     """
 
     old_logprobs: Tensor
@@ -194,10 +195,11 @@ class ScoredExperience(Experience):
     after_last: Tensor | None = None
     members: Tensor | None = None
     drift: tuple[float, float] | None = None
+    features: Tensor | None = None
 
     def finished(self, advantages: Tensor, returns: Tensor) -> FinishedExperience:
-        """Return the same rows with their advantages and returns, both (B, R)."""
-        return FinishedExperience(**self.parts(), advantages=advantages, returns=returns)
+        """Return the same rows with their advantages and returns, both (B, R), and without features, which no update reads."""
+        return FinishedExperience(**(self.parts() | {"features": None}), advantages=advantages, returns=returns)
 
 
 @dataclass(kw_only=True)

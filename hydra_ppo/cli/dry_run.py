@@ -151,6 +151,9 @@ def check_reward_sources(config: PPOConfig) -> list[tuple[str, str]]:
             found.append((name, check_model(name, source.target)))
             check_reachable(name, source.target)
             check_source(source, config.reward.isolation)
+        elif source.kind == "head" and source.target:
+            check_source(source, config.reward.isolation)
+            found.append((name, "heads found, of this model's states"))
         elif source.kind == "http" and source.target:
             check_source(source, config.reward.isolation)
             found.append((name, "address of a server; it is not asked"))

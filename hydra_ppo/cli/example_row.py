@@ -87,7 +87,6 @@ def _readers(config: SFTConfig | PPOConfig, ends: Ends) -> str:
         return head
     special = "special tokens left out" if config.data.special_tokens == "hide" else "special tokens shown"
     names = {
-        "head": head,
         "function": f"the text of prompt and answer, {special}",
         "http": "prompt and answer as the tokens spell them, special tokens shown",
         "classifier": f"the conversation in its own template, or the text of prompt + answer, {special}",
@@ -95,7 +94,9 @@ def _readers(config: SFTConfig | PPOConfig, ends: Ends) -> str:
     lines = []
     for source in config.reward.sources:
         name = source.kind if source.target is None else f"{source.kind} {source.target}"
-        lines.append(names["head"] if source.kind == "head" else f"{name}: {names.get(source.kind, names['function'])}")
+        own = source.kind == "head" and source.target is None
+        what = head.partition(": ")[2] if source.kind == "head" else names.get(source.kind, names["function"])
+        lines.append(head if own else f"{name}: {what}")
     return "\n".join(lines)
 
 

@@ -1,5 +1,5 @@
-"""The command line: ``hydra-ppo sft | ppo | export | quantize | score | generate | launch | inspect | doctor``, and what is
-installed beside it.
+"""The command line: ``hydra-ppo sft | ppo | export | score | generate | ...``, all in `COMMANDS`, and what is installed beside
+it.
 
 Other packages add commands as entry points of the group ``hydra_ppo.commands``: each a pair of one line of help and a
 function over the arguments.
@@ -10,7 +10,6 @@ line on stderr.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import logging
 import os
@@ -23,7 +22,18 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from hydra_ppo import __version__
-from hydra_ppo.cli.parser import Parser, check_folder, check_run, positive, temperature
+from hydra_ppo.cli import head_commands
+from hydra_ppo.cli.parser import (
+    RUN_SETTINGS,
+    Parser,
+    add_quantization,
+    check_folder,
+    check_run,
+    positive,
+    quantization_flags,
+    split_settings,
+    temperature,
+)
 from hydra_ppo.cli.rlhf import RLHF
 from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedModelError
@@ -38,7 +48,6 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 SHARED = ("sft", "ppo")  # commands that several processes do together
 
 SAMPLED_ROLES = ("actor", "actor_ema", "reference", "base")
-RUN_SETTINGS = " --data.NAME VALUE and --model.NAME VALUE change the run's own settings, which hydra-ppo sft --help lists."
 
 
 Command = tuple[str, Callable[[list[str]], int | None]]
@@ -238,23 +247,23 @@ def _quantize(arguments: list[str]) -> None:
 
 
 def _score(arguments: list[str]) -> None:
-    flags, rest = _split_settings(arguments)
+    flags, rest = split_settings(arguments)
     parser = Parser("score", "Score preference pairs, or prompts with responses, with the reward head of a run." + RUN_SETTINGS)
     parser.add_argument("run", metavar="RUN", type=local_path, help="Run folder of ppo or sft, or a checkpoint.")
     parser.add_argument("data", metavar="DATA", help="File or hub dataset: pairs, or rows of prompt and response(s).")
     parser.add_argument("--output", type=local_path, metavar="FILE", help="Write scores as JSONL, a line for each row.")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="Most texts of one pass.")
-    _add_quantization(parser)
+    add_quantization(parser)
     options = parser.parse_args(rest)
     check_run(options.run)
     from hydra_ppo.cli.score import score
 
-    flags = [*_quantization(options.quantization), *flags]
+    flags = [*quantization_flags(options.quantization), *flags]
     score(options.run, options.data, options.output, flags=flags, rows=options.batch_size)
 
 
 def _generate(arguments: list[str]) -> None:
-    flags, rest = _split_settings(arguments)
+    flags, rest = split_settings(arguments)
     parser = Parser("generate", "Sample answers to prompts from the roles of a run." + RUN_SETTINGS)
     parser.add_argument("run", metavar="RUN", type=local_path, help="Run folder of ppo or sft, or a checkpoint.")
     prompts = parser.add_mutually_exclusive_group(required=True)
@@ -269,7 +278,7 @@ def _generate(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="Seed of the samples.")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="Answers that are decoded together.")
     parser.add_argument("--output", type=local_path, metavar="FILE", help="Write JSONL, a line for each prompt and sample.")
-    _add_quantization(parser)
+    add_quantization(parser)
     options = parser.parse_args(rest)
     check_run(options.run)
     if options.both and options.role != "actor":
@@ -284,33 +293,8 @@ def _generate(arguments: list[str]) -> None:
         roles=["base", "actor"] if options.both else [options.role],
         sampling=Sampling(options.max_new_tokens, options.temperature, options.samples, options.seed, options.batch_size),
         output=options.output,
-        flags=[*_quantization(options.quantization), *flags],
+        flags=[*quantization_flags(options.quantization), *flags],
     )
-
-
-def _split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split off the settings of the run that a command changes: `--data.NAME VALUE`, `--model.NAME=VALUE`."""
-    flags: list[str] = []
-    rest = list(arguments)
-    others: list[str] = []
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith(("--data.", "--model.")):
-            others.append(argument)
-            continue
-        flags.append(argument)
-        if "=" not in argument and rest and not rest[0].startswith("--"):
-            flags.append(rest.pop(0))
-    return flags, others
-
-
-def _add_quantization(parser: argparse.ArgumentParser) -> None:
-    held = ("none", "int8", "nf4", "fp4")
-    parser.add_argument("--quantization", choices=held, help="How the base is held; default as the run held it.")
-
-
-def _quantization(wanted: str | None) -> list[str]:
-    return [] if wanted is None else ["--model.quantization", "null" if wanted == "none" else wanted]
 
 
 def _inspect(arguments: list[str]) -> None:
@@ -349,6 +333,11 @@ COMMANDS: dict[str, Command] = {
     "quantize": ("write a base quantised, once, so that runs load it in seconds", _quantize),
     "score": ("score pairs or responses with the reward head of a run", _score),
     "generate": ("sample answers from the roles of a run, side by side", _generate),
+    "features": ("store the states that reward heads read, of every pair, once", head_commands.features),
+    "heads": ("train reward heads on stored states, on a CPU", head_commands.heads),
+    "label-next": ("say which pairs to label next", head_commands.label_next),
+    "self-label": ("label pairs with heads that were trained on labels, in rounds", head_commands.self_label),
+    "reward-eval": ("say how far the reward head of a run can be believed", head_commands.reward_eval),
     "doctor": ("say what this machine offers and what stands in the way", _doctor),
     "launch": ("start sft or ppo on several GPUs, of this machine or of a Ray cluster", _launch),
     "inspect": ("show state, settings, last metrics and checkpoints of a run", _inspect),

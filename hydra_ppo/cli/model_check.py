@@ -40,18 +40,21 @@ def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
     manifest = read_manifest(saved) if saved is not None else None
     if isinstance(config, SFTConfig):
         config.check_policy()
-    elif any(source.kind == "head" for _, source in config.named_sources()) and not (
-        manifest and manifest["reward_head_trained"]
-    ):
-        raise ConfigError(UNTRAINED_HEAD)
-    elif config.rehearsal.data is not None and not (manifest and manifest["reward_head_trained"]):
-        raise ConfigError(UNSCORED)
+    else:
+        own = any(source.kind == "head" and source.target is None for _, source in config.named_sources())
+        trained = manifest is not None and manifest["reward_head_trained"]
+        if own and not trained:
+            raise ConfigError(UNTRAINED_HEAD)
+        if config.rehearsal.data is not None and not trained:
+            raise ConfigError(UNSCORED)
     plan = settled_plan(head_plan(config), manifest)
     if isinstance(config, PPOConfig):
         check_aggregates(config.reward, plan.reward)
     build_stage(config.stage, manifest["roles"] if manifest else {})
     if saved is not None:
         check_base(saved, base_folder(saved))
+    if isinstance(config, PPOConfig):
+        _check_heads(config, name)
     empty = skeleton(base_folder(saved) if saved is not None else name, trust_remote_code=config.model.trust_remote_code)
     inspect_architecture(empty)
     if config.model.quantize_embeddings is not None:
@@ -62,6 +65,20 @@ def check_contents(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
     if saved is not None:
         _check_saved(empty, saved, read_manifest(saved))
     return [("positions", line) for line in lengths] + [("adapter", line) for line in what_to_know(config)]
+
+
+def _check_heads(config: PPOConfig, name: str) -> None:
+    """Hold the heads of other folders against base and reward adapter.
+
+    Raises:
+        ConfigError: where they were trained on states of others.
+    """
+    from hydra_ppo.model.origin import check_files
+    from hydra_ppo.rewards.stored_heads import read_heads
+
+    for index, source in enumerate(config.reward.sources):
+        if source.kind == "head" and source.target is not None:
+            check_files(read_heads(Path(source.target)).origin, name, f"reward.sources[{index}].target={source.target!r}")
 
 
 def _check_brought(empty: PreTrainedModel, name: str, saved: Path | None) -> None:

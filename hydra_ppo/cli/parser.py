@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from hydra_ppo.errors import ConfigError
 
+RUN_SETTINGS = " --data.NAME VALUE and --model.NAME VALUE change the run's own settings, which hydra-ppo sft --help lists."
+
 
 def check_run(run: Path) -> None:
     if not run.is_dir():
@@ -69,3 +71,30 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; {self.prog} --help shows the usage.")
+
+
+def split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split off the settings of the run that a command changes: `--data.NAME VALUE`, `--model.NAME=VALUE`."""
+    flags: list[str] = []
+    rest = list(arguments)
+    others: list[str] = []
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith(("--data.", "--model.")):
+            others.append(argument)
+            continue
+        flags.append(argument)
+        if "=" not in argument and rest and not rest[0].startswith("--"):
+            flags.append(rest.pop(0))
+    return flags, others
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    held = ("none", "int8", "nf4", "fp4")
+    """Let a command read the run on a base that is held in another way."""
+    parser.add_argument("--quantization", choices=held, help="How the base is held; default as the run held it.")
+
+
+def quantization_flags(wanted: str | None) -> list[str]:
+    """Return the setting that `--quantization` stands for."""
+    return [] if wanted is None else ["--model.quantization", "null" if wanted == "none" else wanted]

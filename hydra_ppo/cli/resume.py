@@ -116,7 +116,7 @@ def describe_run(
     if config.model.adapter is not None:
         digests |= _digests("adapter", config.model.adapter)
     for setting, source in config.named_sources() if isinstance(config, PPOConfig) else []:
-        if source.kind == "classifier" and source.target is not None:
+        if source.kind in ("classifier", "head") and source.target is not None:
             digests |= _digests(setting, source.target)
     for kind, data in (sources(config) if isinstance(config, PPOConfig) else {}).items():
         if Path(data).is_file():  # a name on the hub is a setting like others

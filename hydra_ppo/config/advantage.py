@@ -44,6 +44,7 @@ def check_advantage(config: Any) -> None:
         _refuse_set(config, "variance_increase", f"is of advantage='group' or 'rloo', and it is {kind!r}")
     if config.value_range is not None:
         _check_range(config, config.value_range)
+    _check_pessimism(config)
 
 
 def _check_groups(config: Any) -> None:
@@ -54,6 +55,17 @@ def _check_groups(config: Any) -> None:
             "2, for example 8."
         )
     _refuse_set(config, "gamma", f"discounts tokens, and advantage={kind!r} compares whole answers")
+
+
+def _check_pessimism(config: Any) -> None:
+    """Refuse a penalty that would always be 0."""
+    size = config.rollout.samples_per_prompt
+    for index, source in enumerate(config.reward.sources if size < 2 else ()):
+        if source.aggregate == "pessimism":
+            raise ConfigError(
+                f"reward.sources[{index}].aggregate='pessimism' holds an answer against the others to its prompt, and "
+                f"rollout.samples_per_prompt={size} leaves none; choose at least 2."
+            )
 
 
 def _check_range(config: Any, bounds: list[float]) -> None:

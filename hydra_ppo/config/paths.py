@@ -13,7 +13,7 @@ from hydra_ppo.errors import ConfigError
 
 PATHS = ("model.name_or_path", "model.adapter", "data.train", "data.eval", "run.output", "ptx.data", "rehearsal.data")
 SOURCES = ("reward.sources", "eval_rewards")
-"""Settings that may be paths, and the lists of those whose `target` is one where their kind is classifier."""
+"""Settings that may be paths, and the lists of those whose `target` is one where their kind is classifier or head."""
 
 MARK, THIS_FILE = "paths_are_relative_to", "this file"
 """Key and value that a run's own config begins with."""
@@ -83,7 +83,8 @@ def _with_paths(values: Mapping[str, Any], name: Callable[[str, str], str]) -> d
         inner = changed.get(group)
         listed = inner.get(leaf) if leaf and isinstance(inner, dict) else inner
         for source in listed if isinstance(listed, list) else []:
-            if isinstance(source, dict) and source.get("kind") == "classifier" and isinstance(source.get("target"), str):
+            is_folder = isinstance(source, dict) and source.get("kind", "head") in ("classifier", "head")
+            if is_folder and isinstance(source.get("target"), str):
                 source["target"] = name(setting, source["target"])
     return changed
 

@@ -19,10 +19,14 @@ class RewardSource:
     """One term of the score."""
 
     kind: Literal["head", "function", "classifier", "http"] = setting(
-        "head", "The model's own reward head, a Python function, a sequence classifier, or a server as OpenRLHF asks one."
+        "head",
+        "The model's own reward head or heads of hydra-ppo heads, a Python function, a sequence classifier, or a server as "
+        "OpenRLHF asks one.",
     )
     target: str | None = setting(
-        None, "function: package.module:function; classifier: model name or folder; http: the address of the server."
+        None,
+        "head: a folder of hydra-ppo heads, null is the model's own head; function: package.module:function; classifier: model "
+        "name or folder; http: the address of the server.",
     )
     weight: float = setting(1.0, "Factor of this term in the sum; one of 0 is logged all the same.")
     name: str | None = setting(None, "What metrics and samples call it; null is the function's name, else the kind.")
@@ -39,17 +43,23 @@ class RewardSource:
     )
     timeout: float = setting(60.0, "http: seconds that a server may be silent.")
     retries: int = setting(4, "http: how often a request that failed is sent again, after 1, 2, 4, ... seconds.")
-    aggregate: Literal["mean", "minimum", "variance", "lcb"] = setting(
+    aggregate: Literal["mean", "minimum", "variance", "lcb", "pessimism"] = setting(
         "mean",
-        "head: what several reward heads say together: mean, minimum, mean - coef * variance, mean - coef * deviation (lcb).",
+        "head: what several reward heads say together: mean, minimum, mean - coef * variance, mean - coef * deviation (lcb); "
+        "pessimism, of one-pass heads in target: the score - coef * uncertainty.",
     )
-    aggregate_coef: float = setting(0.1, "head: the coef of variance and lcb.")
+    aggregate_coef: float = setting(0.1, "head: the coef of variance, lcb and pessimism.")
 
     def __post_init__(self) -> None:
-        if self.kind == "classifier":
+        if self.kind in ("classifier", "head"):
             expand_home(self, "target")
-        if self.kind == "head" and self.target is not None:
-            raise ConfigError(f"target={self.target!r} does not go with kind='head'; leave target out.")
+        check(
+            self,
+            "target",
+            self.kind != "head" or self.target != "",
+            "is no folder",
+            "leave target out for the model's own head",
+        )
         if self.kind == "http" and not (self.target or "").startswith(("http://", "https://")):
             raise ConfigError(f"target={self.target!r} is not the address of a server; write http://host:port/path.")
         if self.kind != "head" and not self.target:
@@ -71,6 +81,8 @@ class RewardSource:
         taken = {"classifier": {"label", "dtype", "quantization", "max_tokens", "batch_size"}}
         taken["head"] = {"aggregate", "aggregate_coef"}
         taken["http"] = {"label", "batch_size", "timeout", "retries"}
+        if self.kind == "head" and self.target is None and self.aggregate == "pessimism":
+            raise ConfigError("aggregate='pessimism' needs one-pass heads; name a folder of hydra-ppo heads in target.")
         for member in fields(self):
             if member.name in ("kind", "target", "weight", "name") or member.name in taken.get(self.kind, ()):
                 continue

@@ -86,12 +86,13 @@ class Loaded(Generic[Row]):
 
 
 def load_preferences(
-    source: DataSource,
+    source: DataSource | Source,
     tokenizer: PreTrainedTokenizerBase,
     settings: DataSettings,
     *,
     split: str | None = None,
     now: datetime | None = None,
+    keep: Callable[[Mapping[str, Any]], None] = lambda row: None,
     margins: bool = False,
 ) -> Loaded[PreferenceRow]:
     """Read and tokenise preference pairs.
@@ -105,6 +106,7 @@ def load_preferences(
         settings: lengths, formats, and what is done with rows that cannot be used.
         split: of a hub dataset; None is ``settings.split``.
         now: the time that chat templates see.
+        keep: given each row that is used, under our names, in the order of the result.
         margins: read the margin of each pair; a row without one is malformed then.
 
     Raises:
@@ -135,6 +137,7 @@ def load_preferences(
             raise Rejected("chosen and rejected have the same tokens", malformed=False)
         texts = (prompt.text, answers[0].text, answers[1].text)
         text, ids = (None, None) if other is prompt else (other.text, other.ids)
+        keep(raw)
         return PreferenceRow(*texts, prompt.ids, chosen, rejected, text, ids, margin), notes
 
     return collect_rows(open_source(source, split or settings.split), convert, settings, "preferences")

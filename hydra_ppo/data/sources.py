@@ -44,8 +44,13 @@ class Source:
     rows: Iterator[tuple[int, Any]]
 
 
-def open_source(source: DataSource, split: str) -> Source:
-    """Open a file, dataset folder, hub dataset (`name` or `name:config`) or iterable; raises DataError where that fails."""
+def open_source(source: DataSource | Source, split: str) -> Source:
+    """Open a file, dataset folder, hub dataset (`name` or `name:config`) or iterable; raises DataError where that fails.
+
+    What is open already stays as it is.
+    """
+    if isinstance(source, Source):
+        return source
     if not isinstance(source, (str, os.PathLike)):
         if not isinstance(source, Iterable):
             raise DataError(f"source={source!r} holds no rows; give a file, a hub dataset or an iterable of dicts.")

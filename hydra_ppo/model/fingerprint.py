@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 WHOLE = 256 * 2**20
@@ -64,6 +65,21 @@ def _digest(path: str, size: int, changed: int) -> str:
             for place in range(PLACES):
                 file.seek((size - BLOCK) * place // (PLACES - 1))
                 found.update(file.read(BLOCK))
+    return found.hexdigest()[:32]
+
+
+SAMPLED = 2**16
+"""Numbers of a tensor that are looked at, at equal distances: training changes all of them."""
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of names, shapes and values of tensors, of large ones a sample, wherever they lie."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().flatten()
+        few = flat[:: max(1, flat.numel() // SAMPLED)].float().cpu()
+        found.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        found.update(few.numpy().tobytes())
     return found.hexdigest()[:32]
 
 

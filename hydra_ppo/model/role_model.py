@@ -282,10 +282,20 @@ class RoleModel(HeadReading):
 
     def reference_and_members(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """Compute what `reference_and_reward` does, and from the same pass what each member says, (B, k)."""
-        ref_logprobs, (scores, members) = self._with_reference(
-            sequences, temperature, None, lambda states: (self._scores(states, sequences), self._members(states, sequences))
-        )
+        ref_logprobs, (scores, members, _) = self.reference_and_all(sequences, temperature)
         return ref_logprobs, scores, members
+
+    def reference_and_all(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Compute reference log-probs, and from the same pass scores, what each member says, (B, k), and (B, H) fp32 states.
+
+        The states are those that scores are read from, the final ones at the last response token.
+        """
+
+        def read(states: States) -> tuple[Tensor, Tensor, Tensor]:
+            ends = states.at(sequences.last_positions()[:, None])[:, 0].float()
+            return self._scores(states, sequences), self._members(states, sequences), ends
+
+        return self._with_reference(sequences, temperature, None, read)
 
     def reference_and_readings(
         self, sequences: Sequences, lm_rows: int | None = None, columns: Tensor | None = None

@@ -37,7 +37,7 @@ def head_scores(source: RewardSource, scores: Sequence[float], members: Tensor |
         scores: their mean.
         members: (B, k) what each of them says; None where there is one.
     """
-    if members is None or source.aggregate == "mean":
+    if members is None or source.aggregate == "mean" or source.aggregate == "pessimism":  # the latter is of other heads
         return scores
     combined: list[float] = combine_members(members, source.aggregate, source.aggregate_coef).tolist()
     return combined

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,19 @@ LARGEST = torch.finfo(torch.float32).max
 
 _TEXT = (str, bytes, bytearray)
 _UNORDERED = (set, frozenset, Mapping)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a source says, with what is only to be seen beside it.
+
+    Attributes:
+        values: one number per response.
+        beside: more such numbers by name, which are logged and are no part of the score.
+    """
+
+    values: Any
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 def checked_numbers(values: Any, count: int, name: str, where: str) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,16 +13,20 @@ from torch import Tensor
 
 from hydra_ppo.config.rewards import RewardSettings, RewardSource
 from hydra_ppo.errors import HydraError, RewardError
+from hydra_ppo.model.origin import Origin, check_origin
 from hydra_ppo.rewards.classifier import Classifier as _Classifier
 from hydra_ppo.rewards.classifier import check_classifier
 from hydra_ppo.rewards.ensembles import disagreement_parts, head_scores
 from hydra_ppo.rewards.functions import FunctionSource, place_of, what_it_said
 from hydra_ppo.rewards.isolated import FunctionFailed, IsolatedFunction
-from hydra_ppo.rewards.numbers import checked_numbers
+from hydra_ppo.rewards.numbers import Judgement, checked_numbers
 from hydra_ppo.rewards.responses import Responses, columns_of
 from hydra_ppo.rewards.server import Server
+from hydra_ppo.rewards.stored_heads import HeadSource
 from hydra_ppo.runtime.interruption import StopRequested, stopping_at_once
 from hydra_ppo.runtime.time_limit import TimeLimitExceeded, time_limit
+
+logger = logging.getLogger(__name__)
 
 Isolation = Literal["process", "thread"]
 
@@ -48,7 +53,8 @@ class Scores:
 
     Attributes:
         total: the weighted sum of the sources, one number per response.
-        parts: what each source says by itself, its weight left out, by name; parts of a source are `name/part`.
+        parts: what each source says by itself, its weight left out, by name; parts of a source are `name/part`, and so is what
+            it only shows, as `name/spread` of several heads.
     """
 
     total: list[float]
@@ -107,7 +113,18 @@ class Scorer:
     @property
     def needs_head(self) -> bool:
         """Whether the model's own reward head is one of the sources."""
-        return any(source.kind == "head" for source in self.settings.sources)
+        return any(source.kind == "head" and source.target is None for source in self.settings.sources)
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether heads of another folder are a source, which read the states that the model's own head reads."""
+        return any(source.kind == "head" and source.target is not None for source in self.settings.sources)
+
+    @property
+    def heads(self) -> dict[str, HeadSource]:
+        """Those sources by name; empty in a process that does not ask."""
+        sources = zip(self.names, self._sources, strict=False)
+        return {name: source for name, source in sources if isinstance(source, HeadSource)}
 
     def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Refuse rows that lack a column which a source needs, before anything is sampled.
@@ -121,14 +138,35 @@ class Scorer:
         if rows:
             columns = columns_of(rows)
             for source in self._sources:
-                if source is not None:
+                if source is not None and not isinstance(source, HeadSource):
                     source.check(columns)
+
+    def check_origin(self, now: Origin) -> None:
+        """Refuse heads that were trained on states of another model, and log where the base is only held otherwise.
+
+        Args:
+            now: what the states that they will be given come of.
+
+        Raises:
+            ConfigError: naming the source and what differs.
+        """
+        for name, source in self.heads.items():
+            note = check_origin(source.heads.origin, now, f"reward source {name}, target={source.source.target!r},")
+            if note is not None:
+                logger.warning(note)
 
     def raw(self, head: Sequence[float], prompts: Sequence[str], responses: Sequence[str], where: str) -> list[float]:
         """Return the weighted sum for texts that nothing else is known of; see `score`."""
         return self.score(head, Responses.of_text(prompts, responses), where).total
 
-    def score(self, head: Sequence[float], responses: Responses, where: str, members: Tensor | None = None) -> Scores:
+    def score(
+        self,
+        head: Sequence[float],
+        responses: Responses,
+        where: str,
+        members: Tensor | None = None,
+        states: Tensor | None = None,
+    ) -> Scores:
         """Return the weighted sum of the sources, one number per response, and what each source says.
 
         Args:
@@ -136,6 +174,7 @@ class Scorer:
             responses: what the other sources are given.
             where: step and phase, for error messages.
             members: (B, k) of a reward head that has several; how far they are apart is told as parts that are not added up.
+            states: (N, H) the reward role's states where scores are read, where `needs_states`.
 
         Raises:
             RewardError: when a source raises, or returns anything but one number per response.
@@ -146,7 +185,13 @@ class Scorer:
         parts: dict[str, list[float]] = {}
         for settings, short, source in zip(self.settings.sources, self.names, self._sources, strict=True):
             name = _described(settings)
-            found = head_scores(settings, head, members) if source is None else self._asked(source, name, responses, where)
+            found: Any
+            if isinstance(source, HeadSource):
+                if states is None:
+                    raise RewardError(f"{where}: {name} reads states, and none were given; score with the model at hand.")
+                found = source(states, responses.prompts)
+            else:
+                found = head_scores(settings, head, members) if source is None else self._asked(source, name, responses, where)
             values, pieces = _summed(found, len(responses), name, where)
             parts[short] = values
             pieces |= disagreement_parts(members) if source is None else {}
@@ -217,8 +262,8 @@ def check_columns(settings: RewardSettings, rows: Sequence[Mapping[str, Any]]) -
     for source in settings.sources if rows else ():
         if source.kind in ("function", "http"):
             made = _load(source, torch.device("cpu"), settings.isolation)
-            assert made is not None  # only the head is none
-            made.check(columns_of(rows))
+            if made is not None and not isinstance(made, HeadSource):
+                made.check(columns_of(rows))
 
 
 def _described(source: RewardSource) -> str:
@@ -227,7 +272,10 @@ def _described(source: RewardSource) -> str:
 
 
 def _summed(found: Any, count: int, name: str, where: str) -> tuple[list[float], dict[str, list[float]]]:
-    """Return a source's numbers, and those of its parts where it names some."""
+    """Return a source's numbers, and those of its parts where it names some, or of what it shows beside them."""
+    if isinstance(found, Judgement):
+        beside = {piece: checked_numbers(values, count, f"{name}, {piece},", where) for piece, values in found.beside.items()}
+        return checked_numbers(found.values, count, name, where), beside
     if not isinstance(found, Mapping):
         return checked_numbers(found, count, name, where), {}
     if not found or not all(isinstance(piece, str) for piece in found):
@@ -239,10 +287,10 @@ def _summed(found: Any, count: int, name: str, where: str) -> tuple[list[float],
     return [math.fsum(numbers) for numbers in zip(*pieces.values(), strict=True)], pieces
 
 
-def _load(source: RewardSource, device: torch.device, isolation: Isolation) -> Source | None:
-    """Return a source, None for the reward head."""
+def _load(source: RewardSource, device: torch.device, isolation: Isolation) -> Source | HeadSource | None:
+    """Return a source, None for the model's own reward head."""
     if source.kind == "head":
-        return None
+        return None if source.target is None else HeadSource(source, device)
     assert source.target is not None
     if source.kind == "classifier":
         return _Classifier(source.target, device, source)

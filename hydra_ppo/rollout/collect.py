@@ -37,11 +37,13 @@ class Passes:
         actor: whose log-probs are recomputed, where they are.
         critic: whether there is a critic.
         after_last: whether its values of the states after the last tokens are wanted too.
+        states: whether those that scores are read from are kept, (B, H) fp32, which costs no pass.
     """
 
     actor: str = "actor"
     critic: bool = True
     after_last: bool = False
+    states: bool = False
 
 
 PPO_PASSES = Passes()
@@ -155,6 +157,7 @@ def score(
     with allocating("experience"):
         ref_logprobs, old_values, recomputed = (torch.zeros(shape, device=model.device) for _ in range(3))
         scores = torch.zeros(shape[0], device=model.device)
+        ends = torch.zeros(shape[0], model.architecture.hidden_size, device=model.device) if passes.states else None
         after_last = torch.zeros_like(scores) if passes.after_last else None
         members = torch.zeros(shape[0], model.reward_heads, device=model.device) if model.reward_heads > 1 else None
         trunk = _room_for_trunk(model, experience, settings) if world.size == 1 else None
@@ -172,12 +175,17 @@ def score(
         index = torch.tensor(rows, device=model.device)
         width = part.response_ids.shape[1]
         with model.taking_trunk() as states:
-            if members is None:
-                found, scored = model.reference_and_reward(sequences, settings.temperature)
-            else:
-                found, scored, each = model.reference_and_members(sequences, settings.temperature)
+            if ends is not None:
+                found, (scored, each, read) = model.reference_and_all(sequences, settings.temperature)
                 if counts:
-                    members[index] = each
+                    ends[index] = read
+                del read
+            elif members is not None:
+                found, scored, each = model.reference_and_members(sequences, settings.temperature)
+            else:
+                found, scored = model.reference_and_reward(sequences, settings.temperature)
+            if counts and members is not None:
+                members[index] = each
         if counts:
             ref_logprobs[index, :width], scores[index] = found, scored
         del found, scored
@@ -217,7 +225,7 @@ def score(
     world.together(lambda: _each(run, world.share(groups, tokens)), f"scoring {len(groups)} groups")
     # The rows of others are zeros here, so a sum gathers them, and to the last bit.
     needed = [*([old_values] if passes.critic else []), *([recomputed] if again else [])]
-    needed += [found for found in (after_last, members) if found is not None]
+    needed += [found for found in (after_last, members, ends) if found is not None]
     world.sum([ref_logprobs, scores, *needed])
     drift, recompute = None, settings.recomputes
     if measured:
@@ -240,6 +248,7 @@ def score(
             after_last=after_last,
             members=members,
             drift=drift,
+            features=ends,
         )
 
 

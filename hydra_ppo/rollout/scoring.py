@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hydra_ppo.errors import NonFiniteError
 from hydra_ppo.experience import Experience
+from hydra_ppo.model.answer_states import ends_and_means
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rollout.collect import ending_alike
 from hydra_ppo.runtime.interruption import check_stop
@@ -58,6 +59,45 @@ def reward_scores(
         if not math.isfinite(value):
             raise NonFiniteError(f"score of response {row} is {value}; use a wider model.dtype, or an earlier checkpoint.")
     return found
+
+
+@torch.no_grad()
+def answer_states(
+    model: HydraModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    eos_ids: Sequence[int],
+    *,
+    pad_id: int,
+    rows: int = 16,
+    means: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Return (N, H) fp32 the reward role's states that `reward_scores` reads, on the host; where asked, means over answers.
+
+    Args:
+        prompts, responses, eos_ids, pad_id, rows: as of `reward_scores`.
+        means: whether to return (N, H) means over the tokens of each response too.
+
+    Raises:
+        RoleError: where the model has no reward role.
+
+    Memory: the final hidden states of one pass, (rows, T, H); what is returned.
+    """
+    was_training = model.training
+    model.eval()
+    experience = Experience.from_lists(prompts, responses, pad_id, model.device)
+    found = [torch.zeros(len(prompts), model.architecture.hidden_size) for _ in range(1 + means)]
+    try:
+        with model.role("reward"):
+            for group in experience.split(rows):
+                check_stop()
+                sequences = ending_alike(experience.select(group).sequences(), eos_ids)
+                for kept, part in zip(found, ends_and_means(model, sequences, means), strict=False):
+                    if part is not None:
+                        kept[group] = part.cpu()
+    finally:
+        model.train(was_training)
+    return found[0], found[1] if means else None
 
 
 @torch.no_grad()

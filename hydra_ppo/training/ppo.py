@@ -31,6 +31,7 @@ from hydra_ppo.experience import Experience, FinishedExperience, ScoredExperienc
 from hydra_ppo.model.answers import end_tokens, settle_ends
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.manifest import UNTRAINED_HEAD
+from hydra_ppo.model.origin import origin_of
 from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.rewards.ensembles import check_aggregates
 from hydra_ppo.rewards.scorer import Scorer, Scores
@@ -114,15 +115,18 @@ class PPOTrainer:
         self.judges = None if config.evaluators is None else Scorer(config.evaluators, model.device, asks=world.is_main)
         if self.judges is not None and not self.eval_prompts:
             raise ConfigError("eval_rewards judge answers to held-out prompts, and there are none; give some.")
-        reads_head = scorer.needs_head or (self.judges is not None and self.judges.needs_head)
+        asked = [scorer, *([] if self.judges is None else [self.judges])]
+        reads_head = any(one.needs_head for one in asked)
         if reads_head and not model.reward_head_trained:
             raise ConfigError(UNTRAINED_HEAD)
         check_aggregates(config.reward, model.reward_heads)
-        for asked, held in ((scorer, self.prompts), (scorer, self.eval_prompts), (self.judges, self.eval_prompts)):
-            if asked is not None:
-                asked.check([row.columns for row in held])
+        for one, held in ((scorer, self.prompts), *((one, self.eval_prompts) for one in asked)):
+            one.check([row.columns for row in held])
         self.eos_ids = end_tokens(model, tokenizer, config.data.end_of_turn)
         settle_ends(model, tokenizer, self.eos_ids, reads_head=reads_head)
+        self.needs_states = any(one.needs_states for one in asked)
+        for one in asked if self.needs_states else ():
+            one.check_origin(origin_of(model, self.eos_ids[0]))
         self.practised = check_practice(config, ptx, rehearsal, model.reward_head_trained)
         self.reading = Reading(tokenizer, config, self.eos_ids)
         self.never = unknown_ids(tokenizer, model.architecture.output_embeddings.weight.shape[0])
@@ -363,7 +367,7 @@ class PPOTrainer:
             never=self.never,
             stopped=self.reading.stop,
             world=self.world,
-            passes=Passes(role, config.has_critic, config.bootstrap_truncated),
+            passes=Passes(role, config.has_critic, config.bootstrap_truncated, self.needs_states),
         )
 
     @property
@@ -373,8 +377,9 @@ class PPOTrainer:
 
     def _asked(self, scorer: Scorer, experience: ScoredExperience, rows: Sequence[PromptRow], where: str) -> Scores:
         """Return what sources say; rank 0 asks them."""
-        given, members, read = experience.scores.tolist(), experience.members, self.reading.responses
-        return self.world.from_main(lambda: scorer.score(given, read(experience, rows), where, members), where)
+        given, members, states = experience.scores.tolist(), experience.members, experience.features
+        read = self.reading.responses
+        return self.world.from_main(lambda: scorer.score(given, read(experience, rows), where, members, states), where)
 
     @property
     def _decoded_together(self) -> int | None:

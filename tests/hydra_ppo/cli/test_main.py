@@ -62,7 +62,10 @@ def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
     return code, captured.out, captured.err
 
 
-COMMANDS = "sft, ppo, rlhf, export, quantize, score, generate, doctor, launch, inspect, plan, profile, quickstart, serve"
+COMMANDS = (
+    "sft, ppo, rlhf, export, quantize, score, generate, features, heads, label-next, self-label, reward-eval, doctor, launch, "
+    "inspect, plan, profile, quickstart, serve"
+)
 
 BAD_COMMAND_LINES = [
     ([], f"no command given; choose one of {COMMANDS}, or --help."),

@@ -12,6 +12,7 @@ import numpy
 import pytest
 from safetensors.torch import load_file
 
+from hydra_ppo.cli.main import main
 from tests.faults.project import assert_same, make_project, merge, ppo_settings, quick_first, sft_settings, write
 from tests.ranks import Ranks
 
@@ -83,6 +84,23 @@ def test_two_processes_give_the_bits_of_one(project, whole, tmp_path, variant):
 
 
 WHOLE_BATCHES = {"microbatch_size": 4, "data": {"eval_fraction": 1 / 3}}  # 16 pairs in batches of 8
+
+
+def test_heads_on_states_in_two_processes(project, whole, tmp_path):
+    """The states are gathered as scores are, and rank 0 alone reads the heads."""
+    features, heads = tmp_path / "features", tmp_path / "heads"
+    assert main(["features", str(whole("fp32")), str(project / "pairs.jsonl"), "--output", str(features)]) == 0
+    assert (
+        main(["heads", str(features), "--output", str(heads), "--kind", "linear", "--members", "2", "--held-out", "0.3"]) == 0
+    )
+    source = {"kind": "head", "target": str(heads), "aggregate": "lcb", "aggregate_coef": 0.5}
+    for size in (1, 2):
+        made = settings(project, tmp_path / f"run-{size}", {"reward": {"sources": [source]}, "steps": 2})
+        codes, said = go(tmp_path, "ppo", made, size)
+        assert codes == [0] * size, said
+    assert_same(tmp_path / "run-2", tmp_path / "run-1", ALIKE)
+    lines = (tmp_path / "run-2" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["reward/head/spread"] > 0 for line in lines)
 
 
 def test_joint_sft_gives_the_bits_of_one(project, whole, tmp_path):

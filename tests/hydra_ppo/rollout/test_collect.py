@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.experience import Experience
 from hydra_ppo.model.hydra import HydraModel
-from hydra_ppo.rollout.collect import collect_experience
+from hydra_ppo.rollout.collect import Passes, collect_experience, score
 from hydra_ppo.rollout.sampling import sample
+from hydra_ppo.rollout.scoring import answer_states
 from tests.families import FAMILIES, PROMPTS, randomise
 
 CLOSE = 2e-5
@@ -170,3 +173,35 @@ def test_recomputed_logprobs_are_kept_beside_the_samplers():
     model = build()
     batch = collect_experience(model, PROMPTS, settings(recompute_logprobs=True), eos_ids=[2], pad_id=0, generator=generator())
     torch.testing.assert_close(batch.sampler_logprobs, batch.old_logprobs, rtol=CLOSE, atol=CLOSE)
+
+
+@pytest.mark.parametrize("own_adapter", [False, True])
+@pytest.mark.parametrize("trunk", [0, 1])
+def test_states_that_scores_are_read_from_cost_no_pass(own_adapter, trunk):
+    """Of the reward role, also where it has an adapter of its own; everything else keeps its bits."""
+    model = build(trunk_layers=trunk)
+    if own_adapter:
+        model.roles["reward"] = replace(model.roles["reward"], adapter="critic")
+    responses = [[31, 32, 33, 2], [41, 42, 43, 44, 45, 46], [51]]
+    experience = Experience.from_lists(PROMPTS, responses, 0, CPU)
+    logprobs, chosen = torch.zeros(3, 6), settings(score_batch_size=2)
+    passes = []
+    hook = model.architecture.layers[-1].register_forward_hook(lambda *_: passes.append(1))
+    plain = score(model, experience, logprobs, chosen, [2])
+    count = len(passes)
+    found = score(model, experience, logprobs, chosen, [2], passes=Passes(states=True))
+    hook.remove()
+    assert len(passes) == 2 * count
+    assert plain.features is None
+    assert torch.equal(found.scores, plain.scores)
+    assert torch.equal(found.ref_logprobs, plain.ref_logprobs)
+    with torch.no_grad():
+        torch.testing.assert_close(model.heads["reward"](found.features)[:, 0], found.scores, rtol=CLOSE, atol=CLOSE)
+        ends, means = answer_states(model, PROMPTS, responses, [2], pad_id=0, rows=2, means=True)
+    torch.testing.assert_close(ends, found.features, rtol=CLOSE, atol=CLOSE)
+    assert means is not None
+    torch.testing.assert_close(means[2], ends[2], rtol=CLOSE, atol=CLOSE)  # an answer of one token
+    picked = found.select([2, 0])
+    assert torch.equal(picked.features, found.features[[2, 0]])
+    values = torch.zeros(3, 6)
+    assert found.finished(values, values).features is None
