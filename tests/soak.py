@@ -87,6 +87,7 @@ def growth(samples: list[Sample], name: str) -> tuple[int, int, float]:
 def missing_metrics(run_folder: Path, steps: int) -> list[str]:
     """Say what `metrics.jsonl` lacks."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["step"]]  # 0 is the evaluation before training
     found = [] if [line["step"] for line in lines] == list(range(1, steps + 1)) else ["steps are missing or doubled"]
     names = {name for line in lines for name in line if not name.startswith(("eval/", "memory/"))}
     return found + [f"step {line['step']} lacks {name}" for line in lines for name in sorted(names - line.keys())]

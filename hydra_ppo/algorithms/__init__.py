@@ -5,7 +5,7 @@ T = P + R tokens, V vocabulary entries, H hidden units. Masks are bool, True whe
 
 From outside: `masked` (means, whitening), `penalties` (KL), `advantages`, `losses` (of actor and critic), `preferences` (of
 reward models), `ensembles` (of several of them), `calibration` (of what they say), `reliability` (accuracy, length, best of
-n), `clusters` (k-means).
+n), `clusters` (k-means), `trends` (of metrics, plain numbers).
 
 Never: modules, optimizers, settings; in what a step of training calls, a tensor read on the host.
 """

@@ -23,6 +23,6 @@ def expected_calibration_error(margins: Tensor, bins: int = 10) -> Tensor:
     """
     p = margins.double().abs().sigmoid()
     hits = (margins > 0).double()
-    index = ((p - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    index = ((p - 0.5) * 2 * bins).long().clamp(0, bins - 1)  # NaN goes anywhere, and stays NaN
     gaps = torch.zeros(bins, dtype=p.dtype, device=p.device).index_add(0, index, hits - p)
     return gaps.abs().sum() / len(margins)

@@ -88,7 +88,7 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
         from hydra_ppo.rewards.scorer import check_source
         from hydra_ppo.training.ppo import PPOTrainer
 
-        for source in config.reward.sources if world.is_main else []:
+        for _, source in config.named_sources() if world.is_main else []:
             check_source(source, config.reward.isolation)  # what is wrong with it is known before a weight is read
         loaded = _load(config, load_prompts, config.stage, resume)
         if loaded is None:
@@ -115,6 +115,8 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
         if found is not None:
             run, loaded, trainer = found
             summary = trainer.train()
+            if run is not None and trainer.stopped_by is not None:
+                run.note(f"step {summary['steps']} of {config.steps}: stopped by alarm {trainer.stopped_by}; --resume goes on")
             _save(run, loaded.model)
             _finish(run, summary)
     return folder
@@ -230,6 +232,13 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
         from hydra_ppo.rewards.scorer import check_columns
 
         check_columns(config.reward, [row.columns for row in rows])
+        if (judges := config.evaluators) is not None:
+            check_columns(judges, [row.columns for row in eval_rows])
+    elif config.has_floor:
+        from hydra_ppo.data.floor import FloorPairs
+
+        # What cannot be made of the rows is known before a weight is read.
+        FloorPairs(rows, config.floor_kinds, config.run.seed)
     model = load_model(config.model, train=stage, heads=head_plan(config))
     notes += check_lengths(config, model.causal_lm)
     identity = describe_run(config, tokenizer, rows, eval_rows) | {"begun": begun.isoformat()}

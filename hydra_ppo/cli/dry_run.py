@@ -121,12 +121,27 @@ def check_data(
     return found[0], found[1]
 
 
-def _check_reward_sources(config: PPOConfig) -> list[tuple[str, str]]:
+def check_prompts(config: SFTConfig, prompts: list[Hashable]) -> None:
+    """Refuse answers to other prompts where there are none; what other corruptions make of the data shows in its tokens.
+
+    Raises:
+        ConfigError: as the run does before it reads a weight.
+    """
+    if config.has_floor and "other-prompt" in config.floor_kinds and len(set(prompts)) < 2:
+        raise ConfigError(f"floor_kinds={config.floor_kinds}: 'other-prompt' changes no answer of data.train; leave it out.")
+
+
+def check_reward_sources(config: PPOConfig) -> list[tuple[str, str]]:
+    """Check what judges answers, in training and in evaluation; return what was found, by setting.
+
+    Raises:
+        ConfigError: naming the source.
+    """
     from hydra_ppo.rewards.scorer import check_source
 
     found = []
-    for index, source in enumerate(config.reward.sources):
-        name = f"reward.sources[{index}].target"
+    for setting, source in config.named_sources():
+        name = f"{setting}.target"
         if source.kind == "classifier" and source.target:
             if (Path(source.target) / "hydra.json").is_file():
                 raise ConfigError(
@@ -162,14 +177,23 @@ def check_files(config: SFTConfig | PPOConfig) -> list[tuple[str, str]]:
     Raises:
         ConfigError: The first thing that would stop the run.
     """
+    check_device(config)
+    found = [("model.name_or_path", check_model("model.name_or_path", config.model.name_or_path))]
+    check_reachable("model.name_or_path", config.model.name_or_path)
+    found += check_contents(config)
+    return found + check_reward_sources(config) + check_servers(config) if isinstance(config, PPOConfig) else found
+
+
+def check_device(config: SFTConfig | PPOConfig) -> None:
+    """Refuse what is no device, and an optimizer that it cannot have.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
     device = config.model.device
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ConfigError(f"model.device={device!r} is not a device; use auto, cpu, cuda or cuda:N.")
     check_available(config.optimizer.name, _device_type(device, config.optimizer.name))
-    found = [("model.name_or_path", check_model("model.name_or_path", config.model.name_or_path))]
-    check_reachable("model.name_or_path", config.model.name_or_path)
-    found += check_contents(config)
-    return found + _check_reward_sources(config) + check_servers(config) if isinstance(config, PPOConfig) else found
 
 
 def _device_type(device: str, optimizer: str) -> str | None:
@@ -193,6 +217,8 @@ def dry_run(config: SFTConfig | PPOConfig, console: Console | None = None, *, re
     found = check_files(config)
     margins = isinstance(config, SFTConfig) and config.reward_loss == "margin"
     checked, checked_eval = check_data(config.data, kind, margins)
+    if isinstance(config, SFTConfig) and checked is not None:
+        check_prompts(config, checked.rows)
     train = None if checked is None else len(checked.rows)
     found.append(("data.train", _rows(checked, kind)))
     if config.data.eval is not None:

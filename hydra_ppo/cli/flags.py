@@ -106,8 +106,10 @@ def format_help(config_class: type, command: str) -> str:
     return make_parser(config_class, command).format_help()
 
 
-def parse(config_class: type[Config], command: str, argv: Sequence[str]) -> Request[Config]:
-    """Parse ``argv`` (after the command) into a config.
+def parse(
+    config_class: type[Config], command: str, argv: Sequence[str], content: Mapping[str, Any] | None = None
+) -> Request[Config]:
+    """Parse ``argv`` (after the command) into a config; ``content`` are settings in place of a file that ``argv`` names.
 
     With ``--help`` nothing is checked; with ``--print-config`` required settings may be missing.
 
@@ -118,7 +120,8 @@ def parse(config_class: type[Config], command: str, argv: Sequence[str]) -> Requ
     path, options, flags = _split(config_class, known, argv)
     if "--help" in options:
         return Request(None, options=options)
-    flat = flatten(read_settings(path), config_class) if path is not None else {}
+    content = read_settings(path) if path is not None else content
+    flat = flatten(content, config_class) if content is not None else {}
     flat = {name: value for name, value in flat.items() if value is not None or not known[name].required}
     written = deepcopy(flat)  # jsonargparse changes what it is given
     parser = make_parser(config_class, command)
@@ -233,7 +236,7 @@ def _parse_object(parser: ArgumentParser, known: Mapping[str, Setting], flat: Ma
 
 def is_bare_choice(hint: Any, value: Any) -> bool:
     """Say whether a boolean stands where one of several words belongs."""
-    return isinstance(value, bool) and bool(choices(hint))
+    return isinstance(value, bool) and bool(choices(hint)) and bool not in get_args(hint)
 
 
 def _flag_values(known: Mapping[str, Setting], flags: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -279,7 +282,8 @@ def _type_error(name: str, hint: Any, value: Any, default: Any) -> ConfigError:
         remedy = "put all rows into one file" if name.startswith("data.") else "name one"
         return ConfigError(f"{name}={value!r} is a list, and takes one; {remedy}.")
     guess = nearest(str(value).strip("[]'\" "), words) if words else None
-    if guess is not None and get_origin(hint) is list and not isinstance(value, list) and str(value) in words:
+    takes_list = get_origin(hint) is list or bool in kinds
+    if guess is not None and takes_list and not isinstance(value, list) and str(value) in words:
         guess = None  # the right word, but not in a list
     remedy = f"did you mean {guess}?" if guess else f"{_write(hint, default)}."
     return ConfigError(f"{name}={value!r} is not {describe(hint)}; {remedy}")
@@ -287,7 +291,9 @@ def _type_error(name: str, hint: Any, value: Any, default: Any) -> ConfigError:
 
 def _write(hint: Any, default: Any) -> str:
     """Say what to write instead, with the default as the example where it shows the form."""
-    if (words := choices(hint)) and get_origin(hint) is list:
+    if (words := choices(hint)) and bool in get_args(hint):
+        return f"write true, false, or for example [{words[0]}]"
+    if words and get_origin(hint) is list:
         return f"write for example [{words[0]}]"
     if (inner := item_class(hint)) is not None:
         return "write for example [{kind: head}]" if fields(inner)[0].name == "kind" else "write a list"

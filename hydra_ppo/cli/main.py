@@ -34,6 +34,7 @@ from hydra_ppo.cli.parser import (
     split_settings,
     temperature,
 )
+from hydra_ppo.cli.rlhf import RLHF
 from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedModelError
 from hydra_ppo.parallel.environment import check_alone, place, speaks
@@ -327,6 +328,7 @@ def _launch(arguments: list[str]) -> int:
 COMMANDS: dict[str, Command] = {
     "sft": ("train the SFT model and the reward model jointly, on preference pairs", _sft),
     "ppo": ("train actor and critic with PPO", _ppo),
+    "rlhf": RLHF,
     "export": ("write a role of a run as a plain Hugging Face model", _export),
     "quantize": ("write a base quantised, once, so that runs load it in seconds", _quantize),
     "score": ("score pairs or responses with the reward head of a run", _score),

@@ -6,11 +6,13 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_ppo.cli.practice import sources
-from hydra_ppo.config.reading import as_values, settings_of
+from hydra_ppo.config.paths import SOURCES
+from hydra_ppo.config.reading import as_values, item_class, settings_of
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
 from hydra_ppo.data.ends import find_ends
 from hydra_ppo.errors import ConfigError
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from hydra_ppo.training.joint_sft import JointSFTTrainer
     from hydra_ppo.training.ppo import PPOTrainer
 
+SINCE = ("watch",)
+"""What trainers save that checkpoints of earlier versions lack; theirs is what a run begins with."""
 LENGTHS = ("steps", "epochs", "max_steps")
 FREE = (
     *LENGTHS,
@@ -41,7 +45,7 @@ FREE = (
     "model.checkpoint_offload",
     *(f"rollout.vllm.{name}" for name in ("urls", "model", "adapter_folder", "timeout", "retries")),
 )
-"""Settings that may change between two parts of a run, besides those of `run` other than its seed."""
+"""Settings that may change between two parts of a run, besides those of `monitor`, and of `run` other than its seed."""
 ALIKE = {"optimizer.name": ("adamw", "adamw-offloaded")}
 """Values of a setting that give the same bits and checkpoints: one may take the other's place."""
 
@@ -86,6 +90,7 @@ def why_unreadable(
 
     try:
         state = checkpoint.state()
+        state.values = {name: like[name] for name in SINCE if name in like} | state.values
         problem = why_unlike(state.values, like)
         if problem is None:
             read_trained(model, checkpoint.folder)
@@ -110,9 +115,9 @@ def describe_run(
         digests |= _digests("base", base_folder(folder))
     if config.model.adapter is not None:
         digests |= _digests("adapter", config.model.adapter)
-    for index, source in enumerate(config.reward.sources if isinstance(config, PPOConfig) else []):
+    for setting, source in config.named_sources() if isinstance(config, PPOConfig) else []:
         if source.kind in ("classifier", "head") and source.target is not None:
-            digests |= _digests(_source(index), source.target)
+            digests |= _digests(setting, source.target)
     for kind, data in (sources(config) if isinstance(config, PPOConfig) else {}).items():
         if Path(data).is_file():  # a name on the hub is a setting like others
             digests[kind] = file_digest(Path(data))
@@ -146,10 +151,6 @@ def _digests(what: str, name_or_path: str) -> dict[str, str]:
     return {} if folder is None else {f"{what} {name}": digest for name, digest in model_digests(folder).items()}
 
 
-def _source(index: int) -> str:
-    return f"reward.sources[{index}]"
-
-
 def _without_known_paths(values: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
     """Return settings without the paths of what digests tell apart: where it lies, and how it is named, is free."""
     known = {name.split(" ")[0] for name in digests}
@@ -160,16 +161,17 @@ def _without_known_paths(values: Mapping[str, Any], digests: Mapping[str, str]) 
         group, _, setting = name.partition(".")
         if what in known and isinstance(inner := changed.get(group), dict):
             inner[setting] = None
-    sources = _at(changed, "reward.sources")
-    for index, source in enumerate(sources if isinstance(sources, list) else []):
-        if _source(index) in known and isinstance(source, dict):
-            source["target"] = None
+    for setting in SOURCES:
+        sources = _at(changed, setting)
+        for index, source in enumerate(sources if isinstance(sources, list) else []):
+            if f"{setting}[{index}]" in known and isinstance(source, dict):
+                source["target"] = None
     return changed
 
 
 def _reward_functions(config: PPOConfig) -> dict[str, str]:
     """Return digests of the modules that reward functions stand in, by target; of those that have a source."""
-    targets = [source.target for source in config.reward.sources if source.kind == "function" and source.target]
+    targets = [source.target for _, source in config.named_sources() if source.kind == "function" and source.target]
     found = {}
     for target in targets:
         if config.reward.isolation == "process":  # which imports it, and this process does not
@@ -193,8 +195,9 @@ def check_unchanged(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now: 
     for name, setting in settings_of(type(config)).items():
         # What was no setting yet when the checkpoint was written did what its default does now.
         was, is_ = _at(old, name, None if setting.required else setting.default), _at(new, name)
+        was = _whole_items(was, setting.hint)
         alike = ALIKE.get(name, ())
-        if was != is_ and not _is_free(name) and not (was in alike and is_ in alike):
+        if was != is_ and not is_free(name) and not (was in alike and is_ in alike):
             found.append(f"{name} was {was!r}, is {is_!r}")
     for name in sorted(before["digests"].keys() | now["digests"].keys()):
         if before["digests"].get(name) != now["digests"].get(name):
@@ -234,8 +237,18 @@ def _length_problems(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now:
     return []
 
 
-def _is_free(name: str) -> bool:
-    return name in FREE or (name.startswith("run.") and name != "run.seed")
+def _whole_items(value: Any, hint: Any) -> Any:
+    """Return a list of small groups, such as reward.sources, in which what was no setting yet has its default."""
+    kind = item_class(hint)
+    if kind is None or not isinstance(value, list):
+        return value
+    defaults = {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+    return [defaults | item if isinstance(item, dict) else item for item in value]
+
+
+def is_free(name: str) -> bool:
+    """Say whether a setting may change between two parts of a run."""
+    return name in FREE or name.startswith("monitor.") or (name.startswith("run.") and name != "run.seed")
 
 
 def _at(values: Any, name: str, missing: Any = None) -> Any:

@@ -12,8 +12,8 @@ from hydra_ppo.config.reading import read_yaml
 from hydra_ppo.errors import ConfigError
 
 PATHS = ("model.name_or_path", "model.adapter", "data.train", "data.eval", "run.output", "ptx.data", "rehearsal.data")
-SOURCES = "reward.sources"
-"""Settings that may be paths, and the list of those whose `target` is one where their kind is classifier or head."""
+SOURCES = ("reward.sources", "eval_rewards")
+"""Settings that may be paths, and the lists of those whose `target` is one where their kind is classifier or head."""
 
 MARK, THIS_FILE = "paths_are_relative_to", "this file"
 """Key and value that a run's own config begins with."""
@@ -78,12 +78,14 @@ def _with_paths(values: Mapping[str, Any], name: Callable[[str, str], str]) -> d
         inner = changed.get(group)
         if isinstance(inner, dict) and isinstance(inner.get(leaf), str):
             inner[leaf] = name(setting, inner[leaf])
-    group, leaf = SOURCES.split(".")
-    inner = changed.get(group)
-    for source in (inner.get(leaf) or []) if isinstance(inner, dict) else []:
-        is_folder = isinstance(source, dict) and source.get("kind", "head") in ("classifier", "head")
-        if is_folder and isinstance(source.get("target"), str):
-            source["target"] = name(SOURCES, source["target"])
+    for setting in SOURCES:
+        group, _, leaf = setting.partition(".")
+        inner = changed.get(group)
+        listed = inner.get(leaf) if leaf and isinstance(inner, dict) else inner
+        for source in listed if isinstance(listed, list) else []:
+            is_folder = isinstance(source, dict) and source.get("kind", "head") in ("classifier", "head")
+            if is_folder and isinstance(source.get("target"), str):
+                source["target"] = name(setting, source["target"])
     return changed
 
 

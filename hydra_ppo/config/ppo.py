@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hydra_ppo.config.advantage import check_advantage
@@ -13,8 +13,9 @@ from hydra_ppo.config.fields import not_negative as _not_negative
 from hydra_ppo.config.fields import positive as _positive
 from hydra_ppo.config.fields import setting
 from hydra_ppo.config.model import ModelSettings
+from hydra_ppo.config.monitor import MonitorSettings
 from hydra_ppo.config.practice import PtxSettings, RehearsalSettings
-from hydra_ppo.config.rewards import RewardSettings
+from hydra_ppo.config.rewards import RewardSettings, RewardSource, check_evaluators
 from hydra_ppo.config.rollout import RolloutSettings
 from hydra_ppo.config.running import OptimizerSettings, RunSettings
 from hydra_ppo.errors import ConfigError
@@ -117,6 +118,12 @@ class PPOConfig:
     sample_every: int = setting(10, "Record samples every this many steps.")
     eval_every: int = setting(0, "Score held-out prompts every this many steps; 0 only before and after training.")
     eval_prompts: int = setting(128, "Held-out prompts used per evaluation.")
+    eval_rewards: list[RewardSource] = setting(
+        list,
+        "Rewards that judge the held-out answers beside the score and never enter training: what shows whether a score that "
+        "rises means anything. Written as reward.sources are.",
+    )
+    monitor: MonitorSettings = setting(MonitorSettings, "What the run watches itself for.")
     update_order: Literal["together", "in-turn"] = setting(
         "together",
         "Step actor and critic together, or in-turn: the actor, then the critic, so that one role's gradients exist at a time. "
@@ -136,6 +143,18 @@ class PPOConfig:
         )
         within = self.ema_decay is None or 0 < self.ema_decay < 1
         _check(self, "ema_decay", within, "must lie in (0, 1)", "choose for example 0.992")
+        check_evaluators(self.eval_rewards, self.reward.sources)
+        if self.eval_rewards and self.data.eval is None and self.data.eval_fraction == 0:
+            raise ConfigError(
+                "eval_rewards judge answers to held-out prompts, and data.eval=None with data.eval_fraction=0.0 holds none; "
+                "name data.eval, or choose for example data.eval_fraction=0.05."
+            )
+        stops = self.monitor.stop_on_alarm
+        if isinstance(stops, list) and "over_optimisation" in stops and not self.eval_rewards:
+            raise ConfigError(
+                "monitor.stop_on_alarm names over_optimisation, which is seen by eval_rewards, and there are none; name an "
+                "independent reward there, or leave it out."
+            )
         rows = self.rollout.batch_size
         if rows % self.minibatch_size:
             raise ConfigError(
@@ -160,3 +179,13 @@ class PPOConfig:
     def whitens(self) -> bool:
         """Whether advantages are whitened; those of groups have a mean of 0 already, and a scale of their own."""
         return self.advantage in ("gae", "reinforce") if self.whiten_advantages is None else self.whiten_advantages
+
+    def named_sources(self) -> list[tuple[str, RewardSource]]:
+        """Return every source that is asked, in training or in evaluation, with the name of its setting."""
+        trained = [(f"reward.sources[{index}]", source) for index, source in enumerate(self.reward.sources)]
+        return trained + [(f"eval_rewards[{index}]", source) for index, source in enumerate(self.eval_rewards)]
+
+    @property
+    def evaluators(self) -> RewardSettings | None:
+        """`eval_rewards` with what else is set of sources: time limit and isolation; None where there are none."""
+        return replace(self.reward, sources=self.eval_rewards) if self.eval_rewards else None

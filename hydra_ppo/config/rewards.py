@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from hydra_ppo.config.fields import Quantization, check, expand_home, not_negative, positive, setting
 from hydra_ppo.errors import ConfigError
+
+TAKEN = {"length_r2"}
+"""What metrics call reward/... beside the sources."""
 
 
 @dataclass(frozen=True)
@@ -115,20 +119,57 @@ class RewardSettings:
         check(self, "sources", len(self.sources) > 0, "names no source", "give at least one")
         positive(self, "score_clip", "time_limit")
         not_negative(self, "missing_eos_penalty")
-        given = [source.name for source in self.sources if source.name is not None]
-        for name in given:
-            if given.count(name) > 1:
-                raise ConfigError(f"sources: name={name!r} is given to {given.count(name)} of them; choose another for each.")
+        check_names("sources", self.sources)
 
     @property
     def names(self) -> list[str]:
-        """What metrics and samples call each source: names as given; of others the second of a kind is kind-2."""
-        given = {source.name for source in self.sources if source.name is not None}
-        found: list[str] = []
-        for source in self.sources:
-            name, number = source.short_name, 1
-            while source.name is None and (name in found or name in given):
-                number += 1
-                name = f"{source.short_name}-{number}"
-            found.append(name)
-        return found
+        """What metrics and samples call each source."""
+        return names_of(self.sources)
+
+
+def names_of(sources: Sequence[RewardSource]) -> list[str]:
+    """Return what metrics and samples call each source: names as given; of others the second of a kind is kind-2."""
+    given = {source.name for source in sources if source.name is not None}
+    found: list[str] = []
+    for source in sources:
+        name, number = source.short_name, 1
+        while source.name is None and (name in found or name in given):
+            number += 1
+            name = f"{source.short_name}-{number}"
+        found.append(name)
+    return found
+
+
+def check_names(setting: str, sources: Sequence[RewardSource]) -> None:
+    """Refuse a name that two sources have, or that a metric beside those of sources has.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    given = [source.name for source in sources if source.name is not None]
+    for name in given:
+        if given.count(name) > 1:
+            raise ConfigError(f"{setting}: name={name!r} is given to {given.count(name)} of them; choose another for each.")
+    if taken := TAKEN.intersection(names_of(sources)):
+        raise ConfigError(f"{setting}: name={min(taken)!r} is that of the metric reward/{min(taken)}; choose another name.")
+
+
+def check_evaluators(evaluators: Sequence[RewardSource], trained: Sequence[RewardSource]) -> None:
+    """Refuse evaluators that have one name, and one that the policy is trained on: it could not see what training games.
+
+    Args:
+        evaluators: `eval_rewards`.
+        trained: `reward.sources`.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    check_names("eval_rewards", evaluators)
+    for index, source in enumerate(evaluators):
+        for other, used in enumerate(trained):
+            if used.weight != 0 and (used.kind, used.target, used.label) == (source.kind, source.target, source.label):
+                what = source.kind if source.target is None else f"{source.kind} {source.target}"
+                raise ConfigError(
+                    f"eval_rewards[{index}]: the {what} is reward.sources[{other}], which training raises, so it is not "
+                    "independent; name another, or give that source weight 0."
+                )

@@ -10,6 +10,7 @@ from hydra_ppo.config.data import TEMPLATE_OPTIONS as TEMPLATE_OPTIONS
 from hydra_ppo.config.data import DataSettings as DataSettings
 from hydra_ppo.config.model import LoraSettings as LoraSettings
 from hydra_ppo.config.model import ModelSettings as ModelSettings
+from hydra_ppo.config.monitor import MonitorSettings as MonitorSettings
 from hydra_ppo.config.ppo import KLSettings as KLSettings
 from hydra_ppo.config.ppo import PPOConfig as PPOConfig
 from hydra_ppo.config.practice import PtxSettings as PtxSettings

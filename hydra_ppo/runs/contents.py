@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hydra_ppo.runtime.files import PARTIAL, write_whole
 
-CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.jsonl", "samples.jsonl"
+CONFIG, METRICS, SAMPLES, ALARMS = "config.yaml", "metrics.jsonl", "samples.jsonl", "alarms.jsonl"
 STATE, LOG, SUMMARY = "state.json", "log.txt", "summary.json"
 CHECKPOINTS = "checkpoints"
 VLLM = "vllm"
@@ -32,7 +32,7 @@ TOKENIZER_FOLDER = "additional_chat_templates"
 MANIFEST, BASE = "hydra.json", "base"
 MODEL_FILES = (MANIFEST, "heads.safetensors")
 ADAPTERS = ("sft", "reward", "actor", "actor_ema", "critic")
-WRITTEN_FILES = (*MODEL_FILES, CONFIG, METRICS, SAMPLES, LOG, SUMMARY, *TOKENIZER_FILES)
+WRITTEN_FILES = (*MODEL_FILES, CONFIG, METRICS, SAMPLES, ALARMS, LOG, SUMMARY, *TOKENIZER_FILES)
 """The model goes first: what is left of a folder that is being cleared must not look like one that holds a model."""
 
 _CHECKPOINT = ("step-", ".writing-", ".dropping-")
@@ -40,7 +40,10 @@ WRITTEN_FOLDERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ADAPTERS, ("adapter_config.json", "adapter_model.safetensors")),
     BASE: ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     CHECKPOINTS: tuple(f"{begin}*/**/*.{kind}" for begin in _CHECKPOINT for kind in ("json", "safetensors")),
-    "plots": tuple(f"{name}.png" for name in ("reward", "kl", "length", "loss", "perplexity", "pair_accuracy", "memory")),
+    "plots": (
+        *(f"{name}.png" for name in ("reward", "kl", "length", "loss", "perplexity", "pair_accuracy", "memory")),
+        *("monitor.png", "over_optimisation.png"),
+    ),
     "tensorboard": ("**/events.out.tfevents.*", "**/hparams.yml"),
     "wandb": ("*run*", "debug*.log"),
     TOKENIZER_FOLDER: ("*.jinja",),
@@ -90,7 +93,7 @@ def set_aside(folder: Path) -> str | None:
         Its name; None where nothing was worth it.
     """
     model = (folder / MANIFEST).is_file()
-    logged = [name for name in (METRICS, SAMPLES) if (folder / name).is_file() and (folder / name).stat().st_size]
+    logged = [name for name in (METRICS, SAMPLES, ALARMS) if (folder / name).is_file() and (folder / name).stat().st_size]
     if not model and not logged:
         return None
     number = 1

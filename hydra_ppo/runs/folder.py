@@ -168,8 +168,8 @@ def _sources(config: SFTConfig | PPOConfig | Mapping[str, Any] | None) -> Iterat
         if config.data.eval:
             yield "data.eval", config.data.eval
     if isinstance(config, PPOConfig):
-        for index, source in enumerate(config.reward.sources):
-            name = f"reward.sources[{index}].target"
+        for setting, source in config.named_sources():
+            name = f"{setting}.target"
             if source.kind == "classifier" and source.target:
                 yield name, source.target
                 if base := _base_beside(Path(source.target)):

@@ -14,7 +14,7 @@ from hydra_ppo.data.sources import exists, local_path
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.runs.contents import CONFIG, STATE
 from hydra_ppo.runs.folder import has_died, read_state
-from hydra_ppo.runs.plots import read_metrics
+from hydra_ppo.runs.plots import read_alarms, read_metrics
 
 MIB = 2**20
 HIGHLIGHTS = (
@@ -82,6 +82,7 @@ def inspect_run(folder: Path) -> dict[str, Any]:
         "config": _highlights(folder / CONFIG),
         "last_step": records[-1].get("step") if records else None,
         "metrics": metrics,
+        "alarms": read_alarms(folder),
         "checkpoints": [
             {"name": path.name, "bytes": _size(path)}
             for path in sorted((folder / "checkpoints").glob("*"), key=_order)
@@ -107,6 +108,14 @@ def print_inspection(report: dict[str, Any], console: Console | None = None) -> 
     for name, entry in report["metrics"].items():
         metrics.add_row(*_metric(name, entry["value"]), _show(entry["step"]))
     console.print(metrics)
+    if report["alarms"]:
+        alarms = Table(title="Alarms", title_justify="left")
+        alarms.add_column("step", justify="right")
+        alarms.add_column("alarm")
+        alarms.add_column("what was seen, and what to do", overflow="fold")
+        for alarm in report["alarms"]:
+            alarms.add_row(_show(alarm.get("step")), Text(_show(alarm.get("name"))), Text(_show(alarm.get("line"))))
+        console.print(alarms)
     checkpoints = Table(title="Checkpoints", title_justify="left")
     checkpoints.add_column("name")
     checkpoints.add_column("MiB (2^20 bytes)", justify="right")

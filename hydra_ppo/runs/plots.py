@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra_ppo.errors import DataError
-from hydra_ppo.runs.contents import METRICS
+from hydra_ppo.runs.contents import ALARMS, METRICS
+from hydra_ppo.runs.series import series_of
 
 MIB = 2**20
 MEMORY_METRIC = re.compile(r"memory/(.+)_peak_bytes")
@@ -66,7 +66,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: A line in the middle is not a JSON object.
     """
-    path = Path(folder) / METRICS
+    return _read(Path(folder) / METRICS)
+
+
+def read_alarms(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of ``alarms.jsonl``, as `read_metrics` does; none where no alarm was raised."""
+    return _read(Path(folder) / ALARMS)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -92,29 +100,24 @@ def plot_run(folder: Path) -> list[Path]:
     records = read_metrics(folder)
     written = []
     for plot in LINE_PLOTS:
-        series = {label: _series(records, name) for name, label in plot.lines.items()}
+        series = {label: series_of(records, name) for name, label in plot.lines.items()}
         series = {label: points for label, points in series.items() if points[0]}
         if series:
             written.append(_draw_lines(folder / "plots" / plot.file, plot, series))
     found = (match[1] for record in records for name in record if (match := MEMORY_METRIC.fullmatch(name)))
     phases = dict.fromkeys([*PHASES, *found])  # in the order of a PPO step, then others such as sft's
-    peaks = {phase: max(_series(records, f"memory/{phase}_peak_bytes")[1], default=None) for phase in phases}
+    peaks = {phase: max(series_of(records, f"memory/{phase}_peak_bytes")[1], default=None) for phase in phases}
     measured = {phase: peak / MIB for phase, peak in peaks.items() if peak is not None}
     if measured:
         written.append(_draw_memory(folder / "plots" / "memory.png", measured))
-    return written
+    from hydra_ppo.runs.watch_plots import draw_monitor, draw_over_optimisation
 
-
-def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    steps: list[float] = []
-    values: list[float] = []
-    for record in records:
-        value = record.get(name)
-        step = record.get("step", len(steps))
-        if isinstance(value, int | float) and math.isfinite(value) and isinstance(step, int | float):
-            steps.append(step)
-            values.append(value)
-    return steps, values
+    alarms = read_alarms(folder)
+    drawn = (
+        draw_monitor(records, alarms, folder / "plots" / "monitor.png"),
+        draw_over_optimisation(records, alarms, folder / "plots" / "over_optimisation.png"),
+    )
+    return written + [path for path in drawn if path is not None]
 
 
 def _figure(height: float = 3.6) -> tuple[Any, Any]:

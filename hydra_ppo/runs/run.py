@@ -5,6 +5,7 @@
     config.yaml     every setting; loads back as a config; paths are relative to the folder
     metrics.jsonl   one object per logged step: step, time (seconds since the epoch), metrics (null: not measured)
     samples.jsonl   one object per recorded sample: step and what the trainer gives
+    alarms.jsonl    one object per alarm: step, name, line, numbers; there where one was raised
     state.json      command, state (starting, running, finished, failed, interrupted), pid, times, versions, error
     .lock           held by the process that writes the folder
     log.txt         what was printed
@@ -40,7 +41,7 @@ from hydra_ppo.config.paths import MARK, for_folder
 from hydra_ppo.config.reading import as_values, render_yaml
 from hydra_ppo.config.settings import PPOConfig, RunSettings, SFTConfig
 from hydra_ppo.errors import ConfigError, StorageError
-from hydra_ppo.runs.contents import CONFIG, LOG, METRICS, SAMPLES, STATE, SUMMARY, clear, set_aside
+from hydra_ppo.runs.contents import ALARMS, CONFIG, LOG, METRICS, SAMPLES, STATE, SUMMARY, clear, set_aside
 from hydra_ppo.runs.folder import STARTING, check_output, is_starting, lock, read_state
 from hydra_ppo.runtime.files import sync, write_whole
 from hydra_ppo.runtime.interruption import StopRequested
@@ -123,7 +124,8 @@ class Run:
             else:
                 (folder / SUMMARY).unlink(missing_ok=True)
                 keep_steps(folder / METRICS, done)
-                keep_steps(folder / SAMPLES, max(done, sampled))
+                keep_steps(folder / ALARMS, done)
+                keep_steps(folder / SAMPLES, max(done, sampled), held_out=done)
             with run.storing(CONFIG):
                 write_whole(folder / CONFIG, _as_text(config, folder))
             run._start_trackers(values, done)
@@ -164,6 +166,11 @@ class Run:
             shown = f"{score:.3f}" if isinstance(score, float) else "-" if score is None else str(score)
             table.add_row(Text(_shorten(row.get("prompt"))), Text(_shorten(row.get("response"))), shown)
         self._console.print(table)
+
+    def alarm(self, step: int, name: str, line: str, values: Mapping[str, float | None]) -> None:
+        """Append one line to ``alarms.jsonl`` and note it."""
+        self._append(ALARMS, {"step": step, "name": name, "line": line, **values})
+        self.note(f"alarm at step {step}, {name}: {line}")
 
     @contextmanager
     def progress(self, total: int, description: str) -> Iterator[Callable[[int, str], None]]:
@@ -256,7 +263,7 @@ class Run:
 
     def flush(self) -> None:
         """See that what was written so far is on the disk."""
-        for name in (METRICS, SAMPLES):
+        for name in (METRICS, SAMPLES, ALARMS):
             if (self.folder / name).exists():
                 sync(self.folder / name)
 
@@ -319,8 +326,12 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def keep_steps(path: Path, last: int) -> None:
-    """Drop records of later steps than `last`, and a line that was half written, from a file of JSON lines."""
+def keep_steps(path: Path, last: int, held_out: int | None = None) -> None:
+    """Drop records of later steps than `last`, and a line that was half written, from a file of JSON lines.
+
+    Args:
+        held_out: the last step of samples that come from an evaluation, where it is another.
+    """
     if not path.exists():
         return
     kept = []
@@ -330,7 +341,8 @@ def keep_steps(path: Path, last: int) -> None:
         except (ValueError, RecursionError):
             continue
         step = record.get("step", 0) if isinstance(record, dict) else None
-        if line.endswith(b"\n") and isinstance(step, int) and step <= last:
+        bound = last if held_out is None or not step or not record.get("held_out") else held_out
+        if line.endswith(b"\n") and isinstance(step, int) and step <= bound:
             kept.append(line)
     write_whole(path, b"".join(kept))
 

@@ -16,6 +16,9 @@ class Recorder(Protocol):
     def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Take samples of one step."""
 
+    def alarm(self, step: int, name: str, line: str, values: Mapping[str, float | None]) -> None:
+        """Take an alarm: its name, what was seen and what to do in one line, and the numbers in it."""
+
     def progress(self, total: int, description: str) -> AbstractContextManager[Callable[[int, str], None]]:
         """Open a progress display; the callable advances it by n and shows a text."""
 
@@ -31,6 +34,9 @@ class Silent:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Drop them."""
+
+    def alarm(self, step: int, name: str, line: str, values: Mapping[str, float | None]) -> None:
+        """Drop it."""
 
     @contextmanager
     def progress(self, total: int, description: str) -> Iterator[Callable[[int, str], None]]:

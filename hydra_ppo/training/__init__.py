@@ -1,8 +1,8 @@
 """The two loops, joint SFT and PPO, with their state, metrics and optimizer.
 
 From outside: `joint_sft` (`JointSFTTrainer`), `ppo` (`PPOTrainer`), `ppo_update` (the updates of a step), `ppo_advantages`,
-`optim`, `eight_bit` (whether 8-bit optimizers can be had), `away` (moments that leave the device), `offloaded` (in
-what pieces they come).
+`held_out` (what evaluations say), `optim`, `eight_bit` (whether 8-bit optimizers can be had), `away` (moments that leave the
+device), `offloaded` (in what pieces they come).
 
 Never: text, tokenizers, files.
 """

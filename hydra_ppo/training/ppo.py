@@ -16,13 +16,12 @@ The device is waited for at the sampler, which decides the lengths, and once a s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hydra_ppo.algorithms.advantages import explained_variance
 from hydra_ppo.algorithms.penalties import adaptive_kl_coef
 from hydra_ppo.config.settings import PPOConfig
 from hydra_ppo.data.rows import PreferenceRow, PromptRow
@@ -31,12 +30,11 @@ from hydra_ppo.errors import ConfigError, ServerError
 from hydra_ppo.experience import Experience, FinishedExperience, ScoredExperience
 from hydra_ppo.model.answers import end_tokens, settle_ends
 from hydra_ppo.model.hydra import HydraModel
-from hydra_ppo.model.manifest import UNSCORED, UNTRAINED_HEAD
+from hydra_ppo.model.manifest import UNTRAINED_HEAD
 from hydra_ppo.model.origin import origin_of
-from hydra_ppo.parallel.dealing import check_divides
 from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.rewards.ensembles import check_aggregates
-from hydra_ppo.rewards.scorer import Scorer, Scores
+from hydra_ppo.rewards.scorer import Scorer, Scores, check_origins
 from hydra_ppo.rollout.collect import Passes, collect_experience
 from hydra_ppo.rollout.sampling import Samples, sample
 from hydra_ppo.runs.checkpoint import Position, TrainerState
@@ -46,16 +44,18 @@ from hydra_ppo.runtime.host_memory import keep_freed_memory
 from hydra_ppo.runtime.interruption import StopRequested
 from hydra_ppo.runtime.memory import PhaseMemory
 from hydra_ppo.runtime.recorder import Recorder, Silent
+from hydra_ppo.training.held_out import compare_judged, evaluation, held_out_samples, numbers_of
 from hydra_ppo.training.in_step import end_step, keep_in_step
 from hydra_ppo.training.metrics import Metrics, measured
 from hydra_ppo.training.optim import check_finite, state_tensors
 from hydra_ppo.training.ppo_advantages import with_advantages
-from hydra_ppo.training.ppo_begin import begin
-from hydra_ppo.training.ppo_metrics import compare, reward_metrics, rollout_metrics
+from hydra_ppo.training.ppo_begin import begin, check_given
+from hydra_ppo.training.ppo_metrics import compare, reward_metrics, rollout_metrics, value_metrics
 from hydra_ppo.training.ppo_reading import Reading
 from hydra_ppo.training.ppo_state import PartialStep
 from hydra_ppo.training.ppo_update import Updates, check_measured
-from hydra_ppo.training.practice import Practising, practices, select_rehearsed
+from hydra_ppo.training.practice import Practising, check_practice
+from hydra_ppo.training.response_metrics import shape_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,6 +81,7 @@ class PPOTrainer:
 
     Attributes:
         progress: what the run has come to.
+        stopped_by: the alarm that ended the run before its last step, as `monitor.stop_on_alarm` says; None where none did.
         updates: the updates of a step.
 
     Memory: beyond the model, gradients and moments (see `optim.build_optimizer`) of the two adapters and the value head.
@@ -102,14 +103,7 @@ class PPOTrainer:
         ptx: Sequence[PreferenceRow] = (),
         rehearsal: Sequence[PreferenceRow] = (),
     ) -> None:
-        if model.train_stage != config.stage:
-            raise ConfigError(
-                f"model is at stage {model.train_stage!r}, PPO needs {config.stage!r} for advantage={config.advantage!r} and "
-                f"ema_decay={config.ema_decay}; build it with train={config.stage!r}."
-            )
-        if not prompts:
-            raise ConfigError("data.train holds no prompt after the held-out ones are taken; give more rows.")
-        check_divides(world.size, rollout__batch_size=config.rollout.batch_size, minibatch_size=config.minibatch_size)
+        check_given(model, config, prompts, world)
         keep_freed_memory(model.device)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.prompts, self.eval_prompts = list(prompts), list(eval_prompts)[: config.eval_prompts]
@@ -118,21 +112,21 @@ class PPOTrainer:
         model.bound_values(config.value_range)
         keep_in_step(world, model)
         scorer = Scorer(config.reward, model.device, asks=world.is_main)
-        if scorer.needs_head and not model.reward_head_trained:
+        self.judges = None if config.evaluators is None else Scorer(config.evaluators, model.device, asks=world.is_main)
+        if self.judges is not None and not self.eval_prompts:
+            raise ConfigError("eval_rewards judge answers to held-out prompts, and there are none; give some.")
+        reads_head = scorer.needs_head or (self.judges is not None and self.judges.needs_head)
+        if reads_head and not model.reward_head_trained:
             raise ConfigError(UNTRAINED_HEAD)
         check_aggregates(config.reward, model.reward_heads)
-        for held in (self.prompts, self.eval_prompts):
-            scorer.check([row.columns for row in held])
+        for asked, held in ((scorer, self.prompts), (scorer, self.eval_prompts), (self.judges, self.eval_prompts)):
+            if asked is not None:
+                asked.check([row.columns for row in held])
         self.eos_ids = end_tokens(model, tokenizer, config.data.end_of_turn)
-        settle_ends(model, tokenizer, self.eos_ids, reads_head=scorer.needs_head)
-        if scorer.heads:
-            scorer.check_origin(origin_of(model, self.eos_ids[0]))
-        self.practised = {"ptx": list(ptx), "rehearsal": list(rehearsal)}
-        for name, settings in (("ptx", config.ptx), ("rehearsal", config.rehearsal)):
-            if (settings.data is None) != (not self.practised[name]):
-                raise ConfigError(f"{name}.data={settings.data!r} and the {name} rows do not go together; give both, or none.")
-        if config.rehearsal.data is not None and not model.reward_head_trained:
-            raise ConfigError(UNSCORED)
+        settle_ends(model, tokenizer, self.eos_ids, reads_head=reads_head)
+        scorers = [scorer] if self.judges is None else [scorer, self.judges]
+        self._reads_states = check_origins(scorers, lambda: origin_of(model, self.eos_ids[0]))
+        self.practised = check_practice(config, ptx, rehearsal, model.reward_head_trained)
         self.reading = Reading(tokenizer, config, self.eos_ids)
         self.never = unknown_ids(tokenizer, model.architecture.output_embeddings.weight.shape[0])
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
@@ -140,6 +134,7 @@ class PPOTrainer:
         self.progress = begin(
             model, config, self.prompts, scorer, max(len(self.eval_prompts), self._rows), lambda text: self.run.note(text)
         )
+        self.stopped_by: str | None = None
         self.updates = Updates(model, config, self.progress, self._announce, world)
         self._begun = time.perf_counter()
 
@@ -155,9 +150,12 @@ class PPOTrainer:
         try:
             if totals.before is None:
                 totals.before = totals.after = self.evaluate(0)
+                progress.watch.look(self.config.monitor, 0, {}, totals.before, self._rows)
+            if self.sampled == 0:  # else the run's folder has it already
+                self._record(0, numbers_of(totals.before), totals.before)
             with self.run.progress(self.config.steps, "PPO") as advance:
                 advance(progress.done, "")
-                while progress.done < self.config.steps:
+                while progress.done < self.config.steps and self.stopped_by is None:
                     metrics = self._whole_step(progress.done + 1)
                     advance(1, f"score {metrics['objective/scores']:.3f}  KL {metrics['objective/kl']:.2f}")
         except (StopRequested, ServerError):
@@ -166,12 +164,15 @@ class PPOTrainer:
             self.save(None)
             raise
         return {
-            "steps": self.config.steps,
+            "steps": progress.done,
             "seconds": totals.seconds,
             "responses_per_second": totals.responses / totals.seconds,
             "peak_bytes": max(totals.peaks.values(), default=None),
             "phase_peak_bytes": totals.peaks or None,
             **compare(totals.before, totals.after),
+            **compare_judged(totals.before, totals.after),
+            "alarms": progress.watch.raised,
+            "stopped_by": self.stopped_by,
         }
 
     def _whole_step(self, step: int) -> Metrics:
@@ -185,12 +186,25 @@ class PPOTrainer:
         metrics |= self._throughput(metrics, seconds) | self.memory.metrics()
         metrics |= end_step(self.world, self.updates.trained, f"step={step}")
         last = step == config.steps
-        evaluated = last or (config.eval_every > 0 and step % config.eval_every == 0)
-        found = self.evaluate(step) if evaluated else {}
-        metrics |= {k: v for k, v in found.items() if not isinstance(v, list)}
-        if evaluated or step % config.run.log_every == 0:
-            self.run.log(step, metrics)
+        scheduled = config.eval_every > 0 and step % config.eval_every == 0
+        found = self.evaluate(step) if last or scheduled else {}
+        metrics |= numbers_of(found)
+        watch = progress.watch.copy()  # what a stop during the evaluation below must not have seen twice
+        alarms = watch.look(config.monitor, step, metrics, found, self._rows, keep=scheduled)
+        stops = [alarm.name for alarm in alarms if config.monitor.stops_at(alarm.name) and not last]
+        if config.monitor.stop_on_alarm:
+            self.stopped_by = self.world.from_main(lambda: stops[0] if stops else None, f"step={step} alarms")
+        if self.stopped_by is not None and not found:
+            found = self.evaluate(step)
+            metrics |= numbers_of(found)
+        if config.monitor.enabled:
+            metrics["alarms"] = float(len(watch.on))
+        if found or alarms or last or step % config.run.log_every == 0:
+            self._record(step, metrics, found)
+        for alarm in alarms:
+            self.run.alarm(step, alarm.name, alarm.line, alarm.values)
 
+        progress.watch = watch
         totals.after = found or totals.after
         totals.responses += self._rows
         totals.seconds += seconds
@@ -202,9 +216,16 @@ class PPOTrainer:
         if best:
             totals.best_score = score
         due = config.run.save_every > 0 and step % config.run.save_every == 0
-        if last or due or (best and config.run.keep_best > 0):
+        if last or due or self.stopped_by is not None or (best and config.run.keep_best > 0):
             self.save(score)
         return metrics
+
+    def _record(self, step: int, metrics: Metrics, found: Mapping[str, Any]) -> None:
+        """Log what a step is measured by, and samples of its evaluation where evaluators judged it."""
+        if metrics:
+            self.run.log(step, metrics)
+        if samples := held_out_samples(found, [row.text for row in self.eval_prompts], self.config.minibatch_size):
+            self.run.samples(step, samples)
 
     @property
     def position(self) -> Position:
@@ -242,7 +263,10 @@ class PPOTrainer:
         """Do what is left of a step, but leave it open: an evaluation that is stopped can be done again."""
         progress = self.progress
         if self.updates.practising is None:
-            self._practise(step)
+            actor = self.updates.parameters["actor"]
+            practising = Practising(self.practised, self.model, progress, self.world, actor, self.config, self.pad_id)
+            practising.begin(self.eos_ids, self._announce, self.run.note)
+            self.updates.practising = practising
         if progress.partial is None:
             progress.partial = self._rollout(step)
             progress.capture()
@@ -250,18 +274,6 @@ class PPOTrainer:
         metrics = part.metrics | self.updates.run(part, train_actor=step > self.config.critic_warmup_steps, step=step)
         part.experience = part.experience.with_trunk(None)  # large, and of no more use
         return metrics | {"kl_coef": progress.kl_coef, "lr": float(progress.schedule.get_last_lr()[0])}
-
-    def _practise(self, step: int) -> None:
-        """Let the updates practise what the settings say; what is rehearsed is selected in the run's first step."""
-        config, progress, rehearsal = self.config, self.progress, self.practised["rehearsal"]
-        if rehearsal and progress.rehearsed is None:
-            self.on_phase("score")
-            found = select_rehearsed(self.model, rehearsal, config, self.eos_ids, self.pad_id)
-            progress.rehearsed = self.world.from_main(lambda: found, f"step={step} selecting what is rehearsed")
-            self.run.note(f"rehearsal: {len(progress.rehearsed)} of {len(rehearsal)} answers, the best of each kind")
-        practised = practices(config, self.practised["ptx"], rehearsal, progress.rehearsed)
-        actor = self.updates.parameters["actor"]
-        self.updates.practising = Practising(practised, self.model, progress, self.world, actor, config.run.seed, self.pad_id)
 
     def _close(self, step: int, metrics: Metrics) -> None:
         """Count a step as done."""
@@ -277,22 +289,22 @@ class PPOTrainer:
         progress = self.progress
         rows = next(progress.batches)
         experience = self._collect(rows, progress.sampler, f"step={step}", self._announce)
-        found, shaped = self._score(experience, rows, f"step={step} phase=score")
+        found = self._asked(progress.scorer, experience, rows, f"step={step} phase=score")
+        ended = self.reading.ended(experience)
+        shaped = progress.scorer.shape(found.total, ended)
         if step % self.config.sample_every == 0 or step == 1:
             self.run.samples(step, self.reading.samples(experience, rows, found, self.config.minibatch_size))
         cap, estimator = self.config.rollout.weight_cap, self.config.kl.estimator
         metrics = rollout_metrics(experience, found.total, shaped, progress.kl_coef, self.eos_ids, cap, estimator)
         metrics |= reward_metrics(found.parts)
+        most = self.config.rollout.max_new_tokens
+        metrics |= shape_metrics(experience, found.total, ended, self.eos_ids, most, self._decoded_together)
         check_measured(f"step={step} phase=rollout", metrics, progress.scaler)
         with allocating("experience"):
             scores = torch.tensor(shaped, device=self.model.device)
-            ended = self.reading.ended(experience) if self.config.bootstrap_truncated else None
             warming_up = step <= self.config.critic_warmup_steps
             finished = with_advantages(experience, scores, self.config, progress.kl_coef, progress.running, ended, warming_up)
-        if not self.config.has_critic:
-            return PartialStep(finished, metrics | {"value/mean": None, "value/explained_variance": None})
-        explained = explained_variance(finished.old_values, finished.returns, finished.response_mask)
-        return PartialStep(finished, metrics | {"value/explained_variance": explained.item()})
+        return PartialStep(finished, metrics | value_metrics(finished, self.config.has_critic))
 
     def update(self, experience: FinishedExperience, *, train_actor: bool = True, step: int = 0) -> Metrics:
         """Run the PPO epochs over one rollout."""
@@ -305,30 +317,19 @@ class PPOTrainer:
     # -- around the loop ---------------------------------------------------------------------------------------------
 
     def evaluate(self, step: int) -> dict[str, Any]:
-        """Sample the held-out prompts and score them; {} without held-out prompts.
-
-        Returns:
-            eval/scores (mean), eval/kl (nats per response), eval/response_length, eval/eos_rate, eval/repeated_4grams, each
-            reward source as eval/reward/name; and `scores`, `responses` row by row.
-        """
+        """Sample the held-out prompts and score them, by `held_out.evaluation`; {} without held-out prompts."""
         if not self.eval_prompts:
             return {}
         generator = torch.Generator(self.model.device).manual_seed(EVAL_SEED)
         # A reward function may draw random numbers; training must not depend on when it was last evaluated.
         with random_sources.kept():
             experience = self._collect(self.eval_prompts, generator, f"step={step} evaluation")
-            scores, raw = self._score(experience, self.eval_prompts, f"step={step} phase=evaluation", shape=False)
-        found = rollout_metrics(experience, raw, raw, 0.0, self.eos_ids)
-        return self._evaluate_ema(step) | {
-            "eval/scores": found["objective/scores"],
-            "eval/kl": found["objective/kl"],
-            "eval/response_length": found["rollout/response_length"],
-            "eval/eos_rate": found["rollout/eos_rate"],
-            "eval/repeated_4grams": found["rollout/repeated_4grams"],
-            **reward_metrics(scores.parts, "eval/"),
-            "scores": raw,
-            "responses": self.reading.read(experience),
-        }
+            where, rows = f"step={step} phase=evaluation", self.eval_prompts
+            scores = self._asked(self.progress.scorer, experience, rows, where)
+            judges = None if self.judges is None else self._asked(self.judges, experience, rows, where)
+        ended, texts = self.reading.ended(experience), self.reading.read(experience)
+        longest = self.config.rollout.max_new_tokens
+        return self._evaluate_ema(step) | evaluation(experience, scores, judges, ended, texts, self.eos_ids, longest)
 
     def _evaluate_ema(self, step: int) -> dict[str, Any]:
         """Return eval/ema_scores and eval/ema_kl of the running mean of the actor, where there is one."""
@@ -338,7 +339,7 @@ class PPOTrainer:
         where = f"step={step} evaluation of actor_ema"
         with random_sources.kept():
             experience = self._collect(self.eval_prompts, generator, where, role="actor_ema")
-            _, raw = self._score(experience, self.eval_prompts, where, shape=False)
+            raw = self._asked(self.progress.scorer, experience, self.eval_prompts, where).total
         found = rollout_metrics(experience, raw, raw, 0.0, self.eos_ids)
         return {"eval/ema_scores": found["objective/scores"], "eval/ema_kl": found["objective/kl"]}
 
@@ -365,7 +366,7 @@ class PPOTrainer:
             never=self.never,
             stopped=self.reading.stop,
             world=self.world,
-            passes=Passes(role, config.has_critic, config.bootstrap_truncated, self.progress.scorer.needs_states),
+            passes=Passes(role, config.has_critic, config.bootstrap_truncated, self._reads_states),
         )
 
     @property
@@ -373,15 +374,18 @@ class PPOTrainer:
         """Responses of a step."""
         return self.config.rollout.batch_size
 
-    def _score(
-        self, experience: ScoredExperience, rows: Sequence[PromptRow], where: str, shape: bool = True
-    ) -> tuple[Scores, list[float]]:
-        """Return what the sources say, and the scores that PPO sees."""
-        scorer = self.progress.scorer
-        given, members, states = experience.scores.tolist(), experience.members, experience.features
-        read = self.reading.responses
-        found = self.world.from_main(lambda: scorer.score(given, read(experience, rows), where, members, states), where)
-        return found, scorer.shape(found.total, self.reading.ended(experience)) if shape else found.total
+    def _asked(self, scorer: Scorer, experience: ScoredExperience, rows: Sequence[PromptRow], where: str) -> Scores:
+        """Return what sources say; rank 0 asks them."""
+        given, read, others = experience.scores.tolist(), self.reading.responses, (experience.members, experience.features)
+        return self.world.from_main(lambda: scorer.score(given, read(experience, rows), where, *others), where)
+
+    @property
+    def _decoded_together(self) -> int | None:
+        """Rows of a decode batch; None where another sampler decides."""
+        if getattr(self.sampler, "func", self.sampler) is not sample:
+            return None
+        size = min(self.progress.limits.sizes["rollout.generation_batch_size"], self._rows)
+        return self.world.rows_at_once(self._rows, size)
 
     def _texts(self, experience: Experience, show: bool = False, ends: Sequence[int] = ()) -> list[str]:
         return self.reading.texts(experience, show, ends)

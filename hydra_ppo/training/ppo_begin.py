@@ -1,4 +1,4 @@
-"""The state of a PPO run that has not begun."""
+"""What a PPO run is given, and its state before it begins."""
 
 from __future__ import annotations
 
@@ -8,12 +8,31 @@ import torch
 
 from hydra_ppo.config.settings import PPOConfig
 from hydra_ppo.data.rows import PromptRow
+from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.parallel.dealing import check_divides
+from hydra_ppo.parallel.world import World
 from hydra_ppo.rewards.scorer import Scorer
 from hydra_ppo.runtime.exhaustion import Limits
 from hydra_ppo.training.optim import build_optimizer
 from hydra_ppo.training.ppo_state import PPOState, PromptBatches
 from hydra_ppo.training.ppo_update import build_scaler, optimizer_steps, turns
+
+
+def check_given(model: HydraModel, config: PPOConfig, prompts: Sequence[PromptRow], world: World) -> None:
+    """Refuse a model of another stage, no prompts at all, and batches that so many processes cannot share.
+
+    Raises:
+        ConfigError: naming what is wrong.
+    """
+    if model.train_stage != config.stage:
+        raise ConfigError(
+            f"model is at stage {model.train_stage!r}, PPO needs {config.stage!r} for advantage={config.advantage!r} and "
+            f"ema_decay={config.ema_decay}; build it with train={config.stage!r}."
+        )
+    if not prompts:
+        raise ConfigError("data.train holds no prompt after the held-out ones are taken; give more rows.")
+    check_divides(world.size, rollout__batch_size=config.rollout.batch_size, minibatch_size=config.minibatch_size)
 
 
 def begin(

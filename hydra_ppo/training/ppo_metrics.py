@@ -9,13 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hydra_ppo.algorithms.advantages import explained_variance
 from hydra_ppo.algorithms.losses import importance_weights, logprob_drift
 from hydra_ppo.algorithms.masked import masked_mean
 from hydra_ppo.algorithms.penalties import Estimator, kl_penalty
-from hydra_ppo.experience import ScoredExperience
+from hydra_ppo.algorithms.trends import paired
+from hydra_ppo.experience import FinishedExperience, ScoredExperience
 from hydra_ppo.training.metrics import Metrics
 
-POLICY = ("policy/loss", "policy/approx_kl", "policy/clip_frac", "policy/ratio", "policy/entropy", "policy/grad_norm")
+POLICY = (
+    *("policy/loss", "policy/approx_kl", "policy/clip_frac", "policy/ratio", "policy/entropy", "policy/grad_norm"),
+    "policy/ratio_max",
+)
 VALUE = ("value/loss", "value/clip_frac", "value/grad_norm")
 COMPARED = (
     *("eval_scores_before", "eval_scores_after", "eval_scores_gain_se", "eval_kl"),
@@ -47,6 +52,7 @@ def rollout_metrics(
         "objective/scores_std": math.sqrt(sum((s - mean) ** 2 for s in raw) / rows),
         "objective/rlhf_reward": sum(shaped) / rows - kl_coef * paid,
         "objective/kl": kl_value,
+        "objective/kl_sqrt": math.sqrt(max(kl_value, 0.0)),
         "objective/entropy": entropy,
         "value/mean": value,
         "rollout/response_length": sum(experience.response_lengths) / rows,
@@ -56,6 +62,14 @@ def rollout_metrics(
         **found,
         **_measured_drift(experience),
     }
+
+
+def value_metrics(finished: FinishedExperience, has_critic: bool) -> Metrics:
+    """Return the share of the returns' variance that the values explain; None of all that is of values without a critic."""
+    if not has_critic:
+        return {"value/mean": None, "value/explained_variance": None}
+    explained = explained_variance(finished.old_values, finished.returns, finished.response_mask)
+    return {"value/explained_variance": explained.item()}
 
 
 def _penalty(experience: ScoredExperience, estimator: Estimator) -> Tensor:
@@ -110,13 +124,10 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Return held-out scores before and after, and the standard error of the mean difference, prompt by prompt."""
     if not before:
         return dict.fromkeys(COMPARED)
-    gains = [b - a for a, b in zip(before["scores"], after["scores"], strict=True)]
-    mean = sum(gains) / len(gains)
-    variance = sum((g - mean) ** 2 for g in gains) / max(len(gains) - 1, 1)
     return {
         "eval_scores_before": before["eval/scores"],
         "eval_scores_after": after["eval/scores"],
-        "eval_scores_gain_se": math.sqrt(variance / len(gains)),
+        "eval_scores_gain_se": paired(before["scores"], after["scores"])[1],
         "eval_kl": after["eval/kl"],
         "eval_repeated_4grams_before": before["eval/repeated_4grams"],
         "eval_repeated_4grams_after": after["eval/repeated_4grams"],
@@ -124,7 +135,14 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 
 def mean_of(rows: Sequence[Sequence[float]], names: Sequence[str]) -> Metrics:
-    """Average per-minibatch statistics; None where there were none."""
+    """Average per-minibatch statistics, and take the largest of those that are a largest; None where there were none."""
     if not rows:
         return dict.fromkeys(names)
-    return {name: math.fsum(column) / len(rows) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+    return {name: max(column) if name.endswith("_max") else math.fsum(column) / len(rows) for name, column in columns.items()}
+
+
+def spikes(rows: Sequence[Sequence[float]]) -> Metrics:
+    """Return the largest share of clipped tokens among the minibatches, rows of `POLICY`; None where there were none."""
+    clipped = [row[POLICY.index("policy/clip_frac")] for row in rows]
+    return {"policy/clip_frac_max": max(clipped, default=None)}

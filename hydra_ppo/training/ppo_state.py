@@ -21,8 +21,10 @@ from hydra_ppo.runtime import random_sources
 from hydra_ppo.runtime.exhaustion import Limits
 from hydra_ppo.training.away import send_away
 from hydra_ppo.training.metrics import Metrics
+from hydra_ppo.training.monitor import Watch
 from hydra_ppo.training.optim import load_optimizer, save_optimizer
 from hydra_ppo.training.ppo_advantages import RunningRewards
+from hydra_ppo.training.ppo_metrics import POLICY
 
 
 class PromptBatches:
@@ -107,6 +109,7 @@ class PPOState:
         done: steps done.
         partial: the step that is being updated on, None outside of the updates.
         totals: sums over the steps done.
+        watch: the history that alarms look back over.
         sources: what `capture` found when the step began, or its updates where those have begun.
         moments_leave: the optimizer's state is in host memory outside of the updates.
     """
@@ -126,6 +129,7 @@ class PPOState:
     done: int = 0
     partial: PartialStep | None = None
     totals: Totals = field(default_factory=Totals)
+    watch: Watch = field(default_factory=Watch)
     sources: TrainerState = field(default_factory=TrainerState)
     moments_leave: bool = False
 
@@ -165,6 +169,7 @@ class PPOState:
             "schedule": schedule,
             "scaler": self.scaler.state_dict(),
             "totals": asdict(self.totals),
+            "watch": self.watch.save(),
             "limits": self.limits.sizes,
             "partial": None,
         }
@@ -200,6 +205,7 @@ class PPOState:
         self.scaler.load_state_dict(values["scaler"])
         self.done, self.rehearsed = values["done"], values.get("rehearsed")
         self.totals = Totals(**values["totals"])
+        self.watch = Watch.load(values["watch"])
         self.limits.sizes |= values["limits"]
         sources = values["sources"]
         self.kl_coef = sources["kl_coef"]
@@ -230,7 +236,8 @@ def _partial(
         experience,
         metrics=saved["metrics"],
         optimizer_steps=saved["optimizer_steps"],
-        actor_stats=[torch.tensor(row, device=model.device) for row in saved["actor_stats"]],
+        # Checkpoints of before there was a largest ratio have rows without; 0 is never the largest.
+        actor_stats=[torch.tensor([*row, 0.0][: len(POLICY)], device=model.device) for row in saved["actor_stats"]],
         critic_stats=[torch.tensor(row, device=model.device) for row in saved["critic_stats"]],
         practice_stats=[torch.tensor(row, device=model.device) for row in saved.get("practice_stats", [])],
         stopped=saved["stopped"],

@@ -35,12 +35,13 @@ from hydra_ppo.runtime.interruption import check_stop
 from hydra_ppo.training.away import bring_back, send_away
 from hydra_ppo.training.metrics import Metrics
 from hydra_ppo.training.optim import clip_gradients, fresh_scaler
-from hydra_ppo.training.ppo_metrics import POLICY, VALUE, mean_of
+from hydra_ppo.training.ppo_metrics import POLICY, VALUE, mean_of, spikes
 from hydra_ppo.training.ppo_state import PartialStep, PPOState
 from hydra_ppo.training.practice import Practising
 
-SIZES = {"actor": len(POLICY), "critic": len(VALUE)}
-"""What each role is measured by at an optimizer step."""
+NAMES = {"actor": POLICY, "critic": VALUE}
+NORM = {"actor": POLICY.index("policy/grad_norm"), "critic": VALUE.index("value/grad_norm")}
+"""What each role is measured by at an optimizer step, and where its gradient's norm stands: what is summed is before it."""
 
 
 class Updates:
@@ -121,8 +122,8 @@ class Updates:
             for number, row in enumerate(rows, 1):
                 where = f"step={step} phase=update, optimizer step {number}"
                 check_measured(where, dict(zip(names, row, strict=True)), state.scaler)
-        practised = self._practised(part, step)
-        return mean_of(policy, POLICY) | mean_of(value, VALUE) | practised | {"policy/stopped_early": float(part.stopped)}
+        practised = self._practised(part, step) | {"policy/stopped_early": float(part.stopped)}
+        return mean_of(policy, POLICY) | spikes(policy) | mean_of(value, VALUE) | practised
 
     def _practised(self, part: PartialStep, step: int) -> Metrics:
         """Return the mean cross-entropy of each practice; {} where nothing is practised."""
@@ -167,19 +168,19 @@ class Updates:
         """Go through the micro-batches for these roles, step them together, and note what they are measured by."""
         config = self.config
         count = minibatch.response_mask.sum()
-        actor = partial(self.actor_backward, rows=len(minibatch))
+        actor = partial(self.actor_backward, rows=len(minibatch), largest=(largest := self._no_largest()))
         passes: dict[str, Callable[..., Tensor]] = {"actor": actor, "critic": self.critic_backward}
-        measured = {role: torch.zeros(SIZES[role], device=self.model.device) for role in roles}  # the last is the norm
+        measured = {role: torch.zeros(len(NAMES[role]), device=self.model.device) for role in roles}
 
         def backward() -> None:
             for micro, counts in self._micro_batches(minibatch, microbatch_size):
                 for role in roles:
                     self.on_phase(f"update-{role}")
-                    measured[role][:-1] += passes[role](micro, count, counts)
+                    measured[role][: NORM[role]] += passes[role](micro, count, counts)
 
         self.world.together(backward, f"{where}, {' and '.join(roles)}, microbatch_size={microbatch_size}")
         parameters = dict.fromkeys(parameter for role in roles for parameter in self.parameters[role])
-        self.world.sum_gradients(parameters, list(measured.values()))
+        self.world.sum_gradients(parameters, [*measured.values(), largest])
         stepped = list(roles)
         # Reading the KL waits for the device, so only who asks for the early stop pays for it.
         if "actor" in roles and config.target_kl is not None and measured["actor"][1].item() > config.target_kl:
@@ -195,9 +196,11 @@ class Updates:
             size, place = (microbatch_size, config.microbatch_tokens), (step, part.optimizer_steps)
             practised = self.practising.add(place, size, where)
         self.on_phase("optimizer")
+        if "actor" in stepped:
+            measured["actor"][-1].copy_(largest.amax())
         norms = self.world.alike(partial(self.optimizer_step, stepped), where)
         for role, norm in zip(stepped, norms, strict=True):
-            measured[role][-1:].copy_(norm)  # allocates nothing: where memory ran out from here on, a step would be done twice
+            measured[role][NORM[role]].copy_(norm)  # allocates nothing: out of memory from here on, a step would be done twice
             (part.actor_stats if role == "actor" else part.critic_stats).append(measured[role])
         if practised is not None:
             part.practice_stats.append(practised)
@@ -207,13 +210,25 @@ class Updates:
         self.state.optimizer.zero_grad(set_to_none=True)
         self.state.scaler = fresh_scaler(self.state.scaler, self.model.device)
 
-    def actor_backward(self, micro: FinishedExperience, count: Tensor, counts: bool = True, rows: int | None = None) -> Tensor:
+    def _no_largest(self) -> Tensor:
+        """Return room for the largest ratio that each process finds: one each, so that a sum gathers them."""
+        return torch.zeros(self.world.size, device=self.model.device)
+
+    def actor_backward(
+        self,
+        micro: FinishedExperience,
+        count: Tensor,
+        counts: bool = True,
+        rows: int | None = None,
+        largest: Tensor | None = None,
+    ) -> Tensor:
         """Add the actor's gradients of one micro-batch; return (5,) loss, approx_kl, clip_frac, ratio, entropy.
 
         Args:
             count: () tokens of the whole minibatch.
             counts: else zeros are added and returned, by the same passes.
             rows: responses of the whole minibatch; None where this is all of it.
+            largest: (processes,) the largest ratio of each so far; this one's is raised where a token here has a larger one.
         """
         config = self.config
         longest = config.rollout.max_new_tokens
@@ -243,6 +258,10 @@ class Updates:
             self.state.scaler.scale(loss if counts else loss * 0.0).backward()
         if not counts:
             return torch.zeros(5, device=count.device)
+        if largest is not None:
+            apart = (found.logprobs.detach() - micro.old_logprobs).masked_fill(~micro.response_mask, -torch.inf)
+            own = largest[self.world.rank]
+            own.copy_(torch.maximum(own, apart.amax().exp()))
         return torch.stack([out.loss.detach(), out.approx_kl, out.clip_frac, out.ratio, entropy.detach()])
 
     def critic_backward(self, micro: FinishedExperience, count: Tensor, counts: bool = True) -> Tensor:

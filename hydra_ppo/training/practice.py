@@ -7,7 +7,7 @@ arXiv 2309.10202, section 3): of each kind of answer the best, with a fixed weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,10 @@ from hydra_ppo.algorithms.clusters import best_of_each, kmeans
 from hydra_ppo.algorithms.masked import masked_mean
 from hydra_ppo.config.settings import PPOConfig
 from hydra_ppo.data.rows import PreferenceRow
+from hydra_ppo.errors import ConfigError
 from hydra_ppo.experience import Experience
 from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.model.manifest import UNSCORED
 from hydra_ppo.parallel.world import World
 from hydra_ppo.rollout.scoring import scores_and_means
 from hydra_ppo.runtime.announce import allocating
@@ -60,27 +62,47 @@ class Practising:
     """Adds what is practised to the gradients of the actor.
 
     Args:
-        practices: what is practised.
+        rows: answers by kind, ptx and rehearsal.
         model: whose actor practises.
         state: its scaler scales the losses, as it has scaled PPO's.
         world: the processes that share micro-batches out.
         parameters: of the actor.
-        seed: of what is drawn.
+        config: every setting.
         pad_id: fills up rows.
+
+    Attributes:
+        practices: what is practised; nothing before `begin`.
     """
 
     def __init__(
         self,
-        practices: Sequence[Practice],
+        rows: Mapping[str, Sequence[PreferenceRow]],
         model: HydraModel,
         state: PPOState,
         world: World,
         parameters: Sequence[nn.Parameter],
-        seed: int,
+        config: PPOConfig,
         pad_id: int,
     ) -> None:
-        self.practices, self.model, self.state, self.world = list(practices), model, state, world
-        self.parameters, self.seed, self.pad_id = list(parameters), seed, pad_id
+        self.rows, self.model, self.state, self.world = rows, model, state, world
+        self.parameters, self.config, self.pad_id = list(parameters), config, pad_id
+        self.practices: list[Practice] = []
+
+    def begin(self, eos_ids: Sequence[int], on_phase: Callable[[str], None], note: Callable[[str], None]) -> None:
+        """Select what is rehearsed, where that is not known yet, and practise from now on.
+
+        Args:
+            eos_ids: tokens that end an answer.
+            on_phase: told score as a pass over the answers begins.
+            note: takes a line on what was selected.
+        """
+        rehearsal = self.rows["rehearsal"]
+        if rehearsal and self.state.rehearsed is None:
+            on_phase("score")
+            found = select_rehearsed(self.model, rehearsal, self.config, eos_ids, self.pad_id)
+            self.state.rehearsed = self.world.from_main(lambda: found, "selecting what is rehearsed")
+            note(f"rehearsal: {len(self.state.rehearsed)} of {len(rehearsal)} answers, the best of each kind")
+        self.practices = practices(self.config, self.rows["ptx"], rehearsal, self.state.rehearsed)
 
     @property
     def names(self) -> list[str]:
@@ -100,7 +122,7 @@ class Practising:
     def _add(self, practice: Practice, place: tuple[int, int], size: tuple[int, int | None], where: str) -> Tensor:
         model, world, parameters = self.model, self.world, self.parameters
         with allocating("experience"):
-            batch = practice.draw(self.seed, *place, self.pad_id, model.device)
+            batch = practice.draw(self.config.run.seed, *place, self.pad_id, model.device)
         total = torch.zeros(1, device=model.device)
         count = batch.response_mask.sum()
         before = [parameter.grad for parameter in parameters]
@@ -140,6 +162,26 @@ class Practising:
 def _norm(gradients: Sequence[Tensor], like: Tensor) -> Tensor:
     """Return the length (1,) of gradients together; 0 where there are none."""
     return torch.nn.utils.get_total_norm(gradients).reshape(1) if gradients else torch.zeros_like(like)
+
+
+def check_practice(
+    config: PPOConfig, ptx: Sequence[PreferenceRow], rehearsal: Sequence[PreferenceRow], scores: bool
+) -> dict[str, list[PreferenceRow]]:
+    """Return the rows by kind.
+
+    Args:
+        scores: whether the reward head says anything.
+
+    Raises:
+        ConfigError: where settings and rows do not go together, or nothing could be selected.
+    """
+    rows = {"ptx": list(ptx), "rehearsal": list(rehearsal)}
+    for name, settings in (("ptx", config.ptx), ("rehearsal", config.rehearsal)):
+        if (settings.data is None) != (not rows[name]):
+            raise ConfigError(f"{name}.data={settings.data!r} and the {name} rows do not go together; give both, or none.")
+    if rows["rehearsal"] and not scores:
+        raise ConfigError(UNSCORED)
+    return rows
 
 
 def practices(

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from hydra_ppo.cli.main import main
-from tests.faults.project import assert_same, make_project, ppo_settings, quick_first, records, sft_settings, write
+from tests.faults.project import assert_same, make_project, ppo_settings, quick_first, records, sft_settings, weights, write
 from tests.faults.test_killed import go, kill_and_go_on
 from tests.faults.test_out_of_memory import GPU_TEXT
+from tests.faults.test_sealed_again import seal
 from tests.faults.test_stop_and_resume import stop_at
 from tests.ranks import Ranks
 
@@ -181,6 +182,39 @@ def test_what_makes_no_sense_is_said_before_a_weight_is_read(command, changes, l
         assert main([command, write(project / "wrong.yaml", made), *options]) == 2
         said = capsys.readouterr().err.strip().splitlines()[-1]
         assert line in said
+    assert not (project / "wrong").exists()
+
+
+def test_a_checkpoint_of_before_these_were_settings_is_gone_on_with(project, tmp_path):
+    """Of ppo too, whose sources are a list: what a source could not say yet is at its default."""
+    made = sft_settings(project, "base-of-ppo", max_steps=2)
+    assert main(["sft", write(tmp_path / "sft.yaml", made)]) == 0
+    changes = {"model": {"name_or_path": str(project / "base-of-ppo")}, "reward": {"sources": [{"kind": "head"}]}}
+    for name, steps in (("whole-ppo", 4), ("older", 2)):
+        made = ppo_settings(project, name, **changes, steps=steps, eval_every=0)
+        assert main(["ppo", write(tmp_path / "ppo.yaml", made)]) == 0
+
+    def forget(content):
+        for source in content["run"]["config"]["reward"]["sources"]:
+            del source["aggregate"], source["aggregate_coef"]
+
+    for folder in (project / "older" / "checkpoints").iterdir():
+        seal(folder, forget)
+    made = ppo_settings(project, "older", **changes, steps=4, eval_every=0)
+    assert main(["ppo", write(tmp_path / "ppo.yaml", made), "--resume"]) == 0
+    assert weights(project / "older") == weights(project / "whole-ppo")
+
+
+def test_floor_pairs_that_the_rows_do_not_give(project, tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": "w1", "chosen": f"w{i} w2 w3", "rejected": "w9"} for i in range(4, 12)]
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("hydra_ppo.cli.commands.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    data = {"train": str(tmp_path / "one.jsonl"), "eval_fraction": 0.0}
+    made = sft_settings(project, "wrong", floor_steps=1, data=data)
+    for options in ([], ["--dry-run"]):
+        assert main(["sft", write(tmp_path / "wrong.yaml", made), *options]) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.endswith("'other-prompt' changes no answer of data.train; leave it out.")
     assert not (project / "wrong").exists()
 
 

@@ -86,9 +86,9 @@ def test_sft_then_ppo_then_inspect_then_export(project, method, tmp_path, capsys
     assert "attention=auto takes sdpa" in capsys.readouterr().err
 
     run = tmp_path / "ppo"
-    assert [m["step"] for m in metrics(run)] == [1, 2, 3]
-    assert {m["kl_coef"] for m in metrics(run)} == {0.1}
-    assert metrics(run)[0]["objective/kl"] == pytest.approx(0, abs=1e-3)
+    assert [m["step"] for m in metrics(run)] == [0, 1, 2, 3]
+    assert {m["kl_coef"] for m in metrics(run)[1:]} == {0.1}
+    assert metrics(run)[1]["objective/kl"] == pytest.approx(0, abs=1e-3)
     for name in ("config.yaml", "samples.jsonl", "actor", "critic", "heads.safetensors", "hydra.json", "tensorboard"):
         assert (run / name).exists(), name
     assert {p.name for p in (run / "plots").iterdir()} >= {"reward.png", "kl.png", "length.png", "memory.png"}

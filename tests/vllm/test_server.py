@@ -214,7 +214,7 @@ def whole(project, real):
     done = ppo(project, real, project / "whole")
     assert done.returncode == 0, done.said
     print(f"\nthree steps of PPO: {time.monotonic() - began:.0f} s, imports and evaluations included")
-    for line in records(project / "whole"):
+    for line in records(project / "whole")[1:]:  # after the evaluation before training
         found = {
             name: line[f"rollout/{name}"]
             for name in ("drift", "drift_max", "sampler_kl", "importance_weight", "importance_max")

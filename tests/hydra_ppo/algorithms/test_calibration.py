@@ -41,3 +41,8 @@ def test_the_surest_fall_into_the_last_bin():
     """p = 1 has no bin of its own."""
     assert expected_calibration_error(torch.tensor([1e4, 1e4])).item() == pytest.approx(0.0, abs=1e-12)
     assert expected_calibration_error(torch.tensor([-1e4, 1e4])).item() == pytest.approx(0.5)
+
+
+def test_what_is_no_number_stays_none():
+    assert math.isnan(expected_calibration_error(torch.tensor([1.0, float("nan")])).item())
+    assert expected_calibration_error(torch.tensor([math.inf])).item() == 0.0

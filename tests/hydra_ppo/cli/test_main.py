@@ -63,8 +63,8 @@ def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
 
 
 COMMANDS = (
-    "sft, ppo, export, quantize, score, generate, features, heads, label-next, self-label, reward-eval, doctor, launch, "
-    "inspect, plan, profile, quickstart, serve"
+    "sft, ppo, rlhf, export, quantize, score, generate, features, heads, label-next, self-label, reward-eval, doctor, "
+    "launch, inspect, plan, profile, quickstart, serve"
 )
 
 BAD_COMMAND_LINES = [

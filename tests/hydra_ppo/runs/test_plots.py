@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hydra_ppo.errors import DataError
-from hydra_ppo.runs import plots
+from hydra_ppo.runs import plots, watch_plots
 from hydra_ppo.runs.plots import LINE_PLOTS, PHASES, plot_run, read_metrics
 
 PPO_PLOTS = ["kl.png", "length.png", "memory.png", "reward.png"]
@@ -99,3 +99,59 @@ def test_a_line_cut_short_by_a_crash(tmp_path):
 def test_every_plot_names_its_unit():
     assert all(plot.y_label and plot.title for plot in LINE_PLOTS)
     assert len({plot.file for plot in LINE_PLOTS}) == len(LINE_PLOTS)
+
+
+def judged_records(steps: int, judged: bool = True) -> list[dict]:
+    """Metrics of steps; at every other one an evaluation, the first of before training."""
+    found = []
+    for step in range(steps):
+        record = {"step": step} | ({"rollout/distinct_2": 0.5} if step else {})
+        if judged and step % 2 == 0:
+            record |= {"eval/scores": 0.1 * step, "eval/kl": 0.5 * step, "eval/independent": -0.1 * step}
+        found.append(record)
+    return found
+
+
+def write_records(folder: Path, records: list[dict], alarms: list[dict] = ()) -> Path:
+    for name, rows in (("metrics.jsonl", records), ("alarms.jsonl", alarms)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_pictures_of_the_monitor(tmp_path):
+    """Score and evaluator over the root of the KL need an evaluator; the others are drawn as far as they are measured."""
+    folder = write_records(
+        tmp_path, judged_records(9), [{"step": 4, "name": "over_optimisation"}, {"step": 5, "name": "ratio"}]
+    )
+    assert {path.name for path in plot_run(folder)} == {"reward.png", "monitor.png", "over_optimisation.png"}
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert {path.name for path in plot_run(write_records(plain, judged_records(5, judged=False)))} == {"monitor.png"}
+
+
+def test_what_is_drawn_over_the_root_of_the_kl(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(watch_plots, "_save", lambda figure, path: figures.append(figure) or path)
+    alarms = [{"step": 4, "name": "over_optimisation"}, {"step": 3, "name": "ratio"}]
+    watch_plots.draw_over_optimisation(judged_records(9), alarms, tmp_path / "a.png")
+    axes, other = figures[0].axes
+    away = [(0.5 * step) ** 0.5 for step in (0, 2, 4, 6, 8)]
+    for place, factor in ((axes, 0.1), (other, -0.1)):
+        x, y = place.lines[0].get_data()
+        assert list(x) == pytest.approx(away)
+        assert list(y) == pytest.approx([factor * step for step in (0, 2, 4, 6, 8)])
+    marks = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2]
+    assert marks == pytest.approx([away[2]])  # the alarm of the ratio is not about these two
+    assert watch_plots.draw_over_optimisation([{"step": 1, "eval/scores": 1.0}], [], tmp_path / "b.png") is None
+
+
+def test_alarms_are_marked_in_every_panel(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(watch_plots, "_save", lambda figure, path: figures.append(figure) or path)
+    watch_plots.draw_monitor(judged_records(9), [{"step": 4, "name": "ratio"}], tmp_path / "a.png")
+    panels = figures[0].axes
+    assert [axes.get_title(loc="left") for axes in panels] == ["score", "evaluator", "KL from the reference", "distinct-2"]
+    assert all(axes.get_ylabel() for axes in panels)
+    assert all(any(list(line.get_xdata()) == [4, 4] for line in axes.lines) for axes in panels)
+    assert panels[-1].get_xlabel() == "step"
+    assert watch_plots.draw_monitor([{"step": 1, "objective/kl": 1.0}], [], tmp_path / "b.png") is None

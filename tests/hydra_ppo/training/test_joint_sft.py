@@ -21,13 +21,16 @@ class Memo:
     """A recorder that remembers."""
 
     def __init__(self):
-        self.steps = []
+        self.steps, self.alarms = [], []
 
     def log(self, step, metrics):
         self.steps.append((step, dict(metrics)))
 
     def samples(self, step, rows):
         pass
+
+    def alarm(self, step, name, line, values):
+        self.alarms.append((step, name, line, dict(values)))
 
     def note(self, text):
         pass

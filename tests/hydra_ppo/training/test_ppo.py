@@ -119,7 +119,9 @@ def test_ppo_raises_the_reward_and_leaves_the_base_alone(options):
     assert summary["eval_scores_after"] > 0.6  # a random policy gets about 8 / 28
     for name, value in frozen.items():
         assert torch.equal(value, dict(model.named_parameters())[name]), name
-    assert memo.steps[0][1].keys() >= METRICS
+    assert memo.steps[0][0] == 0  # of before training
+    assert memo.steps[0][1].keys() == {name for name in memo.steps[-1][1] if name.startswith("eval/")}
+    assert memo.steps[1][1].keys() >= METRICS
     assert memo.steps[-1][0] == 25
 
 
@@ -292,7 +294,7 @@ def test_samples_checkpoints_and_evaluation_come_when_asked():
     # The first evaluation is the best so far; step 3 is due; step 4 is the last.
     best, due, last = ("save", False), ("save", True), ("save", False)
     assert saved == [("samples", 1, 4, keys), ("samples", 2, 4, keys), best, due, ("samples", 4, 4, keys), last]
-    assert ["eval/scores" in m for _, m in memo.steps] == [False, True, False, True]
+    assert ["eval/scores" in m for _, m in memo.steps] == [True, False, True, False, True]
 
 
 def parts(prompts, responses, messages, columns, ended):
@@ -313,7 +315,7 @@ def test_every_reward_source_is_logged_by_itself():
     config = ppo_config(reward=RewardSettings(isolation="thread", sources=sources), steps=1, minibatch_size=8)
     given = [replace(row, messages=[{"role": "user", "content": row.text}], columns={"done": True}) for row in prompts()]
     PPOTrainer(hydra(), tokenizer(), config, given[:12], given[12:], run=memo).train()
-    (_, metrics), names = memo.steps[0], ["both", "both/low", "both/right", "count_low_tokens"]
+    (_, metrics), names = memo.steps[1], ["both", "both/low", "both/right", "count_low_tokens"]
     assert sorted(name for name in metrics if "reward/" in name) == sorted(
         [f"reward/{name}" for name in names] + [f"eval/reward/{name}" for name in names]
     )
@@ -419,7 +421,7 @@ def test_an_evaluation_is_logged_whatever_the_interval():
     config = ppo_config(reward=LOW_WORDS, steps=4, eval_every=2)
     config = replace(config, run=replace(config.run, log_every=3))
     trainer(config=config, run=memo, eval_prompts=prompts(4)).train()
-    assert [(step, "eval/scores" in m) for step, m in memo.steps] == [(2, True), (3, False), (4, True)]
+    assert [(step, "eval/scores" in m) for step, m in memo.steps] == [(0, True), (2, True), (3, False), (4, True)]
 
 
 INT8_WEIGHED = {"kv_cache": "int8", "max_drift": 1e-9, "importance_cap": 1.001}
@@ -459,3 +461,30 @@ def test_a_step_that_was_stopped_between_its_minibatches_goes_on_from_its_state(
     again.train()
     for (name, one), other in zip(model.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("order", ["together", "in-turn"])
+def test_the_largest_ratio_is_that_of_any_token(order):
+    """One optimizer step on some rows, then the ratios of the others, token by token."""
+    model = hydra()
+    config = ppo_config(
+        reward=LOW_WORDS, ppo_epochs=1, minibatch_size=4, optimizer=OptimizerSettings(learning_rate=2e-2), update_order=order
+    )
+    ppo = trainer(model, config)
+    rows = finished_experience(model, config)
+    seen = []
+    real = Updates.actor_backward
+
+    def watched(self, micro, *arguments):
+        with torch.no_grad(), model.role("actor"):
+            found = model.logprobs(micro.sequences(), 1.0).logprobs
+        seen.append((found - micro.old_logprobs)[micro.response_mask].exp().max().item())
+        return real(self, micro, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Updates, "actor_backward", watched)
+        metrics = ppo.update(rows)
+    assert len(seen) == 4  # two minibatches of two micro-batches
+    assert metrics["policy/ratio_max"] == pytest.approx(max(seen), rel=1e-5)
+    assert metrics["policy/ratio_max"] > 1.05 > max(seen[:2])  # before the first step all are 1
+    assert metrics["policy/clip_frac_max"] >= metrics["policy/clip_frac"]

@@ -59,7 +59,8 @@ def test_what_is_added_to_the_gradients(relative, size):
     ppo = trainer(built, config())
     actor = list(built.role_parameters("actor").values())
     practice = Practice("ptx", [row.prompt_ids for row in ROWS], [row.chosen_ids for row in ROWS], 0.5, relative, 5)
-    practising = Practising([practice], built, ppo.progress, ppo.world, actor, 0, 0)
+    practising = Practising({}, built, ppo.progress, ppo.world, actor, ppo.config, 0)
+    practising.practices = [practice]
     _nll(built, practice.draw(0, 3, 1, 0, built.device)).backward()
     extra = [p.grad.clone() for p in actor]
     before = [torch.randn_like(p) for p in actor]

@@ -49,7 +49,8 @@ def assert_same(one, other):
 
 
 def metrics(ppo) -> list:
-    return [{k: v for k, v in found.items() if not k.startswith(("time", "memory"))} for _, found in ppo.run.steps]
+    steps = [found for step, found in ppo.run.steps if step]  # 0 is the evaluation before them
+    return [{k: v for k, v in found.items() if not k.startswith(("time", "memory"))} for found in steps]
 
 
 def whole_run(settings, **model):
@@ -76,7 +77,7 @@ def whole_run(settings, **model):
 )
 def test_in_turn_gives_the_bits_of_together(changes, model, monkeypatch):
     """Adapters, value head and every metric after three PPO steps."""
-    monkeypatch.setattr("hydra_ppo.training.ppo.build_scaler", small_scaler)
+    monkeypatch.setattr("hydra_ppo.training.ppo_begin.build_scaler", small_scaler)
     ours, our_metrics = whole_run(config(update_order="in-turn", **changes), **model)
     theirs, their_metrics = whole_run(config(**changes), **model)
     assert_same(ours, theirs)
@@ -288,7 +289,7 @@ def test_moments_are_away_while_responses_are_sampled_and_scored(name):
 def test_fp16_in_turn_counts_a_step_once(monkeypatch):
     """Together, an overflow keeps both from stepping; in-turn the role that had none steps, and the scale is halved once."""
     found = {}
-    monkeypatch.setattr("hydra_ppo.training.ppo.build_scaler", small_scaler)
+    monkeypatch.setattr("hydra_ppo.training.ppo_begin.build_scaler", small_scaler)
     for order in ("together", "in-turn"):
         model = hydra(dtype="fp16")
         settings = replace(config(update_order=order, ppo_epochs=1, minibatch_size=8, microbatch_size=8), steps=1)

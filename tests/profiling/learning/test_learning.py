@@ -13,6 +13,8 @@ from hydra_ppo.errors import ConfigError
 from hydra_ppo.profiling.learning import compare as learning
 from hydra_ppo.profiling.learning import setups
 from hydra_ppo.profiling.learning.compare import Outcome, compare_learning, learning_table, spread
+from hydra_ppo.profiling.learning.overoptimisation import settings as over_optimisation_settings
+from hydra_ppo.profiling.learning.overoptimisation import verdict
 from hydra_ppo.profiling.learning.picture import trunk_figure
 from hydra_ppo.quickstart import run as quickstart
 from hydra_ppo.quickstart.corpus import make_corpus
@@ -204,3 +206,25 @@ def test_the_table_of_savings_compares_seed_by_seed():
     assert "0.000 ± 0.100" in text  # of -0.1 and 0.1
     assert "not shown" in text
     assert "0.0100" in text
+
+
+def test_a_verdict_by_hand():
+    """Gold 1, 2, 3, 2.9, 2.7, 1: the gain is 2, a tenth of it lost at 2.8 or below, which step 8 is."""
+    gold = [1.0, 2.0, 3.0, 2.9, 2.7, 1.0]
+    records = [{"step": 2 * i, "eval/independent": value} for i, value in enumerate(gold)] + [{"step": 11}]
+    alarms = [{"step": step, "name": "over_optimisation"} for step in (2, 6, 10)] + [{"step": 5, "name": "ratio"}]
+    found = verdict(records, alarms)
+    assert (found.before, found.best, found.best_step, found.lost_step) == (1.0, 3.0, 4, 8)
+    assert (found.alarms, found.alarm_step, found.early) == ([2, 6, 10], 6, [2])
+    assert found.lost_share == pytest.approx(0.05)
+    quiet = verdict(records[:3], [])
+    assert (quiet.lost_step, quiet.alarm_step, quiet.lost_share) == (None, None, None)
+
+
+def test_the_settings_of_over_optimisation_are_the_quickstarts_without_a_penalty(tmp_path):
+    found = over_optimisation_settings(tmp_path, 3, "many", tmp_path / "heads", 2, ["--steps", "7"])
+    assert (found.kl.coef, found.steps, found.run.seed) == (0.0, 7, 3)
+    assert found.model.name_or_path == str(tmp_path / "heads")
+    assert found.eval_prompts == 2 * 366
+    assert [source.target for source in found.eval_rewards] == ["hydra_ppo.profiling.learning.gold:gold"]
+    assert found.rollout == quickstart.ppo_config(tmp_path, 3).rollout
