@@ -76,9 +76,9 @@ def _check_heads(config: PPOConfig, name: str) -> None:
     from hydra_ppo.model.origin import check_files
     from hydra_ppo.rewards.stored_heads import read_heads
 
-    for index, source in enumerate(config.reward.sources):
+    for setting, source in config.named_sources():
         if source.kind == "head" and source.target is not None:
-            check_files(read_heads(Path(source.target)).origin, name, f"reward.sources[{index}].target={source.target!r}")
+            check_files(read_heads(Path(source.target)).origin, name, f"{setting}.target={source.target!r}")
 
 
 def _check_brought(empty: PreTrainedModel, name: str, saved: Path | None) -> None:

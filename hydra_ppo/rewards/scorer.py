@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -231,6 +231,22 @@ class Scorer:
             scores = [min(max(s, -bound), bound) for s in scores]
         penalty = self.settings.missing_eos_penalty
         return [s if done else s - penalty for s, done in zip(scores, ended, strict=True)]
+
+
+def check_origins(scorers: Sequence[Scorer], now: Callable[[], Origin]) -> bool:
+    """Refuse heads that were trained on states of another model; return whether any scorer reads states.
+
+    Args:
+        scorers: all that are asked.
+        now: finds what the states that they will be given come of; called where there are heads.
+
+    Raises:
+        ConfigError: as `Scorer.check_origin`.
+    """
+    for scorer in scorers:
+        if scorer.heads:
+            scorer.check_origin(now())
+    return any(scorer.needs_states for scorer in scorers)
 
 
 def check_source(source: RewardSource, isolation: Isolation = "process") -> None:

@@ -34,7 +34,7 @@ from hydra_ppo.model.manifest import UNTRAINED_HEAD
 from hydra_ppo.model.origin import origin_of
 from hydra_ppo.parallel.world import ALONE, World
 from hydra_ppo.rewards.ensembles import check_aggregates
-from hydra_ppo.rewards.scorer import Scorer, Scores
+from hydra_ppo.rewards.scorer import Scorer, Scores, check_origins
 from hydra_ppo.rollout.collect import Passes, collect_experience
 from hydra_ppo.rollout.sampling import Samples, sample
 from hydra_ppo.runs.checkpoint import Position, TrainerState
@@ -124,9 +124,7 @@ class PPOTrainer:
             one.check([row.columns for row in held])
         self.eos_ids = end_tokens(model, tokenizer, config.data.end_of_turn)
         settle_ends(model, tokenizer, self.eos_ids, reads_head=reads_head)
-        self.needs_states = any(one.needs_states for one in asked)
-        for one in asked if self.needs_states else ():
-            one.check_origin(origin_of(model, self.eos_ids[0]))
+        self._reads_states = check_origins(asked, lambda: origin_of(model, self.eos_ids[0]))
         self.practised = check_practice(config, ptx, rehearsal, model.reward_head_trained)
         self.reading = Reading(tokenizer, config, self.eos_ids)
         self.never = unknown_ids(tokenizer, model.architecture.output_embeddings.weight.shape[0])
@@ -367,7 +365,7 @@ class PPOTrainer:
             never=self.never,
             stopped=self.reading.stop,
             world=self.world,
-            passes=Passes(role, config.has_critic, config.bootstrap_truncated, self.needs_states),
+            passes=Passes(role, config.has_critic, config.bootstrap_truncated, self._reads_states),
         )
 
     @property
@@ -377,9 +375,8 @@ class PPOTrainer:
 
     def _asked(self, scorer: Scorer, experience: ScoredExperience, rows: Sequence[PromptRow], where: str) -> Scores:
         """Return what sources say; rank 0 asks them."""
-        given, members, states = experience.scores.tolist(), experience.members, experience.features
-        read = self.reading.responses
-        return self.world.from_main(lambda: scorer.score(given, read(experience, rows), where, members, states), where)
+        given, read, others = experience.scores.tolist(), self.reading.responses, (experience.members, experience.features)
+        return self.world.from_main(lambda: scorer.score(given, read(experience, rows), where, *others), where)
 
     @property
     def _decoded_together(self) -> int | None:

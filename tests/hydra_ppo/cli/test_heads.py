@@ -320,6 +320,15 @@ class TestServed:
             assert (code, err.count("\n"), message in err) == (2, 1, True), err
         assert not (tmp_path / "run").exists()
 
+    def test_they_can_judge_held_out_answers_alone(self, project, tmp_path, capsys):
+        """eval_rewards reads the states too, where no source of the score does."""
+        judges = [{"kind": "head", "target": str(project / "linear"), "name": "other"}]
+        settings = ppo_settings(project, tmp_path / "run", [{"kind": "head"}], steps=1, eval_rewards=judges)
+        assert call(capsys, "ppo", write(tmp_path / "run.yaml", settings))[0] == 0
+        metrics = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+        assert [name for name in metrics if "other" in name]
+        assert metrics["eval/scores"] == pytest.approx(metrics["eval/reward/head"])
+
     def test_a_dry_run_says_what_it_found(self, project, tmp_path, capsys):
         settings = ppo_settings(project, tmp_path / "run", self.sources(project))
         code, out, _ = call(capsys, "ppo", write(tmp_path / "run.yaml", settings), "--dry-run")

@@ -316,9 +316,8 @@ def test_every_reward_source_is_logged_by_itself():
     given = [replace(row, messages=[{"role": "user", "content": row.text}], columns={"done": True}) for row in prompts()]
     PPOTrainer(hydra(), tokenizer(), config, given[:12], given[12:], run=memo).train()
     (_, metrics), names = memo.steps[1], ["both", "both/low", "both/right", "count_low_tokens"]
-    assert sorted(name for name in metrics if "reward/" in name) == sorted(
-        [f"reward/{name}" for name in names] + [f"eval/reward/{name}" for name in names]
-    )
+    found = [f"{where}reward/{name}" for name in names for where in ("", "eval/")]
+    assert sorted(name for name in metrics if "reward/" in name) == sorted([*found, "reward/length_r2"])
     assert [sorted(row["rewards"]) for row in rows] == [names] * 8
     for name in names:
         mean = sum(row["rewards"][name] for row in rows) / 8
@@ -475,11 +474,11 @@ def test_the_largest_ratio_is_that_of_any_token(order):
     seen = []
     real = Updates.actor_backward
 
-    def watched(self, micro, *arguments):
+    def watched(self, micro, *arguments, **options):
         with torch.no_grad(), model.role("actor"):
             found = model.logprobs(micro.sequences(), 1.0).logprobs
         seen.append((found - micro.old_logprobs)[micro.response_mask].exp().max().item())
-        return real(self, micro, *arguments)
+        return real(self, micro, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Updates, "actor_backward", watched)
