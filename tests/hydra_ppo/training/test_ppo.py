@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from hydra_ppo.compute.kv_cache import KVCache, new_cache
-from hydra_ppo.config.settings import KLSettings, OptimizerSettings, RewardSettings, RewardSource, RolloutSettings
+from hydra_ppo.config.settings import (
+    KLSettings,
+    MonitorSettings,
+    OptimizerSettings,
+    RewardSettings,
+    RewardSource,
+    RolloutSettings,
+)
 from hydra_ppo.errors import ConfigError, NonFiniteError
 from hydra_ppo.rewards.server import Server
 from hydra_ppo.rollout.collect import collect_experience
@@ -418,7 +425,7 @@ def test_repeated_ngrams_by_hand():
 def test_an_evaluation_is_logged_whatever_the_interval():
     memo = Memo()
     config = ppo_config(reward=LOW_WORDS, steps=4, eval_every=2)
-    config = replace(config, run=replace(config.run, log_every=3))
+    config = replace(config, run=replace(config.run, log_every=3), monitor=MonitorSettings(enabled=False))
     trainer(config=config, run=memo, eval_prompts=prompts(4)).train()
     assert [(step, "eval/scores" in m) for step, m in memo.steps] == [(0, True), (2, True), (3, False), (4, True)]
 
