@@ -35,8 +35,8 @@ def check_advantage(config: Any) -> None:
     stops = config.monitor.stop_on_alarm
     if kind != "gae" and isinstance(stops, list) and "explained_variance" in stops:
         raise ConfigError(
-            f"monitor.stop_on_alarm names explained_variance, which is of the critic, and advantage={kind!r} has none; leave it "
-            "out."
+            f"monitor.stop_on_alarm names explained_variance, which is of the critic, and advantage={kind!r} has none; leave "
+            "it out."
         )
     if kind != "group":
         _refuse_set(config, "group_std", f"is of advantage='group', and it is {kind!r}")
