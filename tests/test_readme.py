@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hydra_ppo.cli.flags import load_config
+from hydra_ppo.cli.flags import load_config, parse
 from hydra_ppo.cli.main import main
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
 from tests.training import write_model
@@ -59,6 +59,21 @@ def test_the_commands_exist(capsys):
     }
     for word in words:
         assert main([word, "--help"]) == 0
+
+
+def test_what_else_it_can_do_is_typed_right(tmp_path):
+    """Every row of that table: settings that there are, commands that there are."""
+    section = README.split("## What else it can do")[1].split("\n## ")[0]
+    commands = re.findall(r"`hydra-ppo ([^`]*)`", section)
+    assert len(commands) >= 13
+    settings = {kind: next(b for b in blocks("yaml") if b.startswith(f"# {kind}.yaml")) for kind in ("sft", "ppo")}
+    for line in commands:
+        command, *rest = line.split()
+        if command in settings:
+            path = tmp_path / f"{command}.yaml"
+            path.write_text(settings[command])
+            parse({"sft": SFTConfig, "ppo": PPOConfig}[command], command, [str(path), *rest[1:]])
+        assert main([command, "--help"]) == 0
 
 
 def test_make_targets_exist():
