@@ -32,7 +32,7 @@ from hydra_ppo.config.settings import (
     SFTConfig,
 )
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.quickstart.corpus import build_llama_config, gold_score, make_corpus, train_tokenizer
+from hydra_ppo.quickstart.corpus import Corpus, build_llama_config, gold_score, make_corpus, train_tokenizer
 
 if TYPE_CHECKING:
     from hydra_ppo.model.hydra import HydraModel
@@ -158,12 +158,29 @@ def _prepare(folder: Path, overwrite: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def write_inputs(folder: Path, seed: int) -> list[str]:
-    """Write data, tokenizer and a base with random weights; return the held-out prompts."""
+def write_inputs(folder: Path, seed: int, corpus: Corpus | None = None) -> list[str]:
+    """Write data, tokenizer and a base with random weights; return the held-out prompts.
+
+    Args:
+        folder: takes `data` and `base`.
+        seed: of the corpus and of the weights.
+        corpus: None is the quickstart's own.
+    """
     from transformers import AutoModelForCausalLM, set_seed
 
-    corpus = make_corpus(seed)
-    data = folder / "data"
+    corpus = corpus or make_corpus(seed)
+    write_data(folder / "data", corpus)
+    pairs = [*corpus.preferences, *corpus.eval_preferences]
+    tokenizer = train_tokenizer([pair["prompt"] + " " + pair[side] for pair in pairs for side in ("chosen", "rejected")])
+    set_seed(seed)
+    model = AutoModelForCausalLM.from_config(build_llama_config(len(tokenizer)))
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    return [row["prompt"] for row in corpus.eval_prompts]
+
+
+def write_data(data: Path, corpus: Corpus) -> None:
+    """Write a corpus as train, eval, prompts and eval_prompts, JSONL, into a new folder."""
     data.mkdir()
     for name, rows in (
         ("train", [_joined(pair) for pair in corpus.preferences]),
@@ -172,13 +189,6 @@ def write_inputs(folder: Path, seed: int) -> list[str]:
         ("eval_prompts", corpus.eval_prompts),
     ):
         _write_jsonl(data / f"{name}.jsonl", rows)
-    pairs = [*corpus.preferences, *corpus.eval_preferences]
-    tokenizer = train_tokenizer([pair["prompt"] + " " + pair[side] for pair in pairs for side in ("chosen", "rejected")])
-    set_seed(seed)
-    model = AutoModelForCausalLM.from_config(build_llama_config(len(tokenizer)))
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    return [row["prompt"] for row in corpus.eval_prompts]
 
 
 def _joined(pair: Mapping[str, str]) -> dict[str, str]:

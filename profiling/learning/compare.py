@@ -14,10 +14,10 @@ Trunks (lowest layers without adapters, which run once per rollout) are compared
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,20 @@ from typing import Any
 from rich.table import Table
 
 from hydra_ppo.errors import ConfigError
+from hydra_ppo.profiling.learning.shared import (
+    SHARED_BASE,
+    gold_scores,
+    judged,
+    kept,
+    mean,
+    opponent_scores,
+    prepare_seed,
+    spread,
+)
 from hydra_ppo.profiling.subjects.baselines import METHODS, build
 from hydra_ppo.quickstart import run as quickstart
-from hydra_ppo.quickstart.corpus import build_llama_config, gold_score
+from hydra_ppo.quickstart.corpus import build_llama_config
 
-SHARED_BASE = ("j-hydra", "hydra")
 FULL_LEARNING_RATE = 3e-4
 """The better of 1e-4 and 3e-4 by gold score on seed 3, which is not among those reported."""
 
@@ -87,17 +96,17 @@ def compare_learning(
         place = folder / f"seed-{seed}"
         for method, trunk in product(methods, trunk_layers):
             path = place / f"{_label(method, trunk)}.json"
-            if not path.is_file():
-                started = time.perf_counter()
-                found = _train(place, method, seed, trunk, full_learning_rate)
-                place.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(asdict(found)) + "\n")
-                say(
-                    f"seed {seed} {_label(method, trunk)}: gold {found.gold_before:.2f} -> {found.gold_after:.2f}, win rate "
-                    f"{found.win_rate:.3f}, KL {found.kl:.1f}, {time.perf_counter() - started:.0f} s"
-                )
-            outcomes.append(Outcome(**json.loads(path.read_text())))
+            make = partial(_train, place, method, seed, trunk, full_learning_rate)
+            line = partial(_line, f"seed {seed} {_label(method, trunk)}", time.perf_counter())
+            outcomes.append(Outcome(**kept(path, lambda make=make: asdict(make()), say, line)))
     return outcomes
+
+
+def _line(name: str, started: float, found: Mapping[str, Any]) -> str:
+    return (
+        f"{name}: gold {found['gold_before']:.2f} -> {found['gold_after']:.2f}, win rate {found['win_rate']:.3f}, "
+        f"KL {found['kl']:.1f}, {time.perf_counter() - started:.0f} s"
+    )
 
 
 def _label(method: str, trunk_layers: int) -> str:
@@ -164,63 +173,6 @@ def _train(place: Path, method: str, seed: int, trunk_layers: int, full_learning
     )
 
 
-def judged(before: Sequence[float], after: Sequence[float], opponent: Sequence[float]) -> dict[str, float]:
-    """Return gold_before, gold_after, gain_se and win_rate of an outcome.
-
-    Args:
-        before, after: gold scores of the answers to held-out prompts before and after PPO.
-        opponent: of the answers that it is compared with.
-    """
-    return {
-        "gold_before": mean(before),
-        "gold_after": mean(after),
-        "gain_se": standard_error([b - a for a, b in zip(before, after, strict=True)]),
-        "win_rate": mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(after, opponent, strict=True)]),
-    }
-
-
-def prepare_seed(place: Path, method: str, seed: int) -> None:
-    """Write data and base of a seed, and train what `method` starts from, where that is not there yet."""
-    from hydra_ppo.cli import commands
-
-    if not (place / "base").is_dir():
-        place.mkdir(parents=True, exist_ok=True)
-        quickstart.write_inputs(place, seed)
-    joint = quickstart.sft_config(place, seed)
-    quiet = replace(joint.run, progress=False)
-    stages = {"sft": replace(joint, run=quiet)}
-    if method not in SHARED_BASE:
-        run = replace(quiet, output=str(place / "sft-alone"))
-        stages["sft-alone"] = replace(joint, run=run, reward_coef=0.0)
-        run = replace(quiet, output=str(place / "reward-alone"))
-        start = replace(joint.model, name_or_path=str(place / "sft-alone"))
-        stages["reward-alone"] = replace(joint, run=run, model=start, sft_coef=0.0)
-    for name, config in stages.items():
-        if not (place / name / "summary.json").is_file():
-            commands.sft(replace(config, run=replace(config.run, overwrite=True)))
-
-
-def opponent_scores(place: Path, prompts: Sequence[str], seed: int) -> list[float]:
-    """Return the gold scores of what the joint SFT policy answers to held-out prompts."""
-    from transformers import AutoTokenizer
-
-    from hydra_ppo.model.hydra import HydraModel
-
-    path = place / "opponent.json"
-    if not path.is_file():
-        model = HydraModel.from_pretrained(place / "sft")
-        tokenizer = AutoTokenizer.from_pretrained(place / "sft")
-        rollout = quickstart.ppo_config(place, seed).rollout
-        path.write_text(json.dumps(gold_scores(model, tokenizer, prompts, rollout, seed, "reference")))
-    return json.loads(path.read_text())
-
-
-def gold_scores(model: Any, tokenizer: Any, prompts: Sequence[str], rollout: Any, seed: int, role: str) -> list[float]:
-    """Return the gold scores of what a role answers to held-out prompts."""
-    texts = quickstart.sample_texts(model, tokenizer, prompts, rollout, seed, role)
-    return [gold_score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-
-
 def learning_table(outcomes: Sequence[Outcome]) -> Table:
     """Lay out means over seeds with their standard errors."""
     table = Table(title="Learning: mean over seeds ± standard error over seeds", title_justify="left")
@@ -243,20 +195,3 @@ def by_setting(outcomes: Sequence[Outcome]) -> dict[tuple[str, int], list[Outcom
     for outcome in outcomes:
         groups.setdefault((outcome.method, outcome.trunk_layers), []).append(outcome)
     return groups
-
-
-def spread(values: Sequence[float]) -> str:
-    """Write a mean with its standard error, without one for a single value."""
-    middle = f"{mean(values):.3f}"
-    return middle if len(values) < 2 else f"{middle} ± {standard_error(values):.3f}"
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean of at least one value."""
-    return sum(values) / len(values)
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of the mean of at least two values."""
-    middle = mean(values)
-    return math.sqrt(sum((v - middle) ** 2 for v in values) / (len(values) - 1) / len(values))

@@ -24,7 +24,7 @@ from rich.table import Table
 from hydra_ppo.cli.flags import parse
 from hydra_ppo.config.reading import as_values
 from hydra_ppo.config.settings import KLSettings, OptimizerSettings, PPOConfig, RewardSource
-from hydra_ppo.profiling.learning.compare import prepare_seed
+from hydra_ppo.profiling.learning.shared import prepare_inputs, prepare_seed
 from hydra_ppo.quickstart import run as quickstart
 from hydra_ppo.quickstart.corpus import openings
 from hydra_ppo.runs.plots import plot_run, read_alarms, read_metrics
@@ -109,9 +109,8 @@ def over_optimise(
     if not (output / "summary.json").is_file():
         if start is None:
             prepare_seed(place, "hydra", seed)
-        elif not (place / "base").is_dir():
-            place.mkdir(parents=True, exist_ok=True)
-            quickstart.write_inputs(place, seed)
+        else:
+            prepare_inputs(place, seed)
         rows = [{"prompt": opening} for opening in openings()[1] for _ in range(copies)]
         held_out = Path(str(config.data.eval))
         held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))

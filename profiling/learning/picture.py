@@ -8,7 +8,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hydra_ppo.profiling.learning.compare import Outcome, by_setting, mean, standard_error
+from hydra_ppo.profiling.learning.compare import Outcome, by_setting
+from hydra_ppo.profiling.learning.shared import mean, standard_error
 from hydra_ppo.profiling.reporting.figures import blank, clean, save
 
 COLOUR = "#332288"

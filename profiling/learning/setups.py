@@ -7,11 +7,11 @@ opponent, the responses of that SFT policy. `python -m hydra_ppo.profiling.learn
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,10 @@ from rich.table import Table
 
 from hydra_ppo.config.settings import PPOConfig
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.profiling.learning.compare import (
+from hydra_ppo.profiling.learning.shared import (
     gold_scores,
     judged,
+    kept,
     mean,
     opponent_scores,
     prepare_seed,
@@ -146,18 +147,28 @@ def compare_setups(
         prepare_seed(place, "hydra", seed)
         for setup in setups:
             path = place / f"{setup.replace(' ', '-')}.json"
-            if not path.is_file():
-                found = _train(place, setup, TABLES[table][setup], seed)
-                path.write_text(json.dumps(asdict(found)) + "\n")
-                say(
-                    f"seed {seed} {setup}: gold {found.gold_before:.2f} -> {found.gold_after:.2f}, win rate "
-                    f"{found.win_rate:.3f}, KL {found.kl:.1f}, perplexity {found.perplexity:.2f}, {found.seconds:.0f} s"
-                )
-            outcomes.append(Outcome(**json.loads(path.read_text())))
+            make = partial(train, place, setup, TABLES[table][setup], seed)
+            line = partial(_line, f"seed {seed} {setup}")
+            outcomes.append(Outcome(**kept(path, lambda make=make: asdict(make()), say, line)))
     return outcomes
 
 
-def _train(place: Path, setup: str, changes: Setup, seed: int) -> Outcome:
+def _line(name: str, found: Mapping[str, Any]) -> str:
+    return (
+        f"{name}: gold {found['gold_before']:.2f} -> {found['gold_after']:.2f}, win rate {found['win_rate']:.3f}, "
+        f"KL {found['kl']:.1f}, perplexity {found['perplexity']:.2f}, {found['seconds']:.0f} s"
+    )
+
+
+def train(place: Path, setup: str, changes: Setup, seed: int) -> Outcome:
+    """Run PPO with some settings changed, and judge it against the answers of the SFT policy in `place`.
+
+    Args:
+        place: folder of a seed, which holds the data and `sft`.
+        setup: name of the outcome.
+        changes: settings that differ; `model.name_or_path` is another run of sft to start from.
+        seed: of training and sampling.
+    """
     from transformers import AutoTokenizer, set_seed
 
     from hydra_ppo.cli import loading
@@ -165,7 +176,7 @@ def _train(place: Path, setup: str, changes: Setup, seed: int) -> Outcome:
     from hydra_ppo.training.ppo import PPOTrainer
 
     config = with_settings(quickstart.ppo_config(place, seed), changes)
-    tokenizer = AutoTokenizer.from_pretrained(place / "sft")
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name_or_path)
     practised = _practised(config, tokenizer, place, seed)
     prompts, eval_prompts, _ = loading.load_rows(load_prompts, tokenizer, config.data, seed)
     set_seed(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 from rich.console import Console
@@ -12,37 +12,12 @@ from hydra_ppo.cli.main import main
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.profiling.learning import compare as learning
 from hydra_ppo.profiling.learning import setups
-from hydra_ppo.profiling.learning.compare import Outcome, compare_learning, learning_table, spread
+from hydra_ppo.profiling.learning.compare import Outcome, compare_learning, learning_table
 from hydra_ppo.profiling.learning.overoptimisation import settings as over_optimisation_settings
 from hydra_ppo.profiling.learning.overoptimisation import verdict
 from hydra_ppo.profiling.learning.picture import trunk_figure
+from hydra_ppo.profiling.learning.shared import spread
 from hydra_ppo.quickstart import run as quickstart
-from hydra_ppo.quickstart.corpus import make_corpus
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Two optimizer steps of SFT, one PPO step, few rows."""
-    sft, ppo = quickstart.sft_config, quickstart.ppo_config
-
-    def corpus(seed):
-        whole = make_corpus(seed)
-        return replace(
-            whole,
-            preferences=whole.preferences[:48],
-            eval_preferences=whole.eval_preferences[:8],
-            prompts=whole.prompts[:16],
-            eval_prompts=whole.eval_prompts[:6],
-        )
-
-    def small_ppo(folder, seed):
-        config = ppo(folder, seed)
-        rollout = replace(config.rollout, batch_size=4, max_new_tokens=6)
-        return replace(config, steps=1, ppo_epochs=1, minibatch_size=4, microbatch_size=4, rollout=rollout, eval_prompts=6)
-
-    monkeypatch.setattr(quickstart, "make_corpus", corpus)
-    monkeypatch.setattr(quickstart, "sft_config", lambda folder, seed: replace(sft(folder, seed), max_steps=2, eval_every=2))
-    monkeypatch.setattr(quickstart, "ppo_config", small_ppo)
 
 
 def test_every_method_is_trained_once_and_judged_against_one_opponent(small, tmp_path):
