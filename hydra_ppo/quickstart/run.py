@@ -169,7 +169,15 @@ def write_inputs(folder: Path, seed: int, corpus: Corpus | None = None) -> list[
     from transformers import AutoModelForCausalLM, set_seed
 
     corpus = corpus or make_corpus(seed)
-    write_data(folder / "data", corpus)
+    data = folder / "data"
+    data.mkdir()
+    for name, rows in (
+        ("train", [joined(pair) for pair in corpus.preferences]),
+        ("eval", [joined(pair) for pair in corpus.eval_preferences]),
+        ("prompts", corpus.prompts),
+        ("eval_prompts", corpus.eval_prompts),
+    ):
+        (data / f"{name}.jsonl").write_text(jsonl(rows))
     pairs = [*corpus.preferences, *corpus.eval_preferences]
     tokenizer = train_tokenizer([pair["prompt"] + " " + pair[side] for pair in pairs for side in ("chosen", "rejected")])
     set_seed(seed)
@@ -179,25 +187,14 @@ def write_inputs(folder: Path, seed: int, corpus: Corpus | None = None) -> list[
     return [row["prompt"] for row in corpus.eval_prompts]
 
 
-def write_data(data: Path, corpus: Corpus) -> None:
-    """Write a corpus as train, eval, prompts and eval_prompts, JSONL, into a new folder."""
-    data.mkdir()
-    for name, rows in (
-        ("train", [_joined(pair) for pair in corpus.preferences]),
-        ("eval", [_joined(pair) for pair in corpus.eval_preferences]),
-        ("prompts", corpus.prompts),
-        ("eval_prompts", corpus.eval_prompts),
-    ):
-        _write_jsonl(data / f"{name}.jsonl", rows)
-
-
-def _joined(pair: Mapping[str, str]) -> dict[str, str]:
+def joined(pair: Mapping[str, str]) -> dict[str, str]:
     """Return a pair whose answers begin with the space that parts them from their prompt, so that both together are a text."""
     return {"prompt": pair["prompt"], **{side: " " + pair[side] for side in ("chosen", "rejected")}}
 
 
-def _write_jsonl(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def jsonl(rows: Iterable[Mapping[str, str]]) -> str:
+    """Return rows as lines of JSON."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _judge(folder: Path, prompts: Sequence[str], seed: int) -> Judgement:

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from hydra_ppo.quickstart import corpus as reviews
 from hydra_ppo.quickstart import run as quickstart
 from hydra_ppo.quickstart.corpus import make_corpus
-
-FEW = {"pairs": 48, "eval_pairs": 8, "prompts": 16, "eval_prompts": 6}
 
 
 @pytest.fixture
@@ -17,10 +16,8 @@ def small(monkeypatch):
     """Two optimizer steps of SFT, one PPO step, few rows."""
     sft, ppo = quickstart.sft_config, quickstart.ppo_config
 
-    def corpus(seed, *, label_noise=0.1, **counts):
-        return make_corpus(
-            seed, **{name: min(count, counts.get(name, count)) for name, count in FEW.items()}, label_noise=label_noise
-        )
+    def corpus(seed, pairs=48, eval_pairs=8, label_noise=0.1):
+        return make_corpus(seed, min(pairs, 48), min(eval_pairs, 8), 16, 6, label_noise)
 
     def small_ppo(folder, seed):
         config = ppo(folder, seed)
@@ -28,5 +25,6 @@ def small(monkeypatch):
         return replace(config, steps=1, ppo_epochs=1, minibatch_size=4, microbatch_size=4, rollout=rollout, eval_prompts=6)
 
     monkeypatch.setattr(quickstart, "make_corpus", corpus)
+    monkeypatch.setattr(reviews, "make_corpus", corpus)
     monkeypatch.setattr(quickstart, "sft_config", lambda folder, seed: replace(sft(folder, seed), max_steps=2, eval_every=2))
     monkeypatch.setattr(quickstart, "ppo_config", small_ppo)

@@ -1,0 +1,216 @@
+"""What do ensembles, losses, floor pairs and heads on stored states give? Reward models on the quickstart's task.
+
+`python -m hydra_ppo.profiling.learning.reward_models --table NAME --seeds 0,1,2 --pairs 4000` measures the rows of a table,
+each on each seed, and prints means with standard errors over the seeds, and differences to the first row of a group, seed by
+seed. A row on a seed is a JSON file in `OUTPUT/seed-S/NAME`; what is there is not measured again, nor is a model trained again
+that is there, so a call that was ended goes on where it was, and tables in one folder share their models. Held-out pairs are
+1000, of openings that no training pair has, and their labels are right. Of each run the last model is measured, not the best,
+so that right labels have no say in it.
+
+- `ensembles`: joint SFT on `--pairs` with a quarter of the labels wrong, one run with one head and one with five, then the
+  quickstart's PPO against one head, and against what five say together. Win rates are against the answers of the SFT run
+  with one head; accuracy and ECE are of what the heads say together.
+- `losses`: the same SFT with each loss of the reward model. ECE is given against right labels, and against labels as noisy
+  as those of the training, which are all that a model can be calibrated to.
+- `floor`: a language model is tuned on `--pairs` answers without labels, and from it reward models alone on 64 to 4000 other
+  pairs, a tenth of their labels wrong. Each label is seen eight times, but no run sees more than 4000 (64: 8, 256: 8, 1000:
+  4, 4000: 1). Floor pairs come on top, in a seventh more steps, so that labels are seen as often with them as without.
+- `heads`: heads on stored states of that language model and of those pairs. One pass against a logistic regression fitted to
+  the end and against Adam, with the seconds of the processor that each took, its own choices included; labels picked as
+  label-next does against as many at random; self-labelling from 15% of the labels against those alone and against all.
+
+TIMES
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hydra_ppo.errors import ConfigError, HydraError
+from hydra_ppo.profiling.learning import head_rows, reward_rows
+from hydra_ppo.profiling.learning.reward_ground import Ground, Numbers, Row, slug
+from hydra_ppo.profiling.learning.shared import kept, spread
+
+PAIRS = 15000
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A table.
+
+    Attributes:
+        rows: by name.
+        columns: keys of a row's numbers, with what heads them.
+        compared: of these the differences to the first row of a group are shown.
+    """
+
+    rows: Mapping[str, Row]
+    columns: Mapping[str, str]
+    compared: Sequence[str]
+
+
+RIGHT = {"accuracy": "accuracy", "ece": "ECE"}
+
+TABLES = {
+    "ensembles": Kind(
+        reward_rows.ensembles(),
+        {
+            **RIGHT,
+            "member_accuracy": "accuracy of a head",
+            "gold_before": "gold before",
+            "gold_after": "gold after",
+            "win_rate": "win rate",
+            "kl": "KL, nats",
+        },
+        ("accuracy", "gold_after"),
+    ),
+    "losses": Kind(
+        reward_rows.losses(),
+        {
+            **RIGHT,
+            "ece_noisy": "ECE, noisy labels",
+            "score_mean": "mean score",
+            "score_sd": "sd of scores",
+            "perplexity": "perplexity",
+        },
+        ("accuracy", "ece", "ece_noisy"),
+    ),
+    "floor": Kind(reward_rows.floor(), {**RIGHT, "score_sd": "sd of scores"}, ("accuracy", "ece")),
+    "heads": Kind(
+        head_rows.heads(),
+        {**RIGHT, "processor": "processor, s", "labelled": "labelled itself", "agreement": "as hidden labels"},
+        ("accuracy",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row on one seed."""
+
+    row: str
+    seed: int
+    numbers: Numbers
+
+
+def measure_rows(
+    folder: Path, table: str, rows: Sequence[str], seeds: Sequence[int], pairs: int, say: Callable[[str], None] = print
+) -> list[Measured]:
+    """Measure rows of a table on every seed; what `folder` already holds is not measured again.
+
+    Args:
+        folder: keeps data, models and one JSON file per row and seed.
+        table: of `TABLES`.
+        rows: of that table.
+        seeds: of corpora, models, training and sampling.
+        pairs: that the SFT models are trained on.
+        say: takes a line of progress per row and seed.
+
+    Raises:
+        ConfigError: where the folder was begun with other sizes.
+    """
+    found = []
+    for seed in seeds:
+        ground = Ground(folder / f"seed-{seed}", seed, pairs)
+        ground.check()
+        for name in rows:
+            path = ground.folder / table / f"{slug(name)}.json"
+            values = kept(
+                path, lambda name=name, ground=ground: _timed(TABLES[table].rows[name], ground), say, _Line(seed, name)
+            )
+            found.append(Measured(name, seed, values))
+    return found
+
+
+def _timed(row: Row, ground: Ground) -> Numbers:
+    begun = time.perf_counter()
+    found = row.make(ground)
+    return {**found, "seconds": time.perf_counter() - begun}
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Says what a row on a seed came to."""
+
+    seed: int
+    name: str
+
+    def __call__(self, found: Mapping[str, Any]) -> str:
+        numbers = ", ".join(f"{key} {value:.3f}" for key, value in found.items() if key != "seconds")
+        return f"seed {self.seed} {self.name}: {numbers}; {found['seconds']:.0f} s"
+
+
+def rows_table(kind: Kind, measured: Sequence[Measured]) -> Table:
+    """Lay out means over seeds with standard errors, and the differences to the first row of each group, seed by seed."""
+    title = "Mean over seeds ± standard error over seeds; differences are seed by seed"
+    table = Table(title=title, title_justify="left")
+    differences = [f"{kind.columns[key]} - first" for key in kind.compared]
+    for name in ("row", "seeds", *kind.columns.values(), *differences):
+        table.add_column(name)
+    by_row: dict[str, dict[int, Numbers]] = {}
+    for one in measured:
+        by_row.setdefault(one.row, {})[one.seed] = one.numbers
+    first: dict[str, str] = {}
+    names = list(by_row)
+    for name, after in zip(names, [*names[1:], None], strict=True):
+        group, found = kind.rows[name].group, by_row[name]
+        against = by_row[first.setdefault(group, name)]
+        cells = [_spread([numbers[key] for numbers in found.values() if key in numbers]) for key in kind.columns]
+        gaps = [
+            _spread([numbers[key] - against[seed][key] for seed, numbers in found.items() if seed in against])
+            if first[group] != name
+            else "-"
+            for key in kind.compared
+        ]
+        last = after is None or kind.rows[after].group != group
+        table.add_row(name, str(len(found)), *cells, *gaps, end_section=last)
+    return table
+
+
+def _spread(values: Sequence[float]) -> str:
+    return spread(values) if values else "-"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run it from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hydra_ppo.profiling.learning.reward_models",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--table", choices=TABLES, required=True, help="Which rows.")
+    parser.add_argument("--seeds", default="0,1,2", help="Seeds, such as 0,1,2.")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/reward-models"), help="Keeps models and results of all tables."
+    )
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="Pairs that SFT models are trained on; 4000 is affordable.")
+    parser.add_argument("--rows", help="Names of some of the rows, parted by semicolons.")
+    options = parser.parse_args(arguments)
+    kind = TABLES[options.table]
+    rows = options.rows.split(";") if options.rows else list(kind.rows)
+    if unknown := [name for name in rows if name not in kind.rows]:
+        raise SystemExit(str(ConfigError(f"rows={unknown[0]!r} is unknown; choose among {'; '.join(kind.rows)}.")))
+    if options.pairs < 1:
+        raise SystemExit(str(ConfigError(f"pairs={options.pairs} must be at least 1; choose for example 4000.")))
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    say = Console(stderr=True, highlight=False).print
+    try:
+        with redirect_stdout(sys.stderr):  # the commands that train say where they saved
+            measured = measure_rows(options.output, options.table, rows, seeds, options.pairs, say)
+    except HydraError as error:
+        raise SystemExit(str(error)) from error
+    Console(width=180).print(rows_table(kind, measured))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
