@@ -42,8 +42,8 @@ SHARE = 0.15
 """Of the labels, what self-labelling begins with (arXiv 2411.00418)."""
 VALIDATION = 0.2
 """Of the labels of a row, what stops training or judges rounds."""
-WIDTHS = (256, 128)
-"""Of the heads that label: a quarter of the defaults, for states of 256 numbers."""
+WIDTHS = HeadTraining.hidden
+"""Of the heads that label."""
 NEWTON = 50
 """Most steps."""
 
