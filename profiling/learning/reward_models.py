@@ -40,6 +40,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,10 @@ from hydra_ppo.errors import ConfigError, HydraError
 from hydra_ppo.profiling.learning import head_rows, reward_rows
 from hydra_ppo.profiling.learning.reward_ground import Ground, Numbers, Row, slug
 from hydra_ppo.profiling.learning.shared import kept, spread
+from hydra_ppo.runtime.interruption import StopRequested
 
 PAIRS = 15000
+WIDTH = 200
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,10 @@ def measure_rows(
         rows: of that table.
         seeds: of corpora, models, training and sampling.
         pairs: that the SFT models are trained on.
-        say: takes a line of progress per row and seed.
+        say: takes a line of progress per row and seed, also of one that fails: the others are measured all the same.
+
+    Returns:
+        What was measured; a row on a seed that failed is not among it.
 
     Raises:
         ConfigError: where the folder was begun with other sizes.
@@ -135,10 +141,11 @@ def measure_rows(
         ground.check()
         for name in rows:
             path = ground.folder / table / f"{slug(name)}.json"
-            values = kept(
-                path, lambda name=name, ground=ground: _timed(TABLES[table].rows[name], ground), say, _Line(seed, name)
-            )
-            found.append(Measured(name, seed, values))
+            make = partial(_timed, TABLES[table].rows[name], ground)
+            try:
+                found.append(Measured(name, seed, kept(path, make, say, partial(_line, seed, name))))
+            except HydraError as error:  # what a night may bring, such as a loss that is not finite
+                say(f"seed {seed} {name} failed: {error}")
     return found
 
 
@@ -148,16 +155,9 @@ def _timed(row: Row, ground: Ground) -> Numbers:
     return {**found, "seconds": time.perf_counter() - begun}
 
 
-@dataclass(frozen=True)
-class _Line:
-    """Says what a row on a seed came to."""
-
-    seed: int
-    name: str
-
-    def __call__(self, found: Mapping[str, Any]) -> str:
-        numbers = ", ".join(f"{key} {value:.3f}" for key, value in found.items() if key != "seconds")
-        return f"seed {self.seed} {self.name}: {numbers}; {found['seconds']:.0f} s"
+def _line(seed: int, name: str, found: Mapping[str, Any]) -> str:
+    numbers = ", ".join(f"{key} {value:.3f}" for key, value in found.items() if key != "seconds")
+    return f"seed {seed} {name}: {numbers}; {found['seconds']:.0f} s"
 
 
 def rows_table(kind: Kind, measured: Sequence[Measured]) -> Table:
@@ -170,19 +170,15 @@ def rows_table(kind: Kind, measured: Sequence[Measured]) -> Table:
     by_row: dict[str, dict[int, Numbers]] = {}
     for one in measured:
         by_row.setdefault(one.row, {})[one.seed] = one.numbers
-    first: dict[str, str] = {}
     names = list(by_row)
-    for name, after in zip(names, [*names[1:], None], strict=True):
+    for number, name in enumerate(names):
         group, found = kind.rows[name].group, by_row[name]
-        against = by_row[first.setdefault(group, name)]
+        first = next(other for other, row in kind.rows.items() if row.group == group)
+        against = {} if name == first else by_row.get(first, {})
         cells = [_spread([numbers[key] for numbers in found.values() if key in numbers]) for key in kind.columns]
-        gaps = [
-            _spread([numbers[key] - against[seed][key] for seed, numbers in found.items() if seed in against])
-            if first[group] != name
-            else "-"
-            for key in kind.compared
-        ]
-        last = after is None or kind.rows[after].group != group
+        both = [(numbers, against[seed]) for seed, numbers in found.items() if seed in against]
+        gaps = [_spread([numbers[key] - other[key] for numbers, other in both]) for key in kind.compared]
+        last = number == len(names) - 1 or kind.rows[names[number + 1]].group != group
         table.add_row(name, str(len(found)), *cells, *gaps, end_section=last)
     return table
 
@@ -192,7 +188,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run it from the command line."""
+    """Run it from the command line; ends with 1 where a row failed or it was stopped."""
     parser = argparse.ArgumentParser(
         prog="python -m hydra_ppo.profiling.learning.reward_models",
         description=__doc__,
@@ -217,9 +213,13 @@ def main(arguments: Sequence[str]) -> None:
     try:
         with redirect_stdout(sys.stderr):  # the commands that train say where they saved
             measured = measure_rows(options.output, options.table, rows, seeds, options.pairs, say)
-    except HydraError as error:
+    except ConfigError as error:
         raise SystemExit(str(error)) from error
-    Console(width=180).print(rows_table(kind, measured))
+    except (StopRequested, KeyboardInterrupt) as error:
+        raise SystemExit("Stopped; the same command goes on.") from error
+    Console(width=WIDTH).print(rows_table(kind, measured))
+    if failed := len(rows) * len(seeds) - len(measured):
+        raise SystemExit(f"{failed} of {len(rows) * len(seeds)} failed; the same command tries them again.")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from hydra_ppo.errors import ConfigError
+from hydra_ppo.errors import ConfigError, NonFiniteError
 from hydra_ppo.model.origin import Origin
 from hydra_ppo.profiling.learning import head_rows, reward_rows, setups
 from hydra_ppo.profiling.learning.reward_ground import NO_LABELS, Ground, Row, head_numbers, pair_members, slug
@@ -79,13 +80,14 @@ def test_each_loss_has_a_run_of_its_own(small, tmp_path):
 
 
 def test_labels_are_seen_as_often_with_floor_pairs_as_without(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert [reward_rows.passes(count) for count in (64, 256, 1000, 4000)] == [8, 8, 4, 1]
     configs, train = [], reward_rows.train_sft
     monkeypatch.setattr(reward_rows, "train_sft", lambda config, output: configs.append(config) or train(config, output))
     names = [f"256 labels, {name}" for name in ("no floor", "random tokens")]
-    found = measure_rows(tmp_path, "floor", names, [0], 48, lambda text: None)
+    found = measure_rows(Path("runs"), "floor", names, [0], 48, lambda text: None)
     assert all(set(one.numbers) == {"accuracy", "ece", "score_sd", "seconds"} for one in found)
-    seed = tmp_path / "seed-0"
+    seed = Path("runs/seed-0")
     for config in configs:
         assert config.model.name_or_path == str(seed / "noise-50" / "sft-alone")
         assert config.data.train == str(seed / "labels-10" / "train-256.jsonl")
@@ -105,14 +107,15 @@ def test_few_labels_are_the_first_of_many_and_no_text_of_the_language_model(smal
 
 
 def test_heads_are_trained_on_states_of_a_language_model(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(head_rows, "FIRST", 12)
     names = ["refitted, 64 pairs", "one pass, 64 pairs", "active, 256 labels", "random, 256 labels"]
-    found = measure_rows(tmp_path, "heads", names, [0], 48, lambda text: None)
+    found = measure_rows(Path("runs"), "heads", names, [0], 48, lambda text: None)
     assert all(0 <= one.numbers["accuracy"] <= 1 for one in found)
     assert all(one.numbers["processor"] > 0 for one in found)
-    about = json.loads((tmp_path / "seed-0" / "states" / "features.json").read_text())
-    assert (about["pairs"], about["run"]) == (48, str(tmp_path / "seed-0" / "noise-50" / "sft-alone"))
-    states = head_rows.stored_states(Ground(tmp_path / "seed-0", 0, 48))
+    about = json.loads((Path("runs/seed-0") / "states" / "features.json").read_text())
+    assert (about["pairs"], about["run"]) == (48, str(Path("runs/seed-0") / "noise-50" / "sft-alone"))
+    states = head_rows.stored_states(Ground(Path("runs/seed-0"), 0, 48))
     assert (len(states.labels), len(states.held_out)) == (48, 8)
 
 
@@ -186,6 +189,8 @@ def test_differences_are_to_the_first_row_of_a_group_seed_by_seed():
         ["b1", "1", "5.000", "-", "-"],
         ["b2", "2", "6.500 ± 2.500", "-", "-1.000"],
     ]
+    assert list(rows_table(kind, [one for one in measured if one.row == "b2"]).columns[-1].cells) == ["-"]  # b1 is not there
+    assert rows_table(kind, []).row_count == 0
 
 
 def test_names_of_rows_make_names_of_files_that_differ():
@@ -208,6 +213,19 @@ def test_what_is_wrong_on_the_command_line_is_one_line(tmp_path):
         main(["--table", "ensembles", "--rows", "many heads", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="pairs=0 must be at least 1"):
         main(["--table", "losses", "--pairs", "0", "--output", str(tmp_path)])
+
+
+def test_a_row_that_fails_is_said_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
+    def fail(ground):
+        raise NonFiniteError("loss is nan")
+
+    rows = {"fails": Row("losses", fail), "goes": Row("losses", lambda ground: {"x": ground.seed + 0.5})}
+    monkeypatch.setitem(TABLES, "losses", Kind(rows, {"x": "X"}, ("x",)))
+    with pytest.raises(SystemExit, match="2 of 4 failed; the same command tries them again"):
+        main(["--table", "losses", "--seeds", "0,1", "--output", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert "1.000 ± 0.500" in out
+    assert err.count("fails failed: loss is nan") == 2
 
 
 def test_the_command_shows_what_is_kept(tmp_path, capsys):
