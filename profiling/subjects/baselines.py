@@ -126,6 +126,11 @@ class SeparateModels(nn.Module):
         return "ppo"
 
     @property
+    def trainable_roles(self) -> tuple[str, ...]:
+        """Roles that receive gradients, of all models."""
+        return tuple(role for model in dict.fromkeys(self._homes.values()) for role in model.trainable_roles)
+
+    @property
     def reward_head_trained(self) -> bool:
         return self._homes["reward"].reward_head_trained
 
