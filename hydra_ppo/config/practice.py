@@ -15,11 +15,11 @@ class PtxSettings:
         None, "Preference pairs whose chosen answers are practised at each optimizer step; null practises none."
     )
     coef: float = setting(0.1, "Length of that gradient, in those of PPO's own; above 1 it outweighs PPO.")
-    batch_size: int | None = setting(None, "Answers per optimizer step; null is minibatch_size.")
+    minibatch_size: int | None = setting(None, "Answers per optimizer step; null is that of PPO.")
 
     def __post_init__(self) -> None:
         expand_home(self, "data")
-        positive(self, "coef", "batch_size")
+        positive(self, "coef", "minibatch_size")
         _check_used(self)
 
 
@@ -31,11 +31,11 @@ class RehearsalSettings:
     coef: float = setting(0.01, "Weight of their cross-entropy in the actor's loss.")
     clusters: int = setting(10, "Kinds of answers, found by k-means over their mean hidden states.")
     share: float = setting(0.1, "Share of each kind that is rehearsed, the best by the reward head.")
-    batch_size: int | None = setting(None, "Answers per optimizer step; null is minibatch_size.")
+    minibatch_size: int | None = setting(None, "Answers per optimizer step; null is that of PPO.")
 
     def __post_init__(self) -> None:
         expand_home(self, "data")
-        positive(self, "coef", "clusters", "batch_size")
+        positive(self, "coef", "clusters", "minibatch_size")
         check(self, "share", 0 < self.share <= 1, "must lie in (0, 1]", "choose for example 0.1")
         _check_used(self)
 

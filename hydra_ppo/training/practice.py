@@ -195,10 +195,10 @@ def practices(
     """
     found = []
     if ptx:
-        size = config.ptx.batch_size or config.minibatch_size
+        size = config.ptx.minibatch_size or config.minibatch_size
         found.append(_practice("ptx", ptx, config.ptx.coef, True, size))
     if rehearsal and kept:
-        size = config.rehearsal.batch_size or config.minibatch_size
+        size = config.rehearsal.minibatch_size or config.minibatch_size
         found.append(_practice("rehearsal", [rehearsal[i] for i in kept], config.rehearsal.coef, False, size))
     return found
 

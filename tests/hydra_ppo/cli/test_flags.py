@@ -197,7 +197,10 @@ BAD_YAML = [
     ("steps: 3.0\n", "steps=3.0 is not an integer; write a number, for example 100."),
     ("optimizer: {learning_rate: .inf}\n", "optimizer.learning_rate=inf is not a finite number; write a finite one."),
     ("steps: yes\n", "steps=True is not an integer; write a number, for example 100."),
-    ("kl: {estimator: no}\n", "kl.estimator=False is not one of k1 or k3; put the word in quotes."),
+    (
+        "kl: {estimator: no}\n",
+        "kl.estimator=False is not one of none, k1, k3, js, js_unbiased or squared; put the word in quotes.",
+    ),
     ("rollout: {top_p: 2}\n", "rollout.top_p=2.0 must lie in (0, 1]; choose for example 0.95."),
     (
         "reward: {sources: {kind: head}}\n",

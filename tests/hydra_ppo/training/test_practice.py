@@ -22,7 +22,7 @@ from tests.hydra_ppo.training.test_ppo import LOW_WORDS
 from tests.hydra_ppo.training.test_update_order import assert_same, carried, metrics, stopping_after, trained
 from tests.training import hydra, pairs, ppo_config, prompts, tokenizer
 
-PTX = PtxSettings(data="rows", coef=0.5, batch_size=3)
+PTX = PtxSettings(data="rows", coef=0.5, minibatch_size=3)
 REHEARSAL = RehearsalSettings(data="rows", coef=0.5, clusters=3, share=0.25)
 ROWS = pairs(24)
 
