@@ -209,7 +209,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.pairs < 1:
         raise SystemExit(str(ConfigError(f"pairs={options.pairs} must be at least 1; choose for example 4000.")))
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    say = Console(stderr=True, highlight=False).print
+    say = partial(Console(stderr=True, highlight=False).print, markup=False, soft_wrap=True)  # a line stays one
     try:
         with redirect_stdout(sys.stderr):  # the commands that train say where they saved
             measured = measure_rows(options.output, options.table, rows, seeds, options.pairs, say)

@@ -279,7 +279,7 @@ def main() -> None:
     setups = options.setups.split(";") if options.setups else list(known)
     if unknown := [name for name in setups if name not in known]:
         raise SystemExit(str(ConfigError(f"setups={unknown[0]!r} is unknown; choose among {'; '.join(known)}.")))
-    say = Console(stderr=True, highlight=False).print
+    say = partial(Console(stderr=True, highlight=False).print, markup=False, soft_wrap=True)  # a line stays one
     folder = options.output or Path("runs") / options.table
     outcomes = compare_setups(folder, options.table, setups, [int(seed) for seed in options.seeds.split(",")], say)
     Console(width=160).print(setups_table(outcomes))
