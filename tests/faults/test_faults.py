@@ -31,10 +31,10 @@ def whole(project):
     return project / "whole"
 
 
-def settings(project, output, function=NOISY, **changes):
+def settings(project, output, function=NOISY, time_limit=1.0, **changes):
     common = {"steps": 4, "run": {"save_every": 1}, "eval_every": 0}
     # One name, whatever the function: runs are compared metric by metric.
-    reward = {"sources": [{"kind": "function", "target": function, "name": "judge"}], "time_limit": 1.0}
+    reward = {"sources": [{"kind": "function", "target": function, "name": "judge"}], "time_limit": time_limit}
     reward["isolation"] = "thread"  # so that a test can count its calls
     made = ppo_settings(project, str(output), **merge(common, changes))
     made["reward"] |= reward
@@ -279,7 +279,7 @@ def test_a_folder_that_becomes_unwritable(project, whole, monkeypatch, capsys, f
 
 
 def test_two_runs_on_one_folder(project, whole, monkeypatch, capsys, fault):
-    process, _ = child(project, "twice", function="tests.faults.rewards:hangs", reward={})
+    process, _ = child(project, "twice", function="tests.faults.rewards:hangs", time_limit=None)
     deadline = time.monotonic() + 60
     while not (project / "twice" / "state.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -125,7 +125,7 @@ def test_ppo_on_such_a_reward_model_stopped(variant, project, whole, monkeypatch
     made |= {"model": {"name_or_path": str(whole(variant))}, "reward": reward}
     assert main(["ppo", write(tmp_path / "whole.yaml", made)]) == 0
     reference = project / ("ppo-" + variant[:3])
-    assert all(line["reward/head/spread"] > 0 for line in records(reference))
+    assert all(line["reward/head/spread"] > 0 for line in records(reference) if line["step"] > 0)
     made["run"]["output"] = str(tmp_path / "run")
     arguments = ["ppo", write(tmp_path / "run.yaml", made), "--resume"]
     for number in (8, 19, 10, 15):

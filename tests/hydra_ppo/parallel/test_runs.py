@@ -100,7 +100,7 @@ def test_heads_on_states_in_two_processes(project, whole, tmp_path):
         assert codes == [0] * size, said
     assert_same(tmp_path / "run-2", tmp_path / "run-1", ALIKE)
     lines = (tmp_path / "run-2" / "metrics.jsonl").read_text().splitlines()
-    assert all(json.loads(line)["reward/head/spread"] > 0 for line in lines)
+    assert all(json.loads(line)["reward/head/spread"] > 0 for line in lines[1:])  # after the evaluation before training
 
 
 def test_joint_sft_gives_the_bits_of_one(project, whole, tmp_path):

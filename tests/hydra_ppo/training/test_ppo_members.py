@@ -114,7 +114,7 @@ def test_scores_are_the_aggregate_and_disagreement_is_told_and_not_added(aggrega
     assert [row["score"] for row in rows] == pytest.approx((2 * wanted).tolist(), abs=1e-4)
     assert [row["rewards"]["head"] for row in rows] == pytest.approx(wanted.tolist(), abs=1e-4)
     assert [row["rewards"]["head/spread"] for row in rows] == pytest.approx(std.tolist(), abs=1e-5)
-    (_, metrics) = memo.steps[0]
+    (_, metrics) = memo.steps[1]
     assert metrics["objective/scores"] == pytest.approx(2 * wanted.mean().item(), abs=1e-4)
     assert metrics["reward/head/spread"] == pytest.approx(std.mean().item(), abs=1e-5)
     apart = members - members.roll(-1, 0)
@@ -128,7 +128,7 @@ def test_one_head_tells_no_disagreement():
     memo = Memo()
     config = ppo_config(reward=head(), steps=1)
     PPOTrainer(model_of(HeadPlan()), tokenizer(), config, prompts()[:12], prompts()[12:], run=memo).train()
-    assert {name for name in memo.steps[0][1] if "reward/" in name} == {"reward/head", "eval/reward/head"}
+    assert {name for name in memo.steps[1][1] if "reward/" in name} == {"reward/head", "eval/reward/head", "reward/length_r2"}
 
 
 def test_heads_that_are_no_source_are_not_told():
@@ -136,8 +136,8 @@ def test_heads_that_are_no_source_are_not_told():
     source = RewardSource("function", "tests.training:count_low_tokens")
     config = ppo_config(reward=RewardSettings(isolation="thread", sources=[source]), steps=1)
     PPOTrainer(model_of(HeadPlan(3)), tokenizer(), config, prompts()[:12], prompts()[12:], run=memo).train()
-    names = {name for name in memo.steps[0][1] if "reward/" in name}
-    assert names == {"reward/count_low_tokens", "eval/reward/count_low_tokens"}
+    names = {name for name in memo.steps[1][1] if "reward/" in name}
+    assert names == {"reward/count_low_tokens", "eval/reward/count_low_tokens", "reward/length_r2"}
 
 
 def test_an_aggregate_of_one_head_is_refused():
