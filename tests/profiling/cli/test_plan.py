@@ -86,9 +86,12 @@ def test_the_last_that_fits(limit):
     assert len(asked) == len(set(asked)) <= 4
 
 
-def test_the_yaml_is_what_hydra_ppo_ppo_takes(model_file, tmp_path, capsys):
+@pytest.mark.parametrize(("memory", "advantage"), [(5, "gae"), (1024, "group")])
+def test_the_yaml_is_what_hydra_ppo_ppo_takes(memory, advantage, model_file, tmp_path, capsys):
+    """Where memory is short, and where there is plenty and no critic."""
     path = tmp_path / "ppo.yaml"
-    command = ["plan", "--model", model_file, "--gpu-memory", "6MiB", "--margin", "1MiB", "--prompt", "24"]
+    command = ["plan", "--model", model_file, "--gpu-memory", f"{memory + 1}MiB", "--margin", "1MiB", "--prompt", "24"]
+    command += ["--advantage", advantage]
     assert main([*command, "--response", "12", "--output", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     best = found["plans"][0]
@@ -105,10 +108,11 @@ def test_the_yaml_is_what_hydra_ppo_ppo_takes(model_file, tmp_path, capsys):
     assert config.rollout.kv_cache == best["kv_cache"]
     assert config.optimizer.name == best["optimizer"]
     assert config.optimizer.offload_in_rollout == best["offload_in_rollout"]
-    assert config.update_order == best["update_order"] == "in-turn"
-    assert "update_order=in-turn" in [saving["setting"] for saving in best["savings"]]
+    assert config.advantage == advantage
+    assert config.update_order == best["update_order"] == ("in-turn" if advantage == "gae" else "together")
+    assert ("update_order=in-turn" in [saving["setting"] for saving in best["savings"]]) == (advantage == "gae")
     assert all(saving["exactness"] and saving["speed"] for saving in best["savings"])
-    assert best["peak_bytes"] == max(best["phases"].values()) <= found["usable_bytes"] == 5 * 2**20
+    assert best["peak_bytes"] == max(best["phases"].values()) <= found["usable_bytes"] == memory * 2**20
     assert main([*command, "--output", str(path)]) == 2  # never over a file
     assert "exists; name another file" in capsys.readouterr().err
 
