@@ -33,8 +33,8 @@ def kmeans(points: Tensor, clusters: int, generator: torch.Generator, rounds: in
     groups = torch.cdist(points, means).argmin(dim=1)
     for _ in range(rounds):
         sums = torch.zeros_like(means).index_add_(0, groups, points)
-        counts = torch.bincount(groups, minlength=len(means)).clamp(min=1)
-        means = torch.where((torch.bincount(groups, minlength=len(means)) > 0)[:, None], sums / counts[:, None], means)
+        counts = torch.bincount(groups, minlength=len(means))[:, None]
+        means = torch.where(counts > 0, sums / counts.clamp(min=1), means)  # one that lost all its points stays
         moved = torch.cdist(points, means).argmin(dim=1)
         if torch.equal(moved, groups):
             break

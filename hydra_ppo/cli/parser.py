@@ -90,8 +90,8 @@ def split_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:
-    held = ("none", "int8", "nf4", "fp4")
     """Let a command read the run on a base that is held in another way."""
+    held = ("none", "int8", "nf4", "fp4")
     parser.add_argument("--quantization", choices=held, help="How the base is held; default as the run held it.")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hydra_ppo.compute.packing import States
 from hydra_ppo.experience import Sequences
+from hydra_ppo.model.head_reading import mean_states
 from hydra_ppo.model.role_model import RoleModel
 
 
@@ -19,10 +19,4 @@ def ends_and_means(model: RoleModel, sequences: Sequences, means: bool = False) 
     """
     states = model._states(sequences)
     ends = states.at(sequences.last_positions()[:, None])[:, 0].float()
-    return ends, _means(states, sequences) if means else None
-
-
-def _means(states: States, sequences: Sequences) -> Tensor:
-    after = (sequences.state_positions() + 1).clamp(max=sequences.input_ids.shape[1] - 1)  # of each token, not before it
-    mask = sequences.response_mask[..., None]
-    return (states.at(after).float() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return ends, mean_states(states, sequences) if means else None

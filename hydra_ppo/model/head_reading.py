@@ -16,6 +16,13 @@ from hydra_ppo.model.refusing import Refusing
 from hydra_ppo.model.roles import Role
 
 
+def mean_states(states: States, sequences: Sequences) -> Tensor:
+    """Return (B, H) fp32 the mean state over each response's tokens; zeros of a row without one. Memory: (B, R, H) fp32."""
+    after = (sequences.state_positions() + 1).clamp(max=sequences.input_ids.shape[1] - 1)  # of each token, not before it
+    mask = sequences.response_mask[..., None]
+    return (states.at(after).float() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
 class HeadReading(Refusing):
     """The half of a `RoleModel` that reads scalar heads.
 
@@ -93,13 +100,9 @@ class HeadReading(Refusing):
         """Return (B,) what `scores` does, and (B, H) fp32 the mean state over each response's tokens, its last one included."""
         self._require_head("value", "reward")
         states = self._states(sequences)
-        mask = sequences.response_mask[..., None]
-        after = (sequences.state_positions() + 1).clamp(max=sequences.input_ids.shape[1] - 1)
-        summed = (states.at(after).float() * mask).sum(dim=1)
-        return self._scores(states, sequences), summed / mask.sum(dim=1).clamp(min=1)
+        return self._scores(states, sequences), mean_states(states, sequences)
 
     def _scalar(self, hidden: Tensor) -> Tensor:
-        assert self._role is not None
         assert self._role is not None
         head = self.roles[self._role].head
         found = mean_score(self.heads[head], hidden)

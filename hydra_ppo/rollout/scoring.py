@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hydra_ppo.errors import NonFiniteError
-from hydra_ppo.experience import Experience
+from hydra_ppo.experience import Experience, Sequences
 from hydra_ppo.model.answer_states import ends_and_means
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rollout.collect import ending_alike
@@ -42,18 +42,9 @@ def reward_scores(
     """
     if not prompts:
         return []
-    was_training = model.training
-    model.eval()
-    experience = Experience.from_lists(prompts, responses, pad_id, model.device)
     scores = torch.zeros(len(prompts), device=model.device)
-    try:
-        with model.role("reward"):
-            for group in experience.split(rows):
-                check_stop()
-                sequences = ending_alike(experience.select(group).sequences(), eos_ids)
-                scores[torch.tensor(group, device=model.device)] = model.scores(sequences)
-    finally:
-        model.train(was_training)
+    for group, sequences in _groups(model, prompts, responses, eos_ids, pad_id, rows):
+        scores[torch.tensor(group, device=model.device)] = model.scores(sequences)
     found: list[float] = scores.tolist()
     for row, value in enumerate(found):
         if not math.isfinite(value):
@@ -83,20 +74,11 @@ def answer_states(
 
     Memory: the final hidden states of one pass, (rows, T, H); what is returned.
     """
-    was_training = model.training
-    model.eval()
-    experience = Experience.from_lists(prompts, responses, pad_id, model.device)
     found = [torch.zeros(len(prompts), model.architecture.hidden_size) for _ in range(1 + means)]
-    try:
-        with model.role("reward"):
-            for group in experience.split(rows):
-                check_stop()
-                sequences = ending_alike(experience.select(group).sequences(), eos_ids)
-                for kept, part in zip(found, ends_and_means(model, sequences, means), strict=False):
-                    if part is not None:
-                        kept[group] = part.cpu()
-    finally:
-        model.train(was_training)
+    for group, sequences in _groups(model, prompts, responses, eos_ids, pad_id, rows):
+        for kept, part in zip(found, ends_and_means(model, sequences, means), strict=False):
+            if part is not None:
+                kept[group] = part.cpu()
     return found[0], found[1] if means else None
 
 
@@ -114,19 +96,30 @@ def scores_and_means(
 
     Arguments as of `reward_scores`.
     """
+    scores = torch.zeros(len(prompts))
+    means = torch.zeros(len(prompts), model.architecture.hidden_size)
+    for group, sequences in _groups(model, prompts, responses, eos_ids, pad_id, rows):
+        found, mean = model.scores_and_means(sequences)
+        scores[group], means[group] = found.cpu(), mean.cpu()
+    return scores, means
+
+
+def _groups(
+    model: HydraModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    eos_ids: Sequence[int],
+    pad_id: int,
+    rows: int,
+) -> Iterator[tuple[list[int], Sequences]]:
+    """Yield row numbers and sequences of each pass, in the reward role; arguments as of `reward_scores`."""
     was_training = model.training
     model.eval()
     experience = Experience.from_lists(prompts, responses, pad_id, model.device)
-    scores = torch.zeros(len(prompts))
-    means = torch.zeros(len(prompts), model.architecture.hidden_size)
     try:
         with model.role("reward"):
             for group in experience.split(rows):
                 check_stop()
-                sequences = ending_alike(experience.select(group).sequences(), eos_ids)
-                found, mean = model.scores_and_means(sequences)
-                index = torch.tensor(group)
-                scores[index], means[index] = found.cpu(), mean.cpu()
+                yield group, ending_alike(experience.select(group).sequences(), eos_ids)
     finally:
         model.train(was_training)
-    return scores, means

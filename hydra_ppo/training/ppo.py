@@ -10,7 +10,8 @@ A step, in order:
 Sources: Schulman et al. 2017 (arXiv 1707.06347); Ziegler et al. 2019 (arXiv 1909.08593); Santacroce et al. 2023
 (arXiv 2309.00754), section 3.2. Departure: the rollout's log-probs are recomputed for the update only where that is asked for.
 
-The device is waited for at the sampler, which decides the lengths, and once a step for the metrics.
+The device is waited for at the sampler, which decides the lengths, and once a step for the metrics; in a rollout with
+`advantage: reinforce` or `variance_increase` once more, for what is kept on the host.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class PPOState:
             "kl_coef": self.kl_coef,
             "moments": asdict(self.scorer.moments),
         }
-        if self.running != RunningRewards():  # which earlier checkpoints do not have
+        if self.running != RunningRewards():  # `resume.SINCE` reaches what stands at the top alone
             values["running"] = asdict(self.running)
         self.sources = TrainerState(tensors, values)
 

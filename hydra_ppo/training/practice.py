@@ -52,9 +52,10 @@ class Practice:
         """Return the answers of an optimizer step, which depend on nothing but the arguments: no state to be resumed."""
         generator = torch.Generator().manual_seed(seed + 1_000_003 * step + 10_007 * number)
         count = len(self.answers)
-        rows = torch.randint(count, (self.batch_size,), generator=generator).tolist()
         if self.batch_size <= count:
             rows = torch.randperm(count, generator=generator)[: self.batch_size].tolist()
+        else:
+            rows = torch.randint(count, (self.batch_size,), generator=generator).tolist()
         return Experience.from_lists([self.prompts[i] for i in rows], [self.answers[i] for i in rows], pad_id, device)
 
 

@@ -32,7 +32,7 @@ def role_views(model: HydraModel) -> Views:
     """Return the roles of a model as Hugging Face models, for code that expects four; the same objects each time.
 
     Raises:
-        RoleError: when the model is not at stage `ppo`.
+        RoleError: when the model is not at stage `ppo`, or its critic's values are bounded.
     """
     if KEPT not in model.kept:
         model.kept[KEPT] = Views(model)
@@ -55,6 +55,11 @@ class Views(Mapping[str, "RoleView"]):
             raise RoleError(
                 f"role_views() needs the role {missing[0]!r}, which does not exist at stage {model.train_stage!r}; build the "
                 "model with train='ppo'."
+            )
+        if model.value_range is not None:
+            raise RoleError(
+                f"role_views(): value_range={list(model.value_range)} bounds the critic's values, which no classifier says; "
+                "call model.bound_values(None) to have the head alone."
             )
         passes = Passes(model)
         self.actor = CausalView(passes, "actor")

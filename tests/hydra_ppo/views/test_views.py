@@ -378,6 +378,17 @@ def test_only_the_last_hidden_state_is_kept():
     assert isinstance(logits, LazyLogits)
 
 
+def test_a_bounded_critic_is_no_classifier():
+    from tests.training import hydra
+
+    model = hydra()
+    model.bound_values([-1.0, 1.0])
+    with pytest.raises(RoleError, match=r"value_range=\[-1.0, 1.0\] bounds the critic's values"):
+        role_views(model)
+    model.bound_values(None)
+    assert len(role_views(model)) == 4
+
+
 def test_views_need_the_stage_that_has_their_roles():
     with pytest.raises(RoleError, match="needs the role 'actor', which does not exist at stage 'sft'"):
         role_views(HydraModel.from_config(FAMILIES["llama"], train="sft"))
