@@ -177,22 +177,21 @@ def _add_run(parser: Parser) -> None:
 
 def _add_training(parser: Parser, kind: str = "mlp", kinds: tuple[str, ...] = KINDS) -> None:
     parser.add_argument("--kind", choices=kinds, default=kind, help=f"What a head is; default {kind}.")
-    parser.add_argument("--members", type=positive, metavar="K", help="Heads, each of a seed and 80%% of the pairs; default 5.")
+    parser.add_argument("--members", type=positive, metavar="K", help="Heads, each of 80%% of the pairs; default 5.")
     parser.add_argument("--hidden", type=positive, nargs="+", default=[1024, 512], metavar="N", help="Widths of an mlp.")
     parser.add_argument(
-        "--epochs", type=positive, default=30, metavar="N", help="Most passes over the pairs, 300 steps at least."
+        "--epochs", type=positive, default=30, metavar="N", help="Of an mlp, most passes over the pairs, 300 steps at least."
     )
-    parser.add_argument("--batch-size", type=positive, default=512, metavar="N", help="Pairs of a step.")
-    parser.add_argument("--learning-rate", type=rate, default=1e-3, metavar="R", help="Of Adam.")
+    parser.add_argument("--batch-size", type=positive, default=512, metavar="N", help="Of an mlp, pairs of a step.")
+    parser.add_argument("--learning-rate", type=rate, default=1e-3, metavar="R", help="Of an mlp, Adam's.")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="Seed of everything that is drawn.")
 
 
 def _check_training(parser: Parser, options: argparse.Namespace, arguments: list[str]) -> None:
     """Refuse options that a kind of head would pass over."""
     given = {argument.split("=")[0] for argument in arguments}
-    others = {"linear": ["--hidden"], "mlp": [], "one-pass": ["--hidden", "--epochs", "--batch-size", "--learning-rate"]}
-    for name in others[options.kind]:
-        if name in given:
+    for name in ("--hidden", "--epochs", "--batch-size", "--learning-rate"):
+        if name in given and options.kind != "mlp":
             raise ConfigError(f"{name} does not go with --kind {options.kind}; leave it out.")
     if options.kind == "one-pass" and options.members not in (None, 1):
         raise ConfigError(f"--members {options.members} does not go with --kind one-pass, which is one head; leave it out.")

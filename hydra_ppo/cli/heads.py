@@ -57,6 +57,8 @@ def in_words(measured: dict[str, Any]) -> list[str]:
         f"{'loss, nats':<24}{measured['loss']:>12.4f}",
         f"{'spread of members':<24}{measured['spread']:>12.4f}",
     ]
+    if "ridges" in measured:
+        lines.append(f"{'ridges':<24}{', '.join(f'{value:g}' for value in measured['ridges']):>12}")
     if "ridge" in measured:
         lines += [f"{'ridge':<24}{measured['ridge']:>12g}", f"{'loss before each pair':<24}{measured['online_loss']:>12.4f}"]
     return lines

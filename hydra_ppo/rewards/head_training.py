@@ -19,14 +19,14 @@ from hydra_ppo.algorithms.reliability import pair_accuracy
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.origin import Origin
 from hydra_ppo.rewards.features import read_pairs
+from hydra_ppo.rewards.logistic import RIDGES, fit_with_best_ridge
 from hydra_ppo.rewards.one_pass import OnePass
 from hydra_ppo.rewards.stored_heads import Kind, StoredHeads, stacked
 
 CHUNK = 2048
 """Pairs that are read at once where nothing is learned from them."""
-RIDGES = (0.1, 1.0, 10.0, 100.0, 1000.0)
 TUNED_ON = 500
-"""Ridges that a one-pass head tries, and on how many of the first pairs; center and scale are those of these pairs too."""
+"""Of the first pairs, on which a one-pass head tries ridges; center and scale are those of these pairs too."""
 LEAST_STEPS = 300
 """Optimizer steps that few pairs get too, so that epochs are more than asked for; early stopping ends them."""
 
@@ -36,14 +36,15 @@ class HeadTraining:
     """How heads are trained; defaults are those of arXiv 2502.04357 but for `share`, which is arXiv 2401.16635's.
 
     Attributes:
-        kind: linear, mlp (d - hidden - 1, ReLU), or one-pass (`one_pass.OnePass`, one member).
-        members: k, each with an initialisation and an order of its own.
+        kind: linear (fitted to the end, `logistic.fit`), mlp (d - hidden - 1, ReLU), or one-pass (`one_pass.OnePass`, one
+            member).
+        members: k, each with pairs of its own, and an mlp's with an initialisation and an order of its own.
         hidden: widths of an mlp.
         share: of the training pairs that each member sees, drawn for itself.
-        epochs: most passes over those.
-        batch_size: pairs of a step.
-        learning_rate: of Adam.
-        patience: epochs without a better held-out loss after which a member is done; its best weights are kept.
+        epochs: of an mlp, most passes over those.
+        batch_size: of an mlp, pairs of a step.
+        learning_rate: of an mlp, Adam's.
+        patience: of an mlp, epochs without a better held-out loss after which a member is done; its best weights are kept.
         seed: of all of it.
     """
 
@@ -128,14 +129,17 @@ def train_heads(
         settings: how.
         tell: told how it goes.
 
-    Memory: k members with gradients and Adam's moments, 16 bytes a weight, and a batch; the states stay on disk.
+    Memory: of mlps, k members with gradients and Adam's moments, 16 bytes a weight, and a batch; the states stay on disk. Of
+    linear heads, the differences of all pairs, H numbers each, fp64 up to H = 1024 and fp32 above.
     """
     if settings.kind == "one-pass":
-        found, online = _one_pass(pairs, train, origin, settings)
+        found, more = _one_pass(pairs, train, origin, settings)
+    elif settings.kind == "linear":
+        found, more = _fitted(pairs, train, held_out, origin, settings, tell)
     else:
-        found, online = _by_adam(pairs, train, held_out, origin, settings, tell), {}
+        found, more = _by_adam(pairs, train, held_out, origin, settings, tell), {}
     margins = margins_of(found, pairs, held_out)
-    measured = measure(margins) | online | {"pairs": len(train), "held_out": len(held_out), "seed": settings.seed}
+    measured = measure(margins) | more | {"pairs": len(train), "held_out": len(held_out), "seed": settings.seed}
     return replace(found, measured=measured)
 
 
@@ -171,14 +175,13 @@ def _by_adam(
     tell: Callable[[str], None],
 ) -> StoredHeads:
     center, scale = _moments(pairs, train)
-    sources = [torch.Generator().manual_seed(1000 * settings.seed + number) for number in range(settings.members)]
-    widths = [origin.hidden_size, *(settings.hidden if settings.kind == "mlp" else ()), 1]
+    sources = _sources(settings)
+    widths = [origin.hidden_size, *settings.hidden, 1]
     layers = [_drawn(before, after, sources) for before, after in pairwise(widths)]
     parameters = [parameter for layer in layers for parameter in layer]
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
-    count = max(1, round(settings.share * len(train)))
-    numbers = torch.tensor(list(train))
-    own = torch.stack([numbers[torch.randperm(len(train), generator=source)[:count]] for source in sources])  # (k, count)
+    own = _shares(train, settings, sources)
+    count = own.shape[1]
     best, losses, waited = [p.detach().clone() for p in parameters], torch.full((settings.members,), math.inf), 0
     since = torch.zeros(settings.members, dtype=torch.int64)
     epochs = max(settings.epochs, math.ceil(LEAST_STEPS / math.ceil(count / settings.batch_size)))
@@ -192,7 +195,7 @@ def _by_adam(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        found = _heads(settings.kind, layers, center, scale, origin)
+        found = _heads(layers, center, scale, origin)
         now = softplus(-margins_of(found, pairs, held_out)).mean(dim=0)  # (k,)
         better = now < losses
         losses, since = now.minimum(losses), torch.where(better, 0, since + 1)
@@ -204,8 +207,56 @@ def _by_adam(
         if bool((since >= settings.patience).all()):
             break
     pieces = iter(best)
-    found = _heads(settings.kind, [(weight, next(pieces)) for weight in pieces], center, scale, origin)
+    found = _heads([(weight, next(pieces)) for weight in pieces], center, scale, origin)
     return replace(found, offset=_offset(found, pairs, train))
+
+
+def _shares(train: Sequence[int], settings: HeadTraining, sources: Sequence[torch.Generator]) -> Tensor:
+    """Return (k, count) numbers of the pairs that each member sees, in an order of its own."""
+    count = max(1, round(settings.share * len(train)))
+    numbers = torch.tensor(list(train))
+    return torch.stack([numbers[torch.randperm(len(train), generator=source)[:count]] for source in sources])
+
+
+def _fitted(
+    pairs: LabelledPairs,
+    train: Sequence[int],
+    held_out: Sequence[int],
+    origin: Origin,
+    settings: HeadTraining,
+    tell: Callable[[str], None],
+) -> tuple[StoredHeads, dict[str, Any]]:
+    """Fit each member to the end on its own pairs; its ridge is the one that held-out pairs like best."""
+    center, scale = _moments(pairs, train)
+    dtype = _dtype(origin)
+    of_train, of_held_out = (_differences(pairs, rows, scale, dtype) for rows in (train, held_out))
+    thetas, ridges = [], []
+    places = range(len(train))
+    for number, own in enumerate(_shares(places, settings, _sources(settings)), 1):
+        theta, ridge = fit_with_best_ridge(of_train[own], of_held_out)
+        tell(f"head {number} of {settings.members}: ridge {ridge:g}")
+        thetas.append(theta.float()[None])
+        ridges.append(ridge)
+    layer = (torch.stack(thetas), torch.zeros(len(thetas), 1))
+    found = StoredHeads("linear", (layer,), center, scale, torch.zeros(len(thetas)), None, origin)
+    return replace(found, offset=_offset(found, pairs, train)), {"ridges": ridges}
+
+
+def _differences(pairs: LabelledPairs, rows: Sequence[int], scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (n, H) scaled states of the better answers less those of the worse."""
+    found = torch.empty(len(rows), len(scale), dtype=dtype)
+    for start in range(0, len(rows), CHUNK):
+        better, worse = pairs.read(rows[start : start + CHUNK])
+        found[start : start + CHUNK] = (better - worse) / scale
+    return found
+
+
+def _dtype(origin: Origin) -> torch.dtype:
+    return torch.float64 if origin.hidden_size <= 1024 else torch.float32
+
+
+def _sources(settings: HeadTraining) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(1000 * settings.seed + number) for number in range(settings.members)]
 
 
 def _drawn(before: int, after: int, sources: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
@@ -215,9 +266,9 @@ def _drawn(before: int, after: int, sources: Sequence[torch.Generator]) -> tuple
     return torch.stack(weights).requires_grad_(), torch.zeros(len(sources), after).requires_grad_()
 
 
-def _heads(kind: Kind, layers: Sequence[tuple[Tensor, Tensor]], center: Tensor, scale: Tensor, origin: Origin) -> StoredHeads:
+def _heads(layers: Sequence[tuple[Tensor, Tensor]], center: Tensor, scale: Tensor, origin: Origin) -> StoredHeads:
     bare = tuple((weight.detach(), bias.detach()) for weight, bias in layers)
-    return StoredHeads(kind, bare, center, scale, torch.zeros(len(bare[0][0])), None, origin)
+    return StoredHeads("mlp", bare, center, scale, torch.zeros(len(bare[0][0])), None, origin)
 
 
 def _moments(pairs: LabelledPairs, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -247,7 +298,7 @@ def _one_pass(
     random.Random(settings.seed).shuffle(order)
     first = order[:TUNED_ON]
     center, scale = _moments(pairs, first)
-    dtype = torch.float64 if origin.hidden_size <= 1024 else torch.float32
+    dtype = _dtype(origin)
 
     def learn(ridge: float, rows: Sequence[int]) -> tuple[OnePass, float]:
         head, loss = OnePass(origin.hidden_size, ridge, dtype=dtype), 0.0

@@ -23,7 +23,6 @@ from hydra_ppo.profiling.learning.reward_ground import LABELS, NO_LABELS, ROWS, 
 from hydra_ppo.profiling.learning.reward_rows import COUNTS, FLOOR_NOISE
 from hydra_ppo.rewards.features import GROUP, open_features
 from hydra_ppo.rewards.head_training import (
-    RIDGES,
     HeadTraining,
     LabelledPairs,
     margins_of,
@@ -31,6 +30,7 @@ from hydra_ppo.rewards.head_training import (
     split_by_prompt,
     train_heads,
 )
+from hydra_ppo.rewards.logistic import RIDGES
 from hydra_ppo.rewards.querying import pick_next
 from hydra_ppo.rewards.self_labels import self_label
 
@@ -68,10 +68,10 @@ class States:
 
 
 def heads() -> dict[str, Row]:
-    """Return rows of refitting, Adam and one pass over the number of pairs; of random and active picks; of self-labelling."""
+    """Return rows of refitting, linear heads and one pass over the number of pairs, of picks, and of self-labelling."""
     rows: dict[str, Row] = {}
     for count in COUNTS:
-        for name, train in (("refitted", _refitted), ("linear, Adam", _by_adam), ("one pass", _one_pass)):
+        for name, train in (("refitted", _refitted), ("linear", _fitted), ("one pass", _one_pass)):
             rows[f"{name}, {count} pairs"] = Row(f"{count} pairs", partial(_measured, partial(train, count)))
     for count in ASKED:
         for active in (False, True):
@@ -127,8 +127,8 @@ def _one_pass(count: int, states: States, seed: int) -> Trained:
     return margins_of(found, states.pairs, states.held_out), {}
 
 
-def _by_adam(count: int, states: States, seed: int) -> Trained:
-    """Train a linear head with Adam, which a fifth of the pairs stops."""
+def _fitted(count: int, states: States, seed: int) -> Trained:
+    """Train a linear head as `hydra-ppo heads` does, with a fifth of the pairs for its ridge."""
     train, validation = split_by_prompt(states.groups, states.labels[:count], VALIDATION, seed)
     found = train_heads(states.pairs, train, validation, states.origin, _linear("linear", seed))
     return margins_of(found, states.pairs, states.held_out), {}

@@ -16,8 +16,9 @@ so that right labels have no say in it.
   pairs, a tenth of their labels wrong. Each label is seen eight times, but no run sees more than 4000 (64: 8, 256: 8, 1000:
   4, 4000: 1). Floor pairs come on top, in a seventh more steps, so that labels are seen as often with them as without.
 - `heads`: heads on stored states of that language model and of those pairs. One pass against a logistic regression fitted to
-  the end and against Adam, with the seconds of the processor that each took, its own choices included; labels picked as
-  label-next does against as many at random; self-labelling from 15% of the labels against those alone and against all.
+  the end on all pairs, by Newton's steps, and against `heads --kind linear`, with the seconds of the processor that each
+  took, its own choices included; labels picked as label-next does against as many at random; self-labelling from 15% of the
+  labels against those alone and against all.
 
 Estimated minutes of one core of an AMD EPYC, from 6 for a joint SFT on 15000 pairs and 2.5 for a PPO run there:
 

@@ -179,6 +179,10 @@ class TestHeads:
                 [project / "of_pairs", "--output", tmp_path / "x", "--kind", "linear", "--hidden", "3"],
                 "--hidden does not go with",
             ),
+            (
+                [project / "of_pairs", "--output", tmp_path / "x", "--kind", "linear", "--learning-rate=1"],
+                "--learning-rate does not go with --kind linear",
+            ),
             ([project / "of_pairs", "--output", tmp_path / "x", "--held-out", "1"], "'1' is not a number between 0 and 1"),
             ([one, "--output", tmp_path / "x"], "of 1 prompt leaves none to train on"),
         ):

@@ -78,7 +78,7 @@ class TestLabelNext:
 
 
 class TestSelfLabel:
-    OPTIONS = ("--members", "2", "--learning-rate", "1e-2", "--labelled", "0.2", "--held-out", "0.4")
+    OPTIONS = ("--members", "2", "--labelled", "0.2", "--held-out", "0.4")
 
     def test_rounds_leave_pairs_heads_and_a_report(self, tmp_path, capsys):
         folder, output = make_features(tmp_path / "f", 600, noise=0.5), tmp_path / "out"
@@ -111,7 +111,7 @@ class TestSelfLabel:
         pairs = np.load(folder / "pairs.npy")
         pairs[150:, 3] = 0
         np.save(folder / "pairs.npy", pairs)
-        code, out, _ = call(capsys, "self-label", folder, "--output", tmp_path / "out", *self.OPTIONS[:4])
+        code, out, _ = call(capsys, "self-label", folder, "--output", tmp_path / "out", *self.OPTIONS[:2])
         assert code == 0
         assert "120 labels to begin with, 30 held out, 250 pairs without a label" in out
         said = json.loads((tmp_path / "out" / "rounds.json").read_text())

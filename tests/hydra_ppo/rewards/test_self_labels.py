@@ -12,7 +12,7 @@ from hydra_ppo.rewards.self_labels import accepts, choose, self_label
 
 DIM = 10
 ORIGIN = Origin(None, None, 2, DIM, None, None, "float32")
-TRAINING = HeadTraining("linear", members=3, learning_rate=1e-2)
+TRAINING = HeadTraining("linear", members=3)
 
 
 def logit(p: float) -> float:
@@ -72,7 +72,7 @@ def test_it_never_ends_below_its_seed_by_more_than_an_error(seed):
     taken = sum(made.kept for made in found.rounds if made.accepted)
     assert len(found.labels) == taken
     right = [other == (seed % 2 == 0) for _, other in found.labels.values()]
-    assert sum(right) > 0.75 * len(right)
+    assert sum(right) >= 0.75 * len(right)  # of none, where the first round is refused
     swapped = sum(other for _, other in found.labels.values())
     assert swapped == sum(made.swapped for made in found.rounds if made.accepted)
 

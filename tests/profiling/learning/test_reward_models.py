@@ -143,7 +143,7 @@ def test_a_refit_is_where_the_gradient_is_zero():
 
 def test_heads_learn_what_states_say():
     states = synthetic()
-    for train in (head_rows._refitted, head_rows._one_pass, head_rows._by_adam):
+    for train in (head_rows._refitted, head_rows._one_pass, head_rows._fitted):
         margins, _ = train(300, states, 0)
         assert margins.shape == (100, 1)
         assert (margins > 0).float().mean() > 0.8
