@@ -60,7 +60,7 @@ class RunSettings:
     memory: Literal["auto", "always", "never"] = setting(
         "auto", "Measure peak memory by phase: auto is every step on a GPU and the first two steps on a CPU."
     )
-    progress: bool = setting(True, "Show progress bars and sample tables.")
+    progress: bool = setting(True, "Show progress (a bar, or lines where the output is no terminal) and sample tables.")
     rank_timeout: float = setting(
         1800.0,
         "Where torchrun starts several processes: seconds that they wait for each other, such as for rewards, which rank 0 "

@@ -32,7 +32,6 @@ from typing import Any
 import yaml
 from filelock import FileLock
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -43,6 +42,7 @@ from hydra_ppo.config.settings import PPOConfig, RunSettings, SFTConfig
 from hydra_ppo.errors import ConfigError, StorageError
 from hydra_ppo.runs.contents import ALARMS, CONFIG, LOG, METRICS, SAMPLES, STATE, SUMMARY, clear, set_aside
 from hydra_ppo.runs.folder import STARTING, check_output, is_starting, lock, read_state
+from hydra_ppo.runs.progress import shown_progress
 from hydra_ppo.runtime.files import sync, write_whole
 from hydra_ppo.runtime.interruption import StopRequested
 
@@ -174,21 +174,11 @@ class Run:
 
     @contextmanager
     def progress(self, total: int, description: str) -> Iterator[Callable[[int, str], None]]:
-        """Show a progress bar over ``total`` steps; yields ``advance(steps, text)``."""
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
-        )
-        with Progress(*columns, console=self._console, disable=not self._settings.progress, transient=True) as bar:
-            task = bar.add_task(description, total=total, text="")
-
-            def advance(steps: int = 1, text: str = "") -> None:
-                bar.update(task, advance=steps, text=text)
-
+        """Show how far ``total`` steps are; yields ``advance(steps, text)``."""
+        if not self._settings.progress:
+            yield lambda steps, text: None
+            return
+        with shown_progress(self._console, total, description) as advance:
             yield advance
 
     def note(self, text: str) -> None:

@@ -361,7 +361,7 @@ def test_sample_table_and_progress(tmp_path, capsys):
     run.samples(3, [{"prompt": f"[bold]prompt {i}", "response": "r" * 1000, "score": -1.25 * i} for i in range(6)])
     with run.progress(2, "PPO") as advance:
         advance(1, "score 1.0")
-        advance(1)
+        advance(1, "")
     shown = capsys.readouterr().err
     assert "[bold]prompt 3" in shown
     assert "[bold]prompt 4" not in shown  # the first four only
