@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 REAL := $(VENV)/.real
 VLLM := .vllm
 
-.PHONY: test rooms families test-faults test-long test-real test-vllm soak test-hosts test-verl test-ray quickstart real-text real-model bench bench-linear bench-peers lint clean
+.PHONY: test rooms families test-faults test-long test-real test-vllm soak test-hosts test-verl test-ray quickstart real-text real-model bench bench-linear bench-peers lint dist clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -76,6 +76,10 @@ test-verl: .verl/.installed
 
 test-ray: .ray/.installed
 	OMP_NUM_THREADS=1 .ray/bin/python -m pytest tests/hosts/check_ray.py -vv -s -W ignore $(ARGS)
+
+# sdist and wheel in dist/, each installed into a new environment and used from an empty folder.
+dist: $(STAMP)
+	$(BIN)/python -m tests.dist
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -40,6 +40,7 @@ class Workload:
         kv_cache: keys and values while sampling: auto in the compute type, or int8.
         advantage: gae, or one of those that need no critic.
         ema: keep a running mean of the actor's adapter.
+        ptx: practise as many answers, of these lengths, at each optimizer step; rehearsal holds the same.
         world: processes that share the work out; batches are those of all. A profile is rank 0's, which has most to do.
         shard_base: each process holds a part of every decoder layer.
         reward_heads: members of the reward head.
@@ -67,6 +68,7 @@ class Workload:
     kv_cache: Literal["auto", "int8"] = "auto"
     advantage: Literal["gae", "group", "rloo", "reinforce"] = "gae"
     ema: bool = False
+    ptx: bool = False
     world: int = 1
     shard_base: bool = False
     reward_heads: int = 1
@@ -128,7 +130,7 @@ class Workload:
 
     def check_method(self, method: str) -> None:
         """Raise ConfigError where the method cannot be had with this workload."""
-        for name, there in {"advantage": self.advantage != "gae", "ema": self.ema}.items():
+        for name, there in {"advantage": self.advantage != "gae", "ema": self.ema, "ptx": self.ptx}.items():
             if there and method != "hydra":
                 raise ConfigError(f"{name}={getattr(self, name)!r} is of the method 'hydra'; leave {method!r} out of methods.")
         if method == "full" and self.quantize_embeddings is not None:
@@ -154,7 +156,7 @@ class Workload:
     def check_stage(self, stage: str) -> None:
         """Raise ConfigError where the workload has settings of PPO alone and another stage is asked for."""
         given = {"update_order": self.update_order != "together", "offload_in_rollout": self.offload_in_rollout}
-        given |= {"advantage": self.advantage != "gae", "ema": self.ema}
+        given |= {"advantage": self.advantage != "gae", "ema": self.ema, "ptx": self.ptx}
         for name, there in given.items():
             if there and stage != "ppo":
                 raise ConfigError(f"{name}={getattr(self, name)!r} has nothing to do in stage={stage!r}; leave it out.")

@@ -7,7 +7,7 @@ arXiv 2309.10202, section 3): of each kind of answer the best, with a fixed weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,8 +127,7 @@ class Practising:
         total = torch.zeros(1, device=model.device)
         count = batch.response_mask.sum()
         before = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
+        forget_gradients(parameters)
 
         def backward() -> None:
             pieces = batch.split(world.rows_at_once(len(batch), size[0]), size[1])
@@ -158,6 +157,12 @@ class Practising:
                 else:
                     parameter.grad.mul_(factor)
         return total
+
+
+def forget_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Let parameters have no gradient."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _norm(gradients: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ def profile(arguments: list[str]) -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="How AdamW keeps its moments.")
     parser.add_argument("--update-order", choices=UPDATE_ORDERS, default="together", help="How actor and critic are stepped.")
     parser.add_argument("--ema", action="store_true", help="Keep a running mean of the actor's adapter.")
+    parser.add_argument("--ptx", action="store_true", help="Practise answers beside PPO; rehearsal holds the same.")
     parser.add_argument("--offload-in-rollout", action="store_true", help="Moments are in host memory while sampling, scoring.")
     parser.add_argument(
         "--world", type=int, default=1, metavar="N", help="Simulate rank 0 of N processes; batches are those of all."
@@ -114,6 +115,7 @@ def profile(arguments: list[str]) -> None:
             kv_cache=options.kv_cache,
             advantage=options.advantage,
             ema=options.ema,
+            ptx=options.ptx,
             world=options.world,
             shard_base=options.shard_base,
             reward_heads=options.reward_heads,

@@ -6,7 +6,7 @@ the trainer does; what it reads back to the host comes as zeros.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -31,7 +31,7 @@ from hydra_ppo.model.sharding import shard_layer
 from hydra_ppo.model.whole import causal_class
 from hydra_ppo.rollout.decoder import Decoder
 from hydra_ppo.runtime.host_tensors import empty_on_host
-from hydra_ppo.training import eight_bit, ppo_advantages
+from hydra_ppo.training import eight_bit, ppo_advantages, practice
 
 MOST_COLUMNS = 8
 """Of advantages in a simulation."""
@@ -106,6 +106,10 @@ def no_repetition() -> Iterator[None]:
     def few_blocks(*args: Any, **kwargs: Any) -> tuple[list[slice], ...]:
         return tuple(pieces[:2] for pieces in cut(*args, **kwargs))  # the last are no larger
 
+    def later_gradients(parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
     def few_columns(rewards: Tensor, values: Tensor, mask: Tensor, *args: Any) -> tuple[Tensor, ...]:
         columns = max(count for count in range(1, MOST_COLUMNS + 1) if rewards.shape[1] % count == 0)
         found = gae(*(tensor.reshape(-1, columns) for tensor in (rewards, values, mask)), *args)
@@ -115,6 +119,7 @@ def no_repetition() -> Iterator[None]:
         patch.object(Experience, "split", one_group),
         patch.object(Experience, "minibatches", one_minibatch),
         patch.object(logprobs, "_cut", few_blocks),
+        patch.object(practice, "forget_gradients", later_gradients),
         patch.object(advantages, "gae", few_columns),
         patch.object(ppo_advantages, "gae", few_columns),
     ):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hydra_ppo.config.settings import LoraSettings, OptimizerSettings, PPOConfig, RolloutSettings, SFTConfig
+from hydra_ppo.config.settings import LoraSettings, OptimizerSettings, PPOConfig, PtxSettings, RolloutSettings, SFTConfig
 from hydra_ppo.data.rows import PreferenceRow, PromptRow
 from hydra_ppo.model.heads import HeadPlan
 from hydra_ppo.model.hydra import HydraModel
@@ -130,6 +130,9 @@ class Builder:
         prompts = [PromptRow("", _tokens(workload.prompt, row)) for row in range(rows)]
         # With given lengths no token ends a response, whichever the end token is.
         shared: dict[str, Any] = {"on_phase": on_phase, "world": self.world}
+        if workload.ptx:
+            answer = PreferenceRow("", "", "", _tokens(workload.prompt), _tokens(workload.response), ())
+            shared["ptx"] = [answer] * (workload.minibatch or rows)
         trainer = PPOTrainer(model, NoTokenizer(end_token=0), settings, prompts, sampler=sampler, **shared)
         trainer.progress.batches = repeat(prompts)  # in this order: a fake permutation reads as one row again and again
 
@@ -163,6 +166,7 @@ class Builder:
             ),
             advantage=workload.advantage,
             ema_decay=0.99 if workload.ema else None,
+            ptx=PtxSettings(data="practised") if workload.ptx else PtxSettings(),
             ppo_epochs=1,
             minibatch_size=workload.minibatch or rows,
             microbatch_size=workload.microbatch,

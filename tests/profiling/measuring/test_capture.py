@@ -215,6 +215,22 @@ def test_simulated_and_measured_peaks_agree_without_a_critic_and_with_a_running_
     assert adapters[0] == expected * adapters[1]
 
 
+@pytest.mark.parametrize("microbatch", [1, 2])
+def test_simulated_and_measured_peaks_agree_where_answers_are_practised(microbatch):
+    """While practised answers gather theirs, the actor's gradients of PPO are there too."""
+    sizes = workload(rollout_batch=4, microbatch=microbatch, score_batch=2, ptx=True)
+    simulated = capture(sizes, simulate=True, config=CONFIGS["llama"])
+    measured = capture(sizes, simulate=False, device="cpu", config=CONFIGS["llama"])
+    for phase, peak in measured.phases.items():
+        assert simulated.phases[phase].bytes == pytest.approx(peak.bytes, rel=AGREEMENT), phase
+    plain = capture(replace(sizes, ptx=False), simulate=False, device="cpu", config=CONFIGS["llama"])
+    assert measured.phases["update-actor"].bytes > plain.phases["update-actor"].bytes
+    with pytest.raises(ConfigError, match="ptx=True is of the method 'hydra'; leave 'full' out of methods"):
+        sizes.check_method("full")
+    with pytest.raises(ConfigError, match=r"ptx=True has nothing to do in stage='reward'; leave it out\.$"):
+        sizes.check_stage("reward")
+
+
 def test_what_has_no_critic_has_no_order_of_roles():
     with pytest.raises(ConfigError, match=r"^update_order='in-turn' .* advantage='group' has none; leave it out\.$"):
         workload(advantage="group", update_order="in-turn", rollout_batch=4)
