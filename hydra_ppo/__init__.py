@@ -2,9 +2,11 @@
 
 From outside: the names in `__all__`; everything else at the home that its room's docstring names.
 
-Never: code. `errors` and `experience` beside this file, and the maths in `algorithms`, are the vocabulary of every room.
+Never: code, but for what must come before other libraries are imported. `errors` and `experience` beside this file, and the
+maths in `algorithms`, are the vocabulary of every room.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:  # what `__getattr__` below finds, for type checkers
     from hydra_ppo.views.views import role_views as role_views
 
 __version__ = "0.1.0"
+
+# bitsandbytes asks for a package of kernels as soon as it is imported on a processor with AVX512-BF16; all works without it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
 
 # Names resolve on first use, so that `hydra-ppo --help` need not import torch.
 _HOMES = {
