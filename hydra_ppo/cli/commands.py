@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hydra_ppo.cli.loading import check_vocabulary, load_model, load_rows, load_tokenizer
 from hydra_ppo.cli.practice import load_practice
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
-from hydra_ppo.errors import ConfigError
+from hydra_ppo.errors import ConfigError, HydraError
 from hydra_ppo.parallel.environment import place
-from hydra_ppo.runs.contents import CONFIG
+from hydra_ppo.runs.contents import CONFIG, REPORT
 from hydra_ppo.runs.folder import check_output, is_starting, read_state
 from hydra_ppo.runs.run import Run
 from hydra_ppo.runtime.interruption import StopRequested, stopping_at_once, stopping_on_signals
@@ -277,9 +277,20 @@ def _open(
                 keep_best=config.run.keep_best,
             )
 
+        run.on_device(*_device(loaded.model))
         trainer.run, trainer.save = run, save
         loaded.when_open(run)
         yield run
+
+
+def _device(model: HydraModel) -> tuple[str, int | None]:
+    """Return what a model is on, and the bytes of a GPU."""
+    if model.device.type != "cuda":
+        return model.device.type, None
+    import torch
+
+    found = torch.cuda.get_device_properties(model.device)
+    return found.name, found.total_memory
 
 
 def as_typed(path: Path) -> str:
@@ -348,4 +359,16 @@ def _finish(run: Run | None, summary: dict[str, Any]) -> None:
     with run.storing("plots"):
         plot_run(run.folder)
     run.finish(summary)
-    print(f"Saved in {run.folder}; hydra-ppo inspect {as_typed(run.folder)} shows the numbers.")
+    page = _write_page(run)
+    print(f"Saved in {run.folder}; hydra-ppo inspect {as_typed(run.folder)} shows the numbers{page}.")
+
+
+def _write_page(run: Run) -> str:
+    """Write the run's page, and return how the last line names it; a run that is done does not fail over it."""
+    from hydra_ppo.report.page import write_report
+
+    try:
+        return f", {as_typed(write_report([run.folder], run.folder / REPORT))} the curves"
+    except HydraError as error:
+        run.note(f"{REPORT} was not written: {error}")
+        return ""

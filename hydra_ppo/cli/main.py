@@ -307,6 +307,12 @@ def _inspect(arguments: list[str]) -> None:
     commands.inspect(options.run, options.json)
 
 
+def _report(arguments: list[str]) -> None:
+    from hydra_ppo.cli.report import report
+
+    report(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     parser = Parser("doctor", "Say what this machine offers and what stands in the way; exit code 1 where something does.")
     parser.add_argument("--json", action="store_true", help="Write JSON.")
@@ -340,5 +346,6 @@ COMMANDS: dict[str, Command] = {
     "reward-eval": ("say how far the reward head of a run can be believed", head_commands.reward_eval),
     "doctor": ("say what this machine offers and what stands in the way", _doctor),
     "launch": ("start sft or ppo on several GPUs, of this machine or of a Ray cluster", _launch),
+    "report": ("write or serve a page of runs: curves, alarms, samples, settings", _report),
     "inspect": ("show state, settings, last metrics and checkpoints of a run", _inspect),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.text import Text
 from hydra_ppo.config.paths import read_settings
 from hydra_ppo.data.sources import exists, local_path
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.runs.contents import CONFIG, STATE
+from hydra_ppo.runs.contents import CONFIG, STATE, SUMMARY
 from hydra_ppo.runs.folder import has_died, read_state
 from hydra_ppo.runs.plots import read_alarms, read_metrics
 
@@ -79,6 +80,7 @@ def inspect_run(folder: Path) -> dict[str, Any]:
         "finished": state.get("finished"),
         "version": state.get("version"),
         "packages": state.get("packages"),
+        "device": state.get("device"),
         "config": _highlights(folder / CONFIG),
         "last_step": records[-1].get("step") if records else None,
         "metrics": metrics,
@@ -89,6 +91,15 @@ def inspect_run(folder: Path) -> dict[str, Any]:
             if not path.name.startswith(".")  # one that is still being written
         ],
     }
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return what the run wrote at its end; nothing where it is not there, or broken."""
+    try:
+        found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def print_inspection(report: dict[str, Any], console: Console | None = None) -> None:

@@ -67,15 +67,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: A line in the middle is not a JSON object.
     """
-    return _read(Path(folder) / METRICS)
+    return read_records(Path(folder) / METRICS)
 
 
 def read_alarms(folder: Path) -> list[dict[str, Any]]:
     """Return the records of ``alarms.jsonl``, as `read_metrics` does; none where no alarm was raised."""
-    return _read(Path(folder) / ALARMS)
+    return read_records(Path(folder) / ALARMS)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of JSON lines, as `read_metrics` does; none where there is no file."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

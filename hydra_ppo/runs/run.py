@@ -9,6 +9,7 @@
     state.json      command, state (starting, running, finished, failed, interrupted), pid, times, versions, error
     .lock           held by the process that writes the folder
     log.txt         what was printed
+    report.html     the run's page, where it came to its end
     summary.json    written last, by ``finish``
 """
 
@@ -157,7 +158,8 @@ class Run:
             self._append(SAMPLES, {"step": step, **row})
         if not self._settings.progress or not rows:
             return
-        table = Table(title=f"Samples at step {step}", show_lines=True)
+        kind = "Samples of held-out prompts" if rows[0].get("held_out") else "Samples"
+        table = Table(title=f"{kind} at step {step}", show_lines=True)
         for name in ("prompt", "response"):
             table.add_column(name, overflow="fold", ratio=1)
         table.add_column("score", justify="right")
@@ -186,6 +188,11 @@ class Run:
         line = " ".join(text.split())
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._write(LOG, f"{_now()} {line}\n")
+
+    def on_device(self, name: str, capacity: int | None) -> None:
+        """Say in ``state.json`` where the model is, and the bytes that there are."""
+        self._state["device"] = {"name": name, "bytes": capacity}
+        self._write_state()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json`` and mark the run finished."""

@@ -77,22 +77,19 @@ def numbers_of(found: Mapping[str, Any]) -> Metrics:
 
 
 def held_out_samples(found: Mapping[str, Any], prompts: Sequence[str], most: int) -> list[dict[str, Any]]:
-    """Return the first answers of an evaluation with what training and evaluators say of them; [] without evaluators."""
-    if "independent" not in found:
+    """Return the first answers of an evaluation with what training and evaluators say of them; [] where there was none."""
+    if "responses" not in found:
         return []
-    rows = list(zip(prompts, found["responses"], found["scores"], found["independent"], strict=True))[:most]
-    parts = found["independent_parts"]
-    return [
-        {
-            "held_out": True,
-            "prompt": prompt,
-            "response": response,
-            "score": score,
-            "independent": independent,
-            "judges": {name: values[row] for name, values in parts.items()},
-        }
-        for row, (prompt, response, score, independent) in enumerate(rows)
+    rows = [
+        {"held_out": True, "prompt": prompt, "response": response, "score": score}
+        for prompt, response, score in zip(prompts, found["responses"], found["scores"], strict=True)
     ]
+    if "independent" in found:
+        parts = found["independent_parts"]
+        for place, row in enumerate(rows):
+            row["independent"] = found["independent"][place]
+            row["judges"] = {name: values[place] for name, values in parts.items()}
+    return rows[:most]
 
 
 def compare_judged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

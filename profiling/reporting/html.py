@@ -17,6 +17,7 @@ from rich.text import Text
 from hydra_ppo.profiling.measuring.record import Profile, Record
 from hydra_ppo.profiling.reporting.pictures import comparison_figure, timeline_figure
 from hydra_ppo.profiling.reporting.report import comparison_table, largest_table, phase_table, role_table, source, summary_line
+from hydra_ppo.report.document import html_page
 
 TITLE = "hydra-ppo: memory of PPO"
 SIMULATED = "The tensors were fake: each has a size and holds no numbers, so nothing here was read from a device or timed."
@@ -26,23 +27,6 @@ TERMS = (
     "role's) and the optimizer state that is on the device in the updates; with these settings nothing can hold less. "
     "Peak: most bytes alive at once in a PPO step."
 )
-STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --rule: #c8c8c8; --band: #f1f1f1; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181b; --rule: #44484e; --band: #23262b; } }
-body { margin: 0 auto; max-width: 64rem; padding: 1rem; color: var(--ink); background: var(--paper);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-top: 1px solid var(--rule); padding-top: 1rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: 0.875rem; overflow-wrap: normal; }
-caption { text-align: left; font-weight: 600; padding-bottom: 0.25rem; }
-th, td { padding: 0.25rem 0.6rem; text-align: left; vertical-align: bottom; white-space: nowrap;
-  border-bottom: 1px solid var(--rule); }
-thead th { background: var(--band); }
-.right { text-align: right; font-variant-numeric: tabular-nums; }
-td:first-child { position: sticky; left: 0; background: var(--paper); }
-tr.total td { font-weight: 600; background: var(--band); }
-img { display: block; width: 100%; min-width: 40rem; background: #ffffff; }
-"""
 
 
 def write_html(record: Record, path: Path) -> Path:
@@ -60,24 +44,7 @@ def write_html(record: Record, path: Path) -> Path:
             parts.append(_picture(timeline_figure(profile), f"Live memory of {profile.method} over a PPO step"))
         parts += [_table(build(profile)) for build in (phase_table, role_table, largest_table)]
     content = "\n".join(parts)
-    # The policy makes a browser refuse requests that a mistake in this file might ask for.
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{TITLE}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{TITLE}</h1>
-{_sources(profiles)}
-<p>{TERMS}</p>
-{content}
-</body>
-</html>
-"""
+    page = html_page(TITLE, f"<h1>{TITLE}</h1>\n{_sources(profiles)}\n<p>{TERMS}</p>\n{content}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
@@ -135,9 +102,8 @@ def _table(table: Table) -> str:
         rows.append(f'<tr class="total">{filled}</tr>' if row.style else f"<tr>{filled}</tr>")
     title = escape(str(table.title))
     return (
-        f'<div class="scroll" tabindex="0"><table>\n<caption>{title}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
-        + "\n".join(rows)
-        + "\n</tbody></table></div>"
+        f'<div class="scroll" tabindex="0"><table class="fixed">\n<caption>{title}</caption>\n<thead><tr>{head}</tr></thead>'
+        "\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
     )
 
 
