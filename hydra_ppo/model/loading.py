@@ -58,7 +58,7 @@ def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) 
 
 
 def resolve_attention(attention: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Choose the attention kernel and log the choice.
+    """Choose the attention kernel, and log the choice where there is one: on a GPU.
 
     Raises:
         ConfigError: when it is unknown, or flash-attention is asked for and cannot be used; the message says why.
@@ -84,7 +84,8 @@ def resolve_attention(attention: str, device: torch.device, dtype: torch.dtype) 
         )
     else:
         chosen = "sdpa"
-    logger.info("attention=auto takes %s%s", chosen, f" ({obstacle})" if obstacle else "")
+    if device.type == "cuda":  # elsewhere there is nothing to choose, nor to do about it
+        logger.info("attention=auto takes %s%s", chosen, f" ({obstacle})" if obstacle else "")
     return chosen
 
 

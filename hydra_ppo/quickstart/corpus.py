@@ -120,7 +120,7 @@ def _pair(opening: str, rng: random.Random) -> dict[str, str]:
 
 
 def make_corpus(
-    seed: int, pairs: int = 15000, eval_pairs: int = 300, prompts: int = 2000, eval_prompts: int = 200, label_noise: float = 0.1
+    seed: int, pairs: int = 10000, eval_pairs: int = 300, prompts: int = 2000, eval_prompts: int = 200, label_noise: float = 0.1
 ) -> Corpus:
     """Write the corpus; the same arguments give the same corpus.
 
@@ -242,15 +242,15 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path | None = None) -> P
 
 
 def build_llama_config(vocab_size: int) -> LlamaConfig:
-    """Shape a Llama of about 3 million parameters; every linear layer's inputs are a multiple of nf4's block of 64."""
+    """Shape a Llama of about 1.4 million parameters; every linear layer's inputs are a multiple of nf4's block of 64."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=3,
         max_position_embeddings=128,
         tie_word_embeddings=True,
         pad_token_id=SPECIAL_TOKENS.index(PAD),

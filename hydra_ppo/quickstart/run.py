@@ -59,7 +59,10 @@ def main(output: str | Path, seed: int = 0, overwrite: bool = False) -> dict[str
     Raises:
         ConfigError: when the folder is in use.
     """
+    from transformers import AutoConfig
+
     from hydra_ppo.cli import commands
+    from hydra_ppo.quickstart.threads import choose_threads
 
     started = time.perf_counter()
     folder = Path(output)
@@ -67,6 +70,8 @@ def main(output: str | Path, seed: int = 0, overwrite: bool = False) -> dict[str
     console = Console(stderr=True)
     console.print(f"[bold]1/4[/bold] Corpus, tokenizer and a small Llama in {escape(str(folder))}", highlight=False)
     texts = write_inputs(folder, seed)
+    if (chosen := choose_threads(AutoConfig.from_pretrained(folder / "base"))) is not None:
+        console.print(chosen, highlight=False)
     console.print("[bold]2/4[/bold] Joint SFT and reward modelling", highlight=False)
     commands.sft(sft_config(folder, seed))
     console.print("[bold]3/4[/bold] PPO against the learned reward head", highlight=False)
@@ -102,33 +107,36 @@ def sft_config(folder: Path, seed: int) -> SFTConfig:
             max_response_tokens=48,
         ),
         run=RunSettings(output=str(folder / "sft"), seed=seed, memory="never", log_every=10),
-        optimizer=OptimizerSettings(learning_rate=1e-3, weight_decay=0.01, schedule="cosine", warmup_fraction=0.05),
+        optimizer=OptimizerSettings(learning_rate=2e-3, weight_decay=0.01, schedule="cosine", warmup_fraction=0.05),
         method="full",
         reward_coef=1.0,
         epochs=1,  # many pairs once; docs/notes.md has what several passes over fewer gave
         batch_size=16,
-        microbatch_size=8,
-        eval_every=300,
+        microbatch_size=16,
+        eval_every=200,
     )
 
 
 def ppo_config(folder: Path, seed: int) -> PPOConfig:
     """Settings of the second stage."""
     return PPOConfig(
-        model=ModelSettings(name_or_path=str(folder / "sft"), device="auto", lora=LoraSettings(r=16, alpha=32)),
+        # Of a model this small activations are few, and computing them again costs a third of an update.
+        model=ModelSettings(
+            name_or_path=str(folder / "sft"), device="auto", lora=LoraSettings(r=16, alpha=32), gradient_checkpointing=False
+        ),
         data=DataSettings(
             train=str(folder / "data" / "prompts.jsonl"), eval=str(folder / "data" / "eval_prompts.jsonl"), max_prompt_tokens=24
         ),
         run=RunSettings(output=str(folder / "ppo"), seed=seed, save_every=0),
-        rollout=RolloutSettings(batch_size=64, max_new_tokens=40, score_batch_size=16),
+        rollout=RolloutSettings(batch_size=64, max_new_tokens=40, score_batch_size=64),
         kl=KLSettings(coef=0.1),
         optimizer=OptimizerSettings(learning_rate=1e-3, schedule="linear"),
         steps=32,
         ppo_epochs=3,
         minibatch_size=32,
-        microbatch_size=16,
+        microbatch_size=32,
         entropy_coef=0.01,
-        sample_every=10,
+        sample_every=1000,  # the first step; held-out prompts are answered before and after
         eval_prompts=200,
     )
 

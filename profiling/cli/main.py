@@ -44,7 +44,7 @@ def profile(arguments: list[str]) -> None:
         type=_numbers,
         default=[0],
         metavar="K",
-        help="Adapters sit on the layers above this many; --learning compares a list (0,1,2,3), with --methods hydra.",
+        help="Adapters sit on the layers above this many; --learning compares a list (0,1,2), with --methods hydra.",
     )
     parser.add_argument("--no-checkpointing", action="store_true", help="Keep activations instead of recomputing them.")
     parser.add_argument(

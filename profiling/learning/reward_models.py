@@ -20,17 +20,14 @@ so that right labels have no say in it.
   took, its own choices included; labels picked as label-next does against as many at random; self-labelling from 15% of the
   labels against those alone and against all.
 
-Estimated minutes of one core of an AMD EPYC, from 6 for a joint SFT on 15000 pairs and 2.5 for a PPO run there:
+Minutes of one core of an AMD EPYC, estimated from 1.8 for a joint SFT on 10000 pairs and 1.2 for a PPO run there:
 
-| table | a row | a seed, `--pairs 15000` | a seed, `--pairs 4000` |
+| table | a row | a seed, `--pairs 10000` | a seed, `--pairs 4000` |
 |---|---|---|---|
-| `ensembles` | 2.6, and two SFT runs | 25 | 16 |
-| `losses` | one SFT run | 18; 12 after `ensembles` | 5; 3 after `ensembles` |
-| `floor` | 0.3 to 2, and SFT without labels | 18 | 16 |
-| `heads` | below 0.1, `self-labelled` 1; states 0.5; SFT as `floor` | 5; 2 after `floor` | 3; 2 after `floor` |
-
-All four on three seeds, in this order: three hours with 15000 pairs, the quickstart's own number, and two with 4000, most of
-which are PPO and `floor`, that `--pairs` has no say in; `ensembles` alone are 75 and 50 minutes.
+| `ensembles` | 1.3, and two SFT runs | 10 | 8 |
+| `losses` | one SFT run | 6; 4 after `ensembles` | 3; 2 after `ensembles` |
+| `floor` | 0.2 to 1, and SFT without labels | 9 | 8 |
+| `heads` | below 0.1, `self-labelled` 1; states 0.5; SFT as `floor` | 4; 2 after `floor` | 3; 2 after `floor` |
 """
 
 from __future__ import annotations
@@ -54,7 +51,7 @@ from hydra_ppo.profiling.learning.reward_ground import Ground, Numbers, Row, slu
 from hydra_ppo.profiling.learning.shared import kept, spread
 from hydra_ppo.runtime.interruption import StopRequested
 
-PAIRS = 15000
+PAIRS = 10000
 WIDTH = 200
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hydra_ppo.config.settings import LoraSettings
 from hydra_ppo.errors import ConfigError, RoleError, UnsupportedModelError
 from hydra_ppo.experience import Experience
 from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.model.loading import resolve_attention
 from tests.allocations import LargestAllocation
 from tests.families import FAMILIES, experience, randomise, sequences
 from tests.training import hydra, llama, write_model
@@ -500,10 +502,11 @@ def test_checkpointing_that_a_model_came_with_is_switched_off():
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def test_auto_attention_is_logged(caplog):
+def test_auto_attention_is_logged_where_there_is_a_choice(caplog, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "flash_attn" else find(name, *more))
     with caplog.at_level("INFO", logger="hydra_ppo"):
         HydraModel.from_config(llama())
-    assert (
-        "attention=auto takes sdpa (the package flash-attn is not installed)" in caplog.text
-        or "attention=auto takes" in caplog.text
-    )
+        assert "attention" not in caplog.text  # on a CPU nobody can do anything about it
+        resolve_attention("auto", torch.device("cuda"), torch.bfloat16)
+    assert "attention=auto takes sdpa (the package flash-attn is not installed)" in caplog.text

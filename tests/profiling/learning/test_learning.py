@@ -53,21 +53,21 @@ def test_a_trunk_is_there_and_spared_by_the_update(small, tmp_path, monkeypatch)
         return model
 
     monkeypatch.setattr(learning, "build", build)
-    outcomes = compare_learning(tmp_path, ("hydra",), (0,), trunk_layers=(0, 3), say=lambda text: None)
-    assert [outcome.trunk_layers for outcome in outcomes] == [0, 3]
+    outcomes = compare_learning(tmp_path, ("hydra",), (0,), trunk_layers=(0, 2), say=lambda text: None)
+    assert [outcome.trunk_layers for outcome in outcomes] == [0, 2]
     assert outcomes[0].gold_before == outcomes[1].gold_before  # no adapter has a say in the reference
     assert {path.name for path in (tmp_path / "seed-0").glob("*.json")} == {
         "hydra.json",
-        "hydra-trunk-3.json",
+        "hydra-trunk-2.json",
         "opponent.json",
     }
     plain, cut = models
     assert plain.trunk is None
-    assert cut.trunk.count == 3
+    assert cut.trunk.count == 2
     assert any(given)  # the critic's pass and the update begin above it
     adapted = [{name.split(".layers.")[1][0] for name in model.role_parameters("actor")} for model in models]
     assert adapted == [set("0123"), {"3"}]
-    assert compare_learning(tmp_path, ("hydra",), (0,), trunk_layers=(0, 3), say=print) == outcomes
+    assert compare_learning(tmp_path, ("hydra",), (0,), trunk_layers=(0, 2), say=print) == outcomes
     assert len(models) == 2  # nothing was run again
 
 
@@ -82,7 +82,7 @@ def test_a_result_from_before_there_were_trunks_reads_as_0(tmp_path):
 @pytest.mark.parametrize(
     ("methods", "trunk", "message"),
     [
-        (("hydra",), 4, "trunk_layers=4 must be at least 0 and below the 4 decoder layers"),
+        (("hydra",), 4, "trunk_layers=4 must be at least 0 and below the 3 decoder layers"),
         (("hydra",), -1, "trunk_layers=-1 must be at least 0"),
         (("hydra", "lora"), 1, "trunk_layers=1 is compared for the method 'hydra' alone, not for 'lora'"),
     ],
