@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra_ppo.cli.loading import check_vocabulary, load_model, load_rows, load_tokenizer
 from hydra_ppo.cli.practice import load_practice
-from hydra_ppo.config.settings import PPOConfig, SFTConfig
+from hydra_ppo.config.settings import PPOConfig, RunSettings, SFTConfig
 from hydra_ppo.errors import ConfigError, HydraError
 from hydra_ppo.parallel.environment import place
 from hydra_ppo.runs.contents import CONFIG, REPORT
 from hydra_ppo.runs.folder import check_output, is_starting, read_state
 from hydra_ppo.runs.run import Run
-from hydra_ppo.runtime.interruption import StopRequested, stopping_at_once, stopping_on_signals
+from hydra_ppo.runtime.interruption import StopRequested, stopping_after, stopping_at_once, stopping_on_signals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,7 +132,7 @@ def _prepared(
     Yields:
         None where the run is finished; no `Run` in processes that do not write.
     """
-    with _stoppable(folder, command):
+    with _stoppable(folder, command, config.run):
         with stopping_at_once() if place().size == 1 else nullcontext():
             from hydra_ppo.parallel.joining import join
 
@@ -300,11 +301,20 @@ def as_typed(path: Path) -> str:
 
 
 @contextmanager
-def _stoppable(folder: Path, command: str) -> Iterator[None]:
-    """Let SIGTERM, SIGINT and SIGHUP stop the run where nothing is lost, and say how to go on."""
+def _stoppable(folder: Path, command: str, run: RunSettings) -> Iterator[None]:
+    """Let SIGTERM, SIGINT, SIGHUP and `run.max_time` stop the run where nothing is lost, and say how to go on.
+
+    Raises:
+        ConfigError: where there is a limit of time, and this is not the main thread.
+    """
+    if run.max_time is not None and threading.current_thread() is not threading.main_thread():
+        raise ConfigError(
+            f"run.max_time={run.max_time!r} needs the main thread of the process; train there, or set it to null."
+        )
     with stopping_on_signals():
         try:
-            yield
+            with stopping_after(run.most_seconds if place().is_main else None):  # one that stops stops all
+                yield
         except StopRequested:
             known = folder / CONFIG
             again = f"hydra-ppo {command} {as_typed(known)} --resume" if known.exists() else "the same command"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,8 @@ from hydra_ppo.config.fields import expand_home, required, setting
 from hydra_ppo.config.fields import fraction as _fraction
 from hydra_ppo.config.fields import not_negative as _not_negative
 from hydra_ppo.config.fields import positive as _positive
+
+DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class RunSettings:
         "auto", "Measure peak memory by phase: auto is every step on a GPU and the first two steps on a CPU."
     )
     progress: bool = setting(True, "Show progress (a bar, or lines where the output is no terminal) and sample tables.")
+    max_time: str | None = setting(
+        None,
+        "Stop and save after this long, as on SIGTERM; --resume goes on, and its clock begins anew. 90s, 30m, 4h, 1d, 1h30m; "
+        "null sets no limit.",
+    )
     rank_timeout: float = setting(
         1800.0,
         "Where torchrun starts several processes: seconds that they wait for each other, such as for rewards, which rank 0 "
@@ -72,3 +80,14 @@ class RunSettings:
         _check(self, "output", bool(self.output), "is empty", "name a folder, for example runs/my-run")
         _positive(self, "log_every", "keep_last", "rank_timeout")
         _not_negative(self, "save_every", "keep_best", "seed")
+        remedy = "write for example 30m, 4h or 1h30m"
+        _check(self, "max_time", self.max_time is None or self.most_seconds is not None, "is no length of time", remedy)
+
+    @property
+    def most_seconds(self) -> float | None:
+        """Seconds of `max_time`; None where it sets no limit."""
+        found = None if self.max_time is None else DURATION.fullmatch(self.max_time.strip())
+        if found is None or not any(found.groups()):
+            return None
+        parts = (float(part or 0) for part in found.groups())
+        return sum(part * seconds for part, seconds in zip(parts, (86400, 3600, 60, 1), strict=True)) or None

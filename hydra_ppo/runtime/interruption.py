@@ -93,6 +93,24 @@ def stopping_on_signals() -> Iterator[None]:
 
 
 @contextmanager
+def stopping_after(seconds: float | None) -> Iterator[None]:
+    """Ask for a stop as SIGTERM does once so many seconds have passed inside the block; None never does.
+
+    Goes inside `stopping_on_signals`, in the main thread, which alone gets signals.
+    """
+    if seconds is None:
+        yield
+        return
+    alarm = threading.Timer(seconds, partial(os.kill, os.getpid(), signal.SIGTERM))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
+
+
+@contextmanager
 def stopping_at_once() -> Iterator[None]:
     """Raise StopRequested inside the block as soon as a signal comes: where waiting is long and nothing is half done."""
     check_stop()
