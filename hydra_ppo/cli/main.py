@@ -313,6 +313,12 @@ def _report(arguments: list[str]) -> None:
     report(arguments)
 
 
+def _compare(arguments: list[str]) -> None:
+    from hydra_ppo.cli.compare import compare
+
+    compare(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     parser = Parser("doctor", "Say what this machine offers and what stands in the way; exit code 1 where something does.")
     parser.add_argument("--json", action="store_true", help="Write JSON.")
@@ -347,5 +353,6 @@ COMMANDS: dict[str, Command] = {
     "doctor": ("say what this machine offers and what stands in the way", _doctor),
     "launch": ("start sft or ppo on several GPUs, of this machine or of a Ray cluster", _launch),
     "report": ("write or serve a page of runs: curves, alarms, samples, settings", _report),
+    "compare": ("show in which settings runs differ, and what came of each", _compare),
     "inspect": ("show state, settings, last metrics and checkpoints of a run", _inspect),
 }

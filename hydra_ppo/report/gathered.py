@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
@@ -70,7 +71,7 @@ class Gathered:
         found: of `inspect_run`.
         records: of metrics.jsonl.
         summary: of summary.json; empty before the run is at its end.
-        settings: by full name, as the run has them; None where they cannot be read.
+        settings: all of them by full name; None where they cannot be read.
         changed: name, value and default of each that is not the default.
         pairs: answers before and after; from which steps `pair_steps` says.
         samples: where there are no such pairs: recorded samples of the last step that has some.
@@ -124,11 +125,10 @@ def gather(folder: Path, label: str) -> Gathered:
     command = CONFIGS.get(str(found["command"]))
     changed = []
     if command is not None and settings is not None:
-        for setting in settings_of(command).values():
-            default = None if setting.required else _plain(setting.default)
-            value = settings.get(setting.name, default)
-            if value != default:
-                changed.append((setting.name, value, default))
+        known = settings_of(command).values()
+        defaults = {setting.name: None if setting.required else _plain(setting.default) for setting in known}
+        settings = defaults | settings  # what an older version did not know was as it is by default now
+        changed = [(name, settings[name], default) for name, default in defaults.items() if settings[name] != default]
     rows = [row for row in read_records(Path(found["folder"]) / SAMPLES) if isinstance(row.get("response"), str)]
     pairs, steps = before_and_after(rows)
     last = max((row["step"] for row in rows if _is_number(row.get("step"))), default=None)
@@ -213,6 +213,18 @@ def charts(runs: Sequence[Gathered]) -> list[Chart]:
             alarms = runs[0].found["alarms"] if len(runs) == 1 else []
             found.append(Chart(title, unit, lines, [alarm["step"] for alarm in alarms if _is_number(alarm.get("step"))]))
     return found
+
+
+def differing(runs: Sequence[Gathered]) -> list[tuple[str, list[str]]]:
+    """Return the settings that the runs do not share, but for the folder that they are written to, each with its values."""
+    named = dict.fromkeys(name for run in runs for name in (run.settings or {}))
+    rows = [(name, [value_text((run.settings or {}).get(name)) for run in runs]) for name in named if name != "run.output"]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def value_text(value: Any) -> str:
+    """Write a setting's value: text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def memory_peaks(run: Gathered) -> list[tuple[str, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -12,8 +11,9 @@ from typing import Any, TypeGuard
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.report.charts import COLOURS, Chart, bar_chart, line_chart, number
 from hydra_ppo.report.document import html_page, shown
-from hydra_ppo.report.gathered import Gathered, charts, gather_all, memory_peaks
+from hydra_ppo.report.gathered import Gathered, charts, differing, gather_all, memory_peaks, value_text
 from hydra_ppo.report.scripts import FILTER, LIVE
+from hydra_ppo.runs.outcomes import outcomes
 from hydra_ppo.runtime.files import write_whole
 
 MIB, GIB = 2**20, 2**30
@@ -76,39 +76,20 @@ def _state(run: Gathered) -> str:
     return f'<p class="soft">{shown(f"{run.label} is {words}")}</p>{error}'
 
 
-OUTCOMES = (
-    ("score on held-out prompts", "eval/scores"),
-    ("independent judge", "eval/independent"),
-    ("KL to the reference, nats", "eval/kl"),
-    ("length, tokens", "eval/response_length"),
-    ("perplexity", "eval/perplexity"),
-    ("pairs ranked correctly", "eval/reward_accuracy"),
-)
-
-
 def _outcome(runs: Sequence[Gathered]) -> str:
     """Return a table of the first and the last evaluation."""
     rows = []
     for run in runs:
-        for label, name in OUTCOMES:
-            values = [(record.get("step"), record[name]) for record in run.records if _is_measured(record.get(name))]
-            if values:
-                (first, before), (last, after) = values[0], values[-1]
-                one = len(values) == 1
-                gain = "-" if one else number(after - before) + _error(run, name)
-                where = f"step {last}" if one else f"step {first} to {last}"
-                rows.append(
-                    [*([run.label] if len(runs) > 1 else []), label, "-" if one else number(before), number(after), gain, where]
-                )
+        for found in outcomes(run.records, run.summary):
+            before, after = (number(value) for value in found.values)
+            first, last = (number(step) for step in found.steps)
+            error = "" if found.error is None else f" ± {number(found.error)}"
+            cells = ["-", after, "-", f"step {last}"]
+            if found.gain is not None:
+                cells = [before, after, number(found.gain) + error, f"step {first} to {last}"]
+            rows.append([*([run.label] if len(runs) > 1 else []), found.label, *cells])
     head = (["run"] if len(runs) > 1 else []) + ["held-out evaluation", "first", "last", "difference", "measured"]
     return table("What came of it", head, rows, right=range(len(head) - 4, len(head) - 1)) if rows else ""
-
-
-def _error(run: Gathered, name: str) -> str:
-    """Return the standard error of a gain, prompt by prompt, where the run's summary has it."""
-    key = {"eval/scores": "eval_scores_gain_se", "eval/independent": "eval_independent_gain_se"}.get(name, "")
-    value = run.summary.get(key)
-    return f" ± {number(value)}" if _is_measured(value) else ""
 
 
 def _is_measured(value: Any) -> TypeGuard[float]:
@@ -224,25 +205,15 @@ def _scored(score: Any) -> str:
 def _changed(run: Gathered) -> str:
     if run.settings is None:
         return '<h2>Settings</h2><p class="soft">config.yaml cannot be read.</p>'
-    rows = [[name, _value(value), "-" if default is None else _value(default)] for name, value, default in run.changed]
+    rows = [[name, value_text(value), "-" if default is None else value_text(default)] for name, value, default in run.changed]
     return "<h2>Settings</h2>" + table("What differs from the defaults", ["setting", "value", "default"], rows)
 
 
 def _differences(runs: Sequence[Gathered]) -> str:
-    """Return a table of the settings that the runs do not share, but for the folder that they are written to."""
-    named = dict.fromkeys(name for run in runs for name in (run.settings or {}))
-    rows = []
-    for name in named:
-        values = [_value((run.settings or {}).get(name)) for run in runs]
-        if len(set(values)) > 1 and name != "run.output":
-            rows.append([name, *values])
+    rows = [[name, *values] for name, values in differing(runs)]
     if not rows:
         return '<h2>Settings</h2><p class="soft">All settings are the same.</p>'
     return "<h2>Settings</h2>" + table("In which the runs differ", ["setting", *(run.label for run in runs)], rows)
-
-
-def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _onward(run: Gathered, many: bool) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,22 @@ from rich.text import Text
 from hydra_ppo.config.paths import read_settings
 from hydra_ppo.data.sources import exists, local_path
 from hydra_ppo.errors import ConfigError
-from hydra_ppo.runs.contents import CONFIG, STATE, SUMMARY
+from hydra_ppo.runs.contents import ALARMS, CONFIG, LOG, METRICS, REPORT, SAMPLES, STATE, SUMMARY
 from hydra_ppo.runs.folder import has_died, read_state
+from hydra_ppo.runs.outcomes import outcomes
 from hydra_ppo.runs.plots import read_alarms, read_metrics
 
 MIB = 2**20
+FILES = {
+    SUMMARY: "the result",
+    METRICS: "every number",
+    SAMPLES: "answers",
+    ALARMS: "alarms",
+    REPORT: "the page",
+    CONFIG: "settings",
+    LOG: "what was printed",
+}
+"""What there is to read in a run's folder, and what it holds."""
 HIGHLIGHTS = (
     *("model.name_or_path", "model.quantization", "model.trunk_layers", "model.lora.r", "data.train"),
     *(
@@ -84,6 +97,8 @@ def inspect_run(folder: Path) -> dict[str, Any]:
         "config": _highlights(folder / CONFIG),
         "last_step": records[-1].get("step") if records else None,
         "metrics": metrics,
+        "outcomes": [asdict(found) | {"gain": found.gain} for found in outcomes(records, read_summary(folder))],
+        "files": [name for name in FILES if (folder / name).is_file()],
         "alarms": read_alarms(folder),
         "checkpoints": [
             {"name": path.name, "bytes": _size(path)}
@@ -112,6 +127,8 @@ def print_inspection(report: dict[str, Any], console: Console | None = None) -> 
     for name, value in (report["config"] or {}).items():
         state.add_row(name, Text(_show(value)))
     console.print(state)
+    if report["outcomes"]:
+        console.print(_outcomes(report["outcomes"]))
     metrics = Table(title="Last metrics", title_justify="left")
     metrics.add_column("metric")
     metrics.add_column("value", justify="right")
@@ -136,6 +153,25 @@ def print_inspection(report: dict[str, Any], console: Console | None = None) -> 
         console.print(checkpoints)
     else:
         console.print("No checkpoints.")
+    console.print(Text("Files: " + "; ".join(f"{name}, {FILES[name]}" for name in report["files"])))
+
+
+def _outcomes(found: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table of the first and the last evaluation on held-out rows."""
+    table = Table(title="Held-out evaluation", title_justify="left")
+    table.add_column("what", overflow="fold")
+    for name in ("before", "after", "gain"):
+        table.add_column(name, justify="right")
+    table.add_column("steps")
+    for one in found:
+        before, after = (_show(float(value)) for value in one["values"])
+        steps = [f"{step:g}" for step in one["steps"]]
+        error = "" if one["error"] is None else f" ± {_show(float(one['error']))}"
+        if one["gain"] is None:
+            table.add_row(one["label"], "-", after, "-", steps[1])
+        else:
+            table.add_row(one["label"], before, after, _show(one["gain"]) + error, " to ".join(steps))
+    return table
 
 
 def _metric(name: str, value: Any) -> tuple[str, str]:
