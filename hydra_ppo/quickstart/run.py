@@ -107,7 +107,7 @@ def sft_config(folder: Path, seed: int) -> SFTConfig:
             max_response_tokens=48,
         ),
         run=RunSettings(output=str(folder / "sft"), seed=seed, memory="never", log_every=10),
-        optimizer=OptimizerSettings(learning_rate=2e-3, weight_decay=0.01, schedule="cosine", warmup_fraction=0.05),
+        optimizer=OptimizerSettings(learning_rate=3e-3, weight_decay=0.01, schedule="cosine", warmup_fraction=0.05),
         method="full",
         reward_coef=1.0,
         epochs=1,  # many pairs once; docs/notes.md has what several passes over fewer gave

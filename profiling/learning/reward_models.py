@@ -20,14 +20,14 @@ so that right labels have no say in it.
   took, its own choices included; labels picked as label-next does against as many at random; self-labelling from 15% of the
   labels against those alone and against all.
 
-Minutes of one core of an AMD EPYC, estimated from 1.8 for a joint SFT on 10000 pairs and 1.2 for a PPO run there:
+Minutes of one core of an AMD EPYC, estimated from 1.2 for a joint SFT on 10000 pairs and 0.8 for a PPO run there:
 
 | table | a row | a seed, `--pairs 10000` | a seed, `--pairs 4000` |
 |---|---|---|---|
-| `ensembles` | 1.3, and two SFT runs | 10 | 8 |
-| `losses` | one SFT run | 6; 4 after `ensembles` | 3; 2 after `ensembles` |
-| `floor` | 0.2 to 1, and SFT without labels | 9 | 8 |
-| `heads` | below 0.1, `self-labelled` 1; states 0.5; SFT as `floor` | 4; 2 after `floor` | 3; 2 after `floor` |
+| `ensembles` | 0.9, and two SFT runs | 7 | 6 |
+| `losses` | one SFT run | 4; 3 after `ensembles` | 2; 1 after `ensembles` |
+| `floor` | 0.1 to 0.7, and SFT without labels | 6 | 5 |
+| `heads` | below 0.1, `self-labelled` 1; states 0.5; SFT as `floor` | 3; 2 after `floor` | 2; 2 after `floor` |
 """
 
 from __future__ import annotations
