@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 REAL := $(VENV)/.real
 VLLM := .vllm
 
-.PHONY: test rooms families test-faults test-long test-real test-browser test-vllm soak test-hosts test-verl test-ray quickstart real-text real-model bench bench-linear bench-peers lint dist clean
+.PHONY: test rooms families test-faults test-long test-real test-browser test-vllm soak test-hosts test-verl test-ray quickstart real-text real-model bench bench-linear bench-peers lint dist docs clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -82,6 +82,15 @@ test-verl: .verl/.installed
 test-ray: .ray/.installed
 	OMP_NUM_THREADS=1 .ray/bin/python -m pytest tests/hosts/check_ray.py -vv -s -W ignore $(ARGS)
 
+# The site of docs/ in site/, links and anchors checked; builds its environment in .docs first, without torch.
+.docs/.installed: setup.cfg
+	test -x .docs/bin/python || $(PYTHON) -m venv .docs
+	.docs/bin/python -m pip install -q "mkdocs-material >= 9.7, < 10" "mkdocstrings[python] >= 1.0"
+	touch $@
+
+docs: .docs/.installed
+	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build -q
+
 # sdist and wheel in dist/, each installed into a new environment and used from an empty folder.
 dist: $(STAMP)
 	$(BIN)/python -m tests.dist
@@ -124,4 +133,4 @@ bench-peers: $(STAMP)
 	$(BIN)/python -m hydra_ppo.profiling.benchmarks.peers.run $(ARGS)
 
 clean:
-	rm -rf $(VENV) .verl .ray build *.egg-info
+	rm -rf $(VENV) .verl .ray .docs build site *.egg-info

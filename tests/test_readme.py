@@ -1,4 +1,4 @@
-"""The README tells the truth: its settings load, its Python runs, its commands exist."""
+"""README and first pages tell the truth: their settings load, their Python runs, their commands exist."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from hydra_ppo.cli.main import main
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
 from tests.training import write_model
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+FIRST_RUN, PYTHON = ((ROOT / "docs" / name).read_text() for name in ("first-run.md", "python.md"))
 HUB_MODEL = "meta-llama/Llama-3.2-1B"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+def blocks(language: str, page: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.S)
 
 
 @pytest.mark.parametrize("kind", [SFTConfig, PPOConfig])
 def test_the_settings_load(kind, tmp_path):
     name = "sft.yaml" if kind is SFTConfig else "ppo.yaml"
-    (text,) = [block for block in blocks("yaml") if block.startswith(f"# {name}")]
+    (text,) = [block for block in blocks("yaml", FIRST_RUN) if block.startswith(f"# {name}")]
     (tmp_path / name).write_text(text)
     config = load_config(kind, tmp_path / name)
     assert config.model.quantization == "nf4"
 
 
 def test_the_python_runs(tmp_path, capsys):
-    (code,) = blocks("python")
+    (code,) = blocks("python", PYTHON)
     assert code.count(HUB_MODEL) == 2
     base = write_model(tmp_path / "base")
     scope: dict[str, object] = {}
@@ -42,21 +44,9 @@ def test_the_python_runs(tmp_path, capsys):
 
 
 def test_the_commands_exist(capsys):
-    words = {line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("hydra-ppo ")}
-    assert words == {
-        "sft",
-        "ppo",
-        "inspect",
-        "score",
-        "generate",
-        "export",
-        "plan",
-        "profile",
-        "doctor",
-        "quantize",
-        "serve",
-        "launch",
-    }
+    lines = [line for page in (README, FIRST_RUN) for block in blocks("sh", page) for line in block.splitlines()]
+    words = {line.split()[1] for line in lines if line.startswith("hydra-ppo ")}
+    assert words == {"sft", "ppo", "report", "inspect", "score", "generate", "export"}
     for word in words:
         assert main([word, "--help"]) == 0
 
@@ -66,7 +56,7 @@ def test_what_else_it_can_do_is_typed_right(tmp_path):
     section = README.split("## What else it can do")[1].split("\n## ")[0]
     commands = re.findall(r"`hydra-ppo ([^`]*)`", section)
     assert len(commands) >= 13
-    settings = {kind: next(b for b in blocks("yaml") if b.startswith(f"# {kind}.yaml")) for kind in ("sft", "ppo")}
+    settings = {kind: next(b for b in blocks("yaml", FIRST_RUN) if b.startswith(f"# {kind}.yaml")) for kind in ("sft", "ppo")}
     for line in commands:
         command, *rest = line.split()
         if command in settings:
@@ -79,6 +69,9 @@ def test_what_else_it_can_do_is_typed_right(tmp_path):
 def test_make_targets_exist():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in {
-        name for names in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", README, flags=re.M) for name in names if name
+        name
+        for names in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", README + FIRST_RUN, flags=re.M)
+        for name in names
+        if name
     }:
         assert re.search(rf"^{target}:", makefile, flags=re.M), target

@@ -83,6 +83,8 @@ def _kind(settings: DataSettings) -> tuple[DataSettings, bool]:
 
 
 def _score_pairs(opened: Opened, rows: Sequence[PreferenceRow], size: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    from hydra_ppo.algorithms.reliability import pair_accuracy
+
     prompts = [row.prompt_ids for row in rows] + [row.before_rejected for row in rows]
     scores = _scores(opened, prompts, [row.chosen_ids for row in rows] + [row.rejected_ids for row in rows], size)
     chosen, rejected = scores[: len(rows)], scores[len(rows) :]
@@ -100,7 +102,7 @@ def _score_pairs(opened: Opened, rows: Sequence[PreferenceRow], size: int) -> tu
     ]
     numbers = {
         "pairs": len(rows),
-        "accuracy": sum(margin > 0 for margin in margins) / len(rows),
+        "accuracy": pair_accuracy(margins)[0],
         "ties": sum(margin == 0 for margin in margins),
         "mean margin": statistics.fmean(margins),
         "margin, std. deviation": statistics.pstdev(margins),

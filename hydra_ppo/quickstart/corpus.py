@@ -242,7 +242,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path | None = None) -> P
 
 
 def build_llama_config(vocab_size: int) -> LlamaConfig:
-    """Shape a Llama of about 0.5 million parameters; every linear layer's inputs are a multiple of nf4's block of 64."""
+    """Shape a Llama of about 0.6 million parameters; every linear layer's inputs are a multiple of nf4's block of 64."""
     from transformers import LlamaConfig
 
     return LlamaConfig(

@@ -356,7 +356,7 @@ class JointSFTTrainer:
         if found is None:
             return PairSums(nll, zero, zero)
         losses = pair_losses(config, rows, found, columns)
-        right = (losses.margins > 0).float()
+        right = (losses.margins.sign() + 1) / 2  # a tie is half a right one: so a head of zeros is at chance
         return PairSums(
             nll,
             losses.ranking.sum(),

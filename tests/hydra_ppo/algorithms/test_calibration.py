@@ -33,8 +33,9 @@ def test_pairs_that_hold_as_often_as_they_say_are_calibrated():
     assert expected_calibration_error(torch.tensor(sure, dtype=torch.float64)).item() == pytest.approx(0.0, abs=1e-12)
 
 
-def test_a_margin_of_0_is_no_hit_and_half_sure():
-    assert expected_calibration_error(torch.zeros(4)).item() == pytest.approx(0.5)
+def test_a_margin_of_0_is_half_a_hit_and_half_sure():
+    """Who knows nothing and says so is calibrated."""
+    assert expected_calibration_error(torch.zeros(4)).item() == pytest.approx(0.0)
 
 
 def test_the_surest_fall_into_the_last_bin():
