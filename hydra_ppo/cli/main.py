@@ -319,6 +319,12 @@ def _compare(arguments: list[str]) -> None:
     compare(arguments)
 
 
+def _completion(arguments: list[str]) -> None:
+    from hydra_ppo.cli.completion import completion
+
+    completion(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     parser = Parser("doctor", "Say what this machine offers and what stands in the way; exit code 1 where something does.")
     parser.add_argument("--json", action="store_true", help="Write JSON.")
@@ -355,4 +361,5 @@ COMMANDS: dict[str, Command] = {
     "report": ("write or serve a page of runs: curves, alarms, samples, settings", _report),
     "compare": ("show in which settings runs differ, and what came of each", _compare),
     "inspect": ("show state, settings, last metrics and checkpoints of a run", _inspect),
+    "completion": ("print what a shell completes, for bash, zsh or fish", _completion),
 }

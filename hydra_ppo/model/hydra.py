@@ -52,14 +52,12 @@ class HydraModel(RoleModel):
 
     `with model.role("critic"):` makes the base that role; outside of any role the adapters are off. The roles are
 
-    ========= ======================================== ======
-    role      adapter                                  head
-    ========= ======================================== ======
-    actor     `actor`                                  lm
-    critic    `critic`                                 value
-    reference what joint SFT left: `sft` or none       lm
-    reward    what reward training left, or the same   reward
-    ========= ======================================== ======
+    | role | adapter | head |
+    |---|---|---|
+    | actor | `actor` | lm |
+    | critic | `critic` | value |
+    | reference | what joint SFT left: `sft` or none | lm |
+    | reward | what reward training left, or the same | reward |
 
     Actor and critic start as exact copies of reference and reward: the same numbers, to the last bit, from the same pass.
 

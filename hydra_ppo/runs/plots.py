@@ -14,7 +14,7 @@ from hydra_ppo.runs.contents import ALARMS, METRICS
 from hydra_ppo.runs.series import series_of
 from hydra_ppo.runs.watch_plots import draw_monitor, draw_over_optimisation
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 MEMORY_METRIC = re.compile(r"memory/(.+)_peak_bytes")
 PHASES = ("rollout", "score", "update-actor", "update-critic", "optimizer")
 COLOURS = ("#1f5a96", "#d1702a", "#3f8f5f", "#8a5aa8")
@@ -22,13 +22,17 @@ COLOURS = ("#1f5a96", "#d1702a", "#3f8f5f", "#8a5aa8")
 
 @dataclass(frozen=True)
 class LinePlot:
-    """One picture of metrics over steps; ``lines`` maps a metric to its legend."""
+    """One picture of metrics over steps; ``lines`` maps a metric to its legend.
+
+    ``apart`` gives each line axes of its own, one under the other: for values of very different size.
+    """
 
     file: str
     title: str
     y_label: str
     lines: Mapping[str, str]
     limits: tuple[float, float] | None = None
+    apart: bool = False
 
 
 LINE_PLOTS = (
@@ -42,13 +46,21 @@ LINE_PLOTS = (
             "eval/scores": "score on held-out prompts",
         },
     ),
-    LinePlot("kl.png", "KL from the reference", "nats per response", {"objective/kl": "KL"}),
-    LinePlot("length.png", "Response length", "tokens per response", {"rollout/response_length": "mean length"}),
+    LinePlot(
+        "kl.png", "KL from the reference", "nats per response", {"objective/kl": "rollout", "eval/kl": "held-out prompts"}
+    ),
+    LinePlot(
+        "length.png",
+        "Response length",
+        "tokens per response",
+        {"rollout/response_length": "rollout", "eval/response_length": "held-out prompts"},
+    ),
     LinePlot(
         "loss.png",
         "Training loss",
         "loss (nats)",
         {"loss/total": "total (weighted)", "loss/sft": "cross-entropy per token", "loss/reward": "ranking loss per pair"},
+        apart=True,
     ),
     LinePlot("perplexity.png", "Held-out perplexity", "perplexity of chosen responses", {"eval/perplexity": "held-out"}),
     LinePlot(
@@ -109,7 +121,7 @@ def plot_run(folder: Path) -> list[Path]:
     found = (match[1] for record in records for name in record if (match := MEMORY_METRIC.fullmatch(name)))
     phases = dict.fromkeys([*PHASES, *found])  # in the order of a PPO step, then others such as sft's
     peaks = {phase: max(series_of(records, f"memory/{phase}_peak_bytes")[1], default=None) for phase in phases}
-    measured = {phase: peak / MIB for phase, peak in peaks.items() if peak is not None}
+    measured = {phase: peak for phase, peak in peaks.items() if peak is not None}
     if measured:
         written.append(_draw_memory(folder / "plots" / "memory.png", measured))
     alarms = read_alarms(folder)
@@ -120,46 +132,53 @@ def plot_run(folder: Path) -> list[Path]:
     return written + [path for path in drawn if path is not None]
 
 
-def _figure(height: float = 3.6) -> tuple[Any, Any]:
+def _figure(height: float = 3.6, rows: int = 1) -> tuple[Any, list[Any]]:
     # The Figure class draws without pyplot, whose backend and state belong to the caller.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    return figure, axes
+    all_axes = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+    return figure, all_axes
 
 
 def _draw_lines(path: Path, plot: LinePlot, series: Mapping[str, tuple[list[float], list[float]]]) -> Path:
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure()
-    for colour, (label, (steps, values)) in zip(COLOURS, series.items(), strict=False):
-        marker = "o" if len(steps) <= 25 else None
+    rows = len(series) if plot.apart else 1
+    figure, all_axes = _figure(3.6 if rows == 1 else 0.6 + 1.7 * rows, rows)
+    for number, (label, (steps, values)) in enumerate(series.items()):
+        axes = all_axes[number if plot.apart else 0]
+        colour, marker = COLOURS[number % len(COLOURS)], "o" if len(steps) <= 25 else None
         axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5)
-    axes.set_title(plot.title, loc="left", fontsize=11)
-    axes.set_xlabel("step")
-    axes.set_ylabel(plot.y_label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    if plot.limits:
-        axes.set_ylim(*plot.limits)
-    if len(series) > 1:
-        axes.legend(frameon=False, fontsize=9)
+    for axes in all_axes:
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        if plot.limits:
+            axes.set_ylim(*plot.limits)
+        if len(series) > 1:
+            axes.legend(frameon=False, fontsize=9)
+    all_axes[0].set_title(plot.title, loc="left", fontsize=11)
+    all_axes[-1].set_xlabel("step")
+    all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    figure.supylabel(plot.y_label, fontsize=10) if rows > 1 else all_axes[0].set_ylabel(plot.y_label)
     return _save(figure, path)
 
 
 def _draw_memory(path: Path, peaks: Mapping[str, float]) -> Path:
-    figure, axes = _figure(height=0.9 + 0.45 * len(peaks))
-    bars = axes.barh(list(peaks), list(peaks.values()), color=COLOURS[0], height=0.6)
-    axes.bar_label(bars, labels=[f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in peaks.values()], padding=3)
+    """Draw bars of bytes, in the unit that the largest reads well in."""
+    size, unit = (GIB, "GiB") if max(peaks.values()) >= GIB else (MIB, "MiB")
+    shown = {phase: peak / size for phase, peak in peaks.items()}
+    figure, (axes,) = _figure(height=0.9 + 0.45 * len(shown))
+    bars = axes.barh(list(shown), list(shown.values()), color=COLOURS[0], height=0.6)
+    axes.bar_label(bars, labels=[f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in shown.values()], padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_title("Peak memory by phase, highest of the measured steps", loc="left", fontsize=11)
-    axes.set_xlabel("MiB (1 MiB = 2^20 bytes)")
+    axes.set_xlabel(unit)
     return _save(figure, path)
 
 

@@ -62,7 +62,7 @@ def test_a_folder_without_metrics_has_no_plots(tmp_path):
     assert plot_run(tmp_path) == []
 
 
-def test_null_values_are_skipped_and_memory_is_in_mib(tmp_path, monkeypatch):
+def test_null_values_are_skipped(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(plots, "_draw_lines", lambda path, plot, series: drawn.setdefault(path.name, series) and path)
     monkeypatch.setattr(plots, "_draw_memory", lambda path, peaks: drawn.setdefault(path.name, peaks) and path)
@@ -82,7 +82,36 @@ def test_null_values_are_skipped_and_memory_is_in_mib(tmp_path, monkeypatch):
     plot_run(tmp_path)
     # Phases come in the order of a PPO step, others after them; the peak of a phase is the highest of its steps.
     # score was not measured and is left out, not 0.
-    assert drawn == {"kl.png": {"KL": ([1, 3], [1.0, 0.0])}, "memory.png": {"rollout": 3.0, "update": 0.5}}
+    assert drawn == {"kl.png": {"rollout": ([1, 3], [1.0, 0.0])}, "memory.png": {"rollout": 3 * 2**20, "update": 2**19}}
+
+
+@pytest.mark.parametrize(
+    ("peaks", "unit", "widths"),
+    [
+        ({"rollout": 3 * 2**20, "update": 2**19}, "MiB", [3.0, 0.5]),
+        ({"rollout": 3 * 2**30, "update": 2**29}, "GiB", [3.0, 0.5]),
+    ],
+)
+def test_memory_is_in_the_unit_that_reads_well(peaks, unit, widths, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure) or path)
+    plots._draw_memory(tmp_path / "memory.png", peaks)
+    (axes,) = kept[0].axes
+    assert axes.get_xlabel() == unit
+    assert [bar.get_width() for bar in axes.patches] == widths
+
+
+def test_losses_of_different_size_have_axes_of_their_own(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure) or path)
+    plot_run(write_metrics(tmp_path, sft_records(30)))
+    loss = next(figure for figure in kept if figure.axes[0].get_title(loc="left") == "Training loss")
+    assert [axes.get_legend().get_texts()[0].get_text() for axes in loss.axes] == [
+        "total (weighted)",
+        "cross-entropy per token",
+        "ranking loss per pair",
+    ]
+    assert [len(axes.lines) for axes in loss.axes] == [1, 1, 1]
 
 
 def test_a_line_cut_short_by_a_crash(tmp_path):
@@ -123,7 +152,7 @@ def test_pictures_of_the_monitor(tmp_path):
     folder = write_records(
         tmp_path, judged_records(9), [{"step": 4, "name": "over_optimisation"}, {"step": 5, "name": "ratio"}]
     )
-    assert {path.name for path in plot_run(folder)} == {"reward.png", "monitor.png", "over_optimisation.png"}
+    assert {path.name for path in plot_run(folder)} == {"reward.png", "kl.png", "monitor.png", "over_optimisation.png"}
     plain = tmp_path / "plain"
     plain.mkdir()
     assert {path.name for path in plot_run(write_records(plain, judged_records(5, judged=False)))} == {"monitor.png"}
