@@ -120,7 +120,7 @@ def _pair(opening: str, rng: random.Random) -> dict[str, str]:
 
 
 def make_corpus(
-    seed: int, pairs: int = 10000, eval_pairs: int = 300, prompts: int = 2000, eval_prompts: int = 200, label_noise: float = 0.1
+    seed: int, pairs: int = 13000, eval_pairs: int = 300, prompts: int = 2000, eval_prompts: int = 200, label_noise: float = 0.1
 ) -> Corpus:
     """Write the corpus; the same arguments give the same corpus.
 

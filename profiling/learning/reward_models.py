@@ -20,9 +20,9 @@ so that right labels have no say in it.
   took, its own choices included; labels picked as label-next does against as many at random; self-labelling from 15% of the
   labels against those alone and against all.
 
-Minutes of one core of an AMD EPYC, estimated from 1.2 for a joint SFT on 10000 pairs and 0.8 for a PPO run there:
+Minutes of one core of an AMD EPYC, estimated from 1.6 for a joint SFT on 13000 pairs and 0.8 for a PPO run there:
 
-| table | a row | a seed, `--pairs 10000` | a seed, `--pairs 4000` |
+| table | a row | a seed, `--pairs 13000` | a seed, `--pairs 4000` |
 |---|---|---|---|
 | `ensembles` | 0.9, and two SFT runs | 7 | 6 |
 | `losses` | one SFT run | 4; 3 after `ensembles` | 2; 1 after `ensembles` |
@@ -51,7 +51,7 @@ from hydra_ppo.profiling.learning.reward_ground import Ground, Numbers, Row, slu
 from hydra_ppo.profiling.learning.shared import kept, spread
 from hydra_ppo.runtime.interruption import StopRequested
 
-PAIRS = 10000
+PAIRS = 13000
 WIDTH = 200
 
 

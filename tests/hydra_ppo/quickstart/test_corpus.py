@@ -140,7 +140,7 @@ def test_vocabulary_is_small(corpus: Corpus):
 
 
 def test_sizes_and_keys(corpus: Corpus):
-    assert [len(part) for part in (corpus.preferences, corpus.eval_preferences)] == [10000, 300]
+    assert [len(part) for part in (corpus.preferences, corpus.eval_preferences)] == [13000, 300]
     assert [len(part) for part in (corpus.prompts, corpus.eval_prompts)] == [2000, 200]
     assert all(pair.keys() == {"prompt", "chosen", "rejected"} for pair in corpus.preferences + corpus.eval_preferences)
     assert all(row.keys() == {"prompt"} for row in corpus.prompts + corpus.eval_prompts)
