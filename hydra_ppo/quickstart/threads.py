@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 ROUNDS = 5
+WORTH = 1.3
+"""How much faster more threads must be."""
 ROWS, TOKENS = 32, 24
 """Of a step of SFT here, about."""
 
@@ -32,10 +34,16 @@ def choose_threads(config: LlamaConfig) -> str | None:
     if torch.cuda.is_available() or len(counts) < 2 or "OMP_NUM_THREADS" in os.environ:
         return None
     seconds = medians(counts, _passes(config), torch.set_num_threads)
-    best = min(counts, key=lambda count: seconds[count])
+    best = fewest(seconds)
     torch.set_num_threads(best)
     said = ", ".join(f"{1000 * seconds[count]:.0f} ms with {count}" for count in counts)
     return f"{best} {'thread' if best == 1 else 'threads'}: a pass takes {said}"
+
+
+def fewest(seconds: Mapping[int, float]) -> int:
+    """Return the smallest count whose time is within `WORTH` of the best: threads that wait for each other suffer most where
+    another program wants a core. A run with two took ten times as long while one was taken."""
+    return min(count for count, time in seconds.items() if time <= WORTH * min(seconds.values()))
 
 
 def candidates(most: int) -> list[int]:

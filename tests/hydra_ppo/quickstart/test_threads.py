@@ -26,6 +26,12 @@ def test_counts_take_turns_and_the_first_round_does_not_count():
     assert calls == [1, 2] * (threads.ROUNDS + 1)
 
 
+def test_more_threads_must_be_worth_it():
+    assert threads.fewest({1: 1.25, 2: 1.0}) == 1
+    assert threads.fewest({1: 1.4, 2: 1.0}) == 2
+    assert threads.fewest({1: 4.0, 2: 2.1, 4: 2.0, 8: 1.9}) == 2
+
+
 @pytest.mark.parametrize("best", [1, 2])
 def test_the_fastest_is_used_and_nothing_that_is_drawn_later_changes(best, monkeypatch):
     used = []
