@@ -21,7 +21,7 @@ FLOORS = (
     ("parallel",),
     ("compute", "data"),
     ("model", "runs"),
-    ("rewards", "rollout", "views"),
+    ("rewards", "rollout", "views", "report"),
     ("training", "patches"),
     ("cli",),
     ("quickstart", "__main__"),

@@ -6,7 +6,6 @@ torch and transformers are imported inside the functions, so that ``--help`` and
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from hydra_ppo.runs.contents import CONFIG
 from hydra_ppo.runs.folder import check_output, is_starting, read_state
 from hydra_ppo.runs.run import Run
 from hydra_ppo.runtime.interruption import StopRequested, stopping_at_once, stopping_on_signals
+from hydra_ppo.runtime.output import as_typed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -257,7 +257,13 @@ def _open(
     from hydra_ppo.runs.checkpoint import FOLDER, drop_leftovers, save_checkpoint
 
     done, _ = trainer.position
-    with Run.create(config.run, config, command, resume=loaded.resume, done=done, sampled=trainer.sampled) as run:
+    opened = Run.create(config.run, config, command, resume=loaded.resume, done=done, sampled=trainer.sampled)
+    with _with_page(opened.folder), opened as run:
+        if (device := loaded.model.device).type == "cuda":
+            import torch
+
+            card = torch.cuda.get_device_properties(device)
+            run.on_device(card.name, card.total_memory)
         drop_leftovers(run.folder / FOLDER)
         for note in loaded.notes:
             run.note(note)
@@ -282,10 +288,19 @@ def _open(
         yield run
 
 
-def as_typed(path: Path) -> str:
-    """Return a path as a shell and this program read it: quoted, and not like an option."""
-    name = str(path)
-    return shlex.quote(f"./{name}" if name.startswith("-") else name)
+@contextmanager
+def _with_page(folder: Path) -> Iterator[None]:
+    """Write the page of a run once it has ended, however it did; of one that failed in silence, why it did matters more."""
+    from hydra_ppo.report.page import report_at_end
+
+    ended = False
+    try:
+        yield
+        ended = True
+    finally:
+        line = report_at_end(folder)
+        if ended:
+            print(line, flush=True)
 
 
 @contextmanager

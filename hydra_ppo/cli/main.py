@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra_ppo import __version__
@@ -29,6 +30,7 @@ from hydra_ppo.cli.parser import (
     add_quantization,
     check_folder,
     check_run,
+    port,
     positive,
     quantization_flags,
     split_settings,
@@ -38,6 +40,7 @@ from hydra_ppo.cli.rlhf import RLHF
 from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedModelError
 from hydra_ppo.parallel.environment import check_alone, place, speaks
+from hydra_ppo.runs.contents import REPORT
 from hydra_ppo.runtime.interruption import StopRequested, stopping_at_once, stopping_on_signals
 from hydra_ppo.runtime.output import finish, losing_output, settle_output, without_input
 
@@ -307,6 +310,32 @@ def _inspect(arguments: list[str]) -> None:
     commands.inspect(options.run, options.json)
 
 
+def _report(arguments: list[str]) -> None:
+    parser = Parser("report", "Write the page of a run, or of several over one another: one HTML file, or served on loopback.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=local_path, help="Run folder of sft or ppo.")
+    parser.add_argument(
+        "--output",
+        type=local_path,
+        metavar="FILE",
+        help="File to write; default report.html in the run folder, of several here.",
+    )
+    parser.add_argument(
+        "--live", type=port, metavar="PORT", help="Serve the page on 127.0.0.1, renewing itself; 0 takes a free port."
+    )
+    options = parser.parse_args(arguments)
+    if options.live is not None:
+        if options.output is not None:
+            raise ConfigError("--live serves the page and --output writes it; leave one out.")
+        from hydra_ppo.report.live import serve
+
+        serve(options.runs, options.live, lambda line: print(line, flush=True))
+        return
+    from hydra_ppo.report.page import write_report
+
+    several = len(options.runs) > 1
+    print(f"Page: {write_report(options.runs, options.output or (Path() if several else options.runs[0]) / REPORT)}")
+
+
 def _doctor(arguments: list[str]) -> int:
     parser = Parser("doctor", "Say what this machine offers and what stands in the way; exit code 1 where something does.")
     parser.add_argument("--json", action="store_true", help="Write JSON.")
@@ -340,5 +369,6 @@ COMMANDS: dict[str, Command] = {
     "reward-eval": ("say how far the reward head of a run can be believed", head_commands.reward_eval),
     "doctor": ("say what this machine offers and what stands in the way", _doctor),
     "launch": ("start sft or ppo on several GPUs, of this machine or of a Ray cluster", _launch),
+    "report": ("write the page of a run, or of several over one another; --live serves it", _report),
     "inspect": ("show state, settings, last metrics and checkpoints of a run", _inspect),
 }

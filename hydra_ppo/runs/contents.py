@@ -11,7 +11,7 @@ from pathlib import Path
 from hydra_ppo.runtime.files import PARTIAL, write_whole
 
 CONFIG, METRICS, SAMPLES, ALARMS = "config.yaml", "metrics.jsonl", "samples.jsonl", "alarms.jsonl"
-STATE, LOG, SUMMARY = "state.json", "log.txt", "summary.json"
+STATE, LOG, SUMMARY, REPORT = "state.json", "log.txt", "summary.json", "report.html"
 CHECKPOINTS = "checkpoints"
 VLLM = "vllm"
 """Folder of what vLLM servers read while the run goes on: versions of its adapters."""
@@ -32,7 +32,7 @@ TOKENIZER_FOLDER = "additional_chat_templates"
 MANIFEST, BASE = "hydra.json", "base"
 MODEL_FILES = (MANIFEST, "heads.safetensors")
 ADAPTERS = ("sft", "reward", "actor", "actor_ema", "critic")
-WRITTEN_FILES = (*MODEL_FILES, CONFIG, METRICS, SAMPLES, ALARMS, LOG, SUMMARY, *TOKENIZER_FILES)
+WRITTEN_FILES = (*MODEL_FILES, CONFIG, METRICS, SAMPLES, ALARMS, LOG, SUMMARY, REPORT, *TOKENIZER_FILES)
 """The model goes first: what is left of a folder that is being cleared must not look like one that holds a model."""
 
 _CHECKPOINT = ("step-", ".writing-", ".dropping-")

@@ -78,7 +78,8 @@ def read_alarms(folder: Path) -> list[dict[str, Any]]:
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    # Not `splitlines`: a text in a line may hold what else that takes for an end, such as U+2028.
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -197,6 +197,11 @@ class Run:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._write(LOG, f"{_now()} {line}\n")
 
+    def on_device(self, name: str, size: int) -> None:
+        """Keep the name of the card that the run is on, and its bytes, in ``state.json``."""
+        self._state["device"] = {"name": name, "bytes": size}
+        self._write_state()
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json`` and mark the run finished."""
         with self.storing(SUMMARY):
