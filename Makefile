@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 REAL := $(VENV)/.real
 VLLM := .vllm
 
-.PHONY: test rooms families test-faults test-long test-real test-vllm soak test-hosts test-verl test-ray quickstart real-text real-model bench bench-linear bench-peers lint clean
+.PHONY: test rooms families test-faults test-long test-real test-browser test-vllm soak test-hosts test-verl test-ray quickstart real-text real-model bench bench-linear bench-peers lint clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -35,6 +35,11 @@ test-long: $(REAL)
 # Their files through data, training and export; fails where one is missing.
 test-real: $(REAL)
 	HYDRA_TEST_REAL=1 $(BIN)/python -m pytest tests/real -m real -n auto --dist worksteal --durations=5
+
+# The pages in a headless Chromium of the system, `apt-get install chromium`; screenshots under runs/browser.
+test-browser: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[browser]'
+	HYDRA_TEST_BROWSER=1 $(BIN)/python -m pytest tests/browser -m browser
 
 # A vLLM for the CPU, in an environment of its own: 3.4 GB, some minutes. What comes along of torchvision is built for CUDA and
 # another torch, and vLLM does not start beside it.

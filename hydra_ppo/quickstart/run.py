@@ -253,7 +253,7 @@ def _report(console: Console, folder: Path, summary: Mapping[str, Any], judged: 
         samples.add_row(Text(prompt), Text(f"{before} ({gold_before:.2f})"), Text(f"{after} ({gold_after:.2f})"))
     console.print(samples)
 
-    memory = Table(title="Live tensor bytes, MiB (2^20)")
+    memory = Table(title="Live tensor bytes, MiB")
     memory.add_column("what")
     memory.add_column("MiB", justify="right")
     for phase, peak in (summary["memory"]["phase_peak_bytes"] or {}).items():

@@ -67,7 +67,7 @@ def charts_html(runs: Sequence[RunRecord]) -> str:
 
 
 def panel_lines(panel: Panel, runs: Sequence[RunRecord]) -> list[Line]:
-    """Return the lines of a chart: of one run each in a colour, of several each run in a colour and its second metric dashed."""
+    """Return the lines of a chart: of one run a colour each; of several a colour for each run, the second metric dashed."""
     lines = []
     for number, run in enumerate(runs):
         for place, (metric, name) in enumerate(panel.metrics.items()):

@@ -92,7 +92,8 @@ async function renew() {
     for (const [name, html] of Object.entries(found.parts)) {
       const place = document.querySelector('[data-part="' + name + '"]');
       if (place && parts.get(name) !== html) {
-        if (parts.has(name)) { place.innerHTML = html; if (name === "samples") filter(); }
+        place.innerHTML = html;
+        if (name === "samples") filter();
         parts.set(name, html);
       }
     }

@@ -121,7 +121,7 @@ def print_inspection(report: dict[str, Any], console: Console | None = None) -> 
         console.print(alarms)
     checkpoints = Table(title="Checkpoints", title_justify="left")
     checkpoints.add_column("name")
-    checkpoints.add_column("MiB (2^20 bytes)", justify="right")
+    checkpoints.add_column("MiB", justify="right")
     for checkpoint in report["checkpoints"]:
         checkpoints.add_row(Text(checkpoint["name"]), f"{checkpoint['bytes'] / MIB:,.1f}")
     if report["checkpoints"]:

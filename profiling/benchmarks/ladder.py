@@ -83,7 +83,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(asdict(measure(sys.argv[1]))))
         return
-    table = Table(title="Base-copy ladder, MiB (2^20 bytes)", title_justify="left")
+    table = Table(title="Base-copy ladder, MiB", title_justify="left")
     for name in ("roles", "base", "adapters and heads", "resident, model", "step"):
         table.add_column(name, justify="left" if name == "roles" else "right")
     last = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,16 @@ from rich.text import Text
 
 from hydra_ppo.profiling.measuring.record import Profile, Record
 from hydra_ppo.profiling.reporting.pictures import comparison_figure, timeline_figure
-from hydra_ppo.profiling.reporting.report import comparison_table, largest_table, phase_table, role_table, source, summary_line
+from hydra_ppo.profiling.reporting.report import (
+    comparison_table,
+    format_bytes,
+    largest_table,
+    phase_table,
+    role_table,
+    source,
+    summary_line,
+)
+from hydra_ppo.report.style import page, table, text
 
 TITLE = "hydra-ppo: memory of PPO"
 SIMULATED = "The tensors were fake: each has a size and holds no numbers, so nothing here was read from a device or timed."
@@ -26,23 +34,6 @@ TERMS = (
     "role's) and the optimizer state that is on the device in the updates; with these settings nothing can hold less. "
     "Peak: most bytes alive at once in a PPO step."
 )
-STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --rule: #c8c8c8; --band: #f1f1f1; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181b; --rule: #44484e; --band: #23262b; } }
-body { margin: 0 auto; max-width: 64rem; padding: 1rem; color: var(--ink); background: var(--paper);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-top: 1px solid var(--rule); padding-top: 1rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: 0.875rem; overflow-wrap: normal; }
-caption { text-align: left; font-weight: 600; padding-bottom: 0.25rem; }
-th, td { padding: 0.25rem 0.6rem; text-align: left; vertical-align: bottom; white-space: nowrap;
-  border-bottom: 1px solid var(--rule); }
-thead th { background: var(--band); }
-.right { text-align: right; font-variant-numeric: tabular-nums; }
-td:first-child { position: sticky; left: 0; background: var(--paper); }
-tr.total td { font-weight: 600; background: var(--band); }
-img { display: block; width: 100%; min-width: 40rem; background: #ffffff; }
-"""
 
 
 def write_html(record: Record, path: Path) -> Path:
@@ -52,34 +43,16 @@ def write_html(record: Record, path: Path) -> Path:
         DataError: when the record holds no profile, or kinds do not add up to their peak.
     """
     profiles = record.profiles
-    parts = [_table(comparison_table(profiles)), _picture(comparison_figure(profiles), "Memory by kind at the peak, by method")]
+    parts = [_table(comparison_table(profiles)), _picture(comparison_figure(profiles), _compared(profiles))]
     parts += [_table(_settings_table(profiles)), _table(_versions_table(record.versions))]
     for profile in profiles:
-        parts += [f"<h2>{escape(profile.method)}, {escape(source(profile))}</h2>", f"<p>{escape(summary_line(profile))}</p>"]
+        parts += [f"<h2>{text(profile.method)}, {text(source(profile))}</h2>", f"<p>{text(summary_line(profile))}</p>"]
         if profile.timeline is not None:
-            parts.append(_picture(timeline_figure(profile), f"Live memory of {profile.method} over a PPO step"))
+            parts.append(_picture(timeline_figure(profile), f"Live memory over a PPO step. {summary_line(profile)}"))
         parts += [_table(build(profile)) for build in (phase_table, role_table, largest_table)]
-    content = "\n".join(parts)
-    # The policy makes a browser refuse requests that a mistake in this file might ask for.
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{TITLE}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{TITLE}</h1>
-{_sources(profiles)}
-<p>{TERMS}</p>
-{content}
-</body>
-</html>
-"""
+    body = "\n".join([f"<h1>{TITLE}</h1>", _sources(profiles), f"<p>{TERMS}</p>", *parts])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page(TITLE, body), encoding="utf-8")
     return path
 
 
@@ -89,7 +62,7 @@ def _sources(profiles: Sequence[Profile]) -> str:
         methods.setdefault(source(profile), []).append(profile.method)
     explained = {source(profile): SIMULATED if profile.simulated else MEASURED for profile in profiles}
     return "\n".join(
-        f"<p><strong>{escape(where[0].upper() + where[1:])}: {escape(', '.join(names))}.</strong> {explained[where]}</p>"
+        f"<p><strong>{text(where[0].upper() + where[1:])}: {text(', '.join(names))}.</strong> {explained[where]}</p>"
         for where, names in methods.items()
     )
 
@@ -121,28 +94,26 @@ def _show(settings: Mapping[str, Any], name: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _table(table: Table) -> str:
-    """Return what the terminal shows, as HTML; all of it is escaped here."""
-    columns = table.columns
-    aligned = [f' class="{column.justify}"' if column.justify == "right" else "" for column in columns]
-    head = "".join(
-        f'<th scope="col"{css}>{escape(str(column.header)).replace(chr(10), "<br>")}</th>'
-        for column, css in zip(columns, aligned, strict=True)
+def _table(shown: Table) -> str:
+    """Return what the terminal shows, as HTML; all of it is escaped there."""
+    columns = shown.columns
+    return table(
+        [str(column.header) for column in columns],
+        list(zip(*(column.cells for column in columns), strict=True)),
+        caption=str(shown.title),
+        right=[number for number, column in enumerate(columns) if column.justify == "right"],
+        total=[number for number, row in enumerate(shown.rows) if row.style],
     )
-    rows = []
-    for row, cells in zip(table.rows, zip(*(column.cells for column in columns), strict=True), strict=True):
-        filled = "".join(f"<td{css}>{escape(str(cell))}</td>" for cell, css in zip(cells, aligned, strict=True))
-        rows.append(f'<tr class="total">{filled}</tr>' if row.style else f"<tr>{filled}</tr>")
-    title = escape(str(table.title))
-    return (
-        f'<div class="scroll" tabindex="0"><table>\n<caption>{title}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
-        + "\n".join(rows)
-        + "\n</tbody></table></div>"
-    )
+
+
+def _compared(profiles: Sequence[Profile]) -> str:
+    peaks = ", ".join(f"{profile.method} {format_bytes(profile.peak_bytes)}" for profile in profiles)
+    return f"Memory by kind at the peak of a PPO step: {peaks}"
 
 
 def _picture(figure: Figure, description: str) -> str:
     png = BytesIO()
     figure.savefig(png, format="png")
     data = base64.b64encode(png.getvalue()).decode("ascii")
-    return f'<div class="scroll" tabindex="0"><img alt="{escape(description)}" src="data:image/png;base64,{data}"></div>'
+    image = f'<img alt="{text(description)}" src="data:image/png;base64,{data}">'
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="Picture">{image}</div>'

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from hydra_ppo.errors import DataError
 from hydra_ppo.profiling.measuring.record import KINDS, Profile, Timeline
 from hydra_ppo.profiling.reporting.figures import blank, clean, save
-from hydra_ppo.profiling.reporting.report import format_bytes, kinds_at_peak, source, unit_for, unit_text
+from hydra_ppo.profiling.reporting.report import format_bytes, kinds_at_peak, source, unit_for
 
 # Paul Tol's muted scheme, with a blue; neighbours in the stack differ in lightness too.
 KIND_COLOURS = {
@@ -102,7 +102,7 @@ def timeline_figure(profile: Profile) -> Figure:
 
     axes.set_xlim(0, len(totals))
     axes.set_ylim(0, top * 1.08)
-    axes.set_ylabel(f"live memory, {unit_text(name, unit)}")
+    axes.set_ylabel(f"live memory, {name}")
     _title(axes, f"{profile.method}: live memory over a PPO step", source(profile))
     strip.set_xlabel("samples, in the order of events (not to scale with time)")
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
@@ -140,7 +140,7 @@ def comparison_figure(profiles: Sequence[Profile]) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(profiles) - 0.35, -0.4)  # the first on top; below the last, room for its mark
     axes.set_xlim(0, widest / unit * 1.15)  # room for the label of the longest bar
-    axes.set_xlabel(unit_text(name, unit))
+    axes.set_xlabel(name)
     _title(axes, "Memory at the peak of a PPO step", "simulated and measured" if mixed else sources[0])
     handles = [Patch(color=KIND_COLOURS[kind], label=kind) for kind in kinds]
     handles.append(Line2D([], [], label="floor", **FLOOR_MARK))

@@ -34,11 +34,6 @@ def format_bytes(size: int) -> str:
     return f"{size / unit:,.1f} {name}"
 
 
-def unit_text(name: str, unit: int) -> str:
-    """Return a unit with its definition, such as "GiB (2^30 bytes)"."""
-    return f"{name} (2^{unit.bit_length() - 1} bytes)"
-
-
 def source(profile: Profile) -> str:
     """Return "simulated", or "measured on" and the device."""
     return "simulated" if profile.simulated else f"measured on {profile.device}"
@@ -106,7 +101,7 @@ def comparison_table(profiles: Sequence[Profile]) -> Table:
     }
     columns = {header: cells for header, cells in columns.items() if set(cells) - {NOT_MEASURED}}
     where = "" if "source" in columns else f", {sources[0]}"
-    table = _table(f"Memory of one PPO step{where}, in {unit_text(name, unit)}")
+    table = _table(f"Memory of one PPO step{where}, {name}")
     for header in columns:
         table.add_column(Text(header), justify="left" if header in ("method", "source", "phase of the peak") else "right")
     for cells in zip(*columns.values(), strict=True):
@@ -129,7 +124,7 @@ def phase_table(profile: Profile) -> Table:
         label: [allocator.get(phase, {}).get(key) for phase in profile.phases] for key, label in ALLOCATOR_ROWS.items()
     }
     name, unit = unit_for([*totals.values(), *(size or 0 for sizes in allocated.values() for size in sizes)])
-    table = _table(f"{profile.method}, {source(profile)}: peak of each phase, in {unit_text(name, unit)}")
+    table = _table(f"{profile.method}, {source(profile)}: peak of each phase, {name}")
     table.add_column(Text("kind"))
     for phase in profile.phases:
         mark = "\n(peak)" if phase == profile.peak_phase else ""
@@ -152,7 +147,7 @@ def role_table(profile: Profile) -> Table:
     """
     kinds = kinds_at_peak(profile, profile.peak_phase)
     name, unit = unit_for([profile.peak_bytes])
-    table = _table(f"{profile.method}, {source(profile)}: roles at the peak, {profile.peak_phase}, in {unit_text(name, unit)}")
+    table = _table(f"{profile.method}, {source(profile)}: roles at the peak, {profile.peak_phase}, {name}")
     table.box, table.padding = box.HORIZONTALS, 0  # so that ten kinds fit 120 characters
     table.add_column(Text("role"))
     for header in (*kinds, "total"):
@@ -174,7 +169,7 @@ def largest_table(profile: Profile, phase: str | None = None, count: int = 5) ->
     kinds_at_peak(profile, phase)
     tensors = profile.phases[phase].largest[:count]
     name, unit = unit_for(tensor.bytes for tensor in tensors)
-    table = _table(f"{profile.method}, {source(profile)}: largest storages at the peak of {phase}, in {unit_text(name, unit)}")
+    table = _table(f"{profile.method}, {source(profile)}: largest storages at the peak of {phase}, {name}")
     table.add_column(Text("size"), justify="right")
     for header in ("shape", "dtype", "kind", "role", "made in", "operation"):
         table.add_column(Text(header))
