@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra_ppo.algorithms.reliability import pair_accuracy
 from hydra_ppo.cli.opened import Opened, open_model, open_tokenizer
 from hydra_ppo.cli.saved import check_file, check_saved, run_config
 from hydra_ppo.data.columns import Columns
@@ -100,7 +101,7 @@ def _score_pairs(opened: Opened, rows: Sequence[PreferenceRow], size: int) -> tu
     ]
     numbers = {
         "pairs": len(rows),
-        "accuracy": sum(margin > 0 for margin in margins) / len(rows),
+        "accuracy": pair_accuracy(margins)[0],
         "ties": sum(margin == 0 for margin in margins),
         "mean margin": statistics.fmean(margins),
         "margin, std. deviation": statistics.pstdev(margins),

@@ -54,19 +54,18 @@ def number(value: float, spacing: float = 0.0) -> str:
     """Return a number as short as it may be told: digits up to `spacing`, thousands with commas, tiny ones as 1e-06."""
     if not math.isfinite(value):
         return "-"
+    if value == 0:
+        return "0"
     size = max(abs(value), spacing)
-    if size and (size < 1e-4 or size >= 1e7):
-        shown = f"{value:.3g}"
-        return "0" if float(shown) == 0 else shown
+    digits = max(0, -math.floor(math.log10(spacing) + 1e-9)) if spacing else 0
+    if digits > 3 and size < 0.01:  # a label of a tick that would not fit
+        power = math.floor(math.log10(size) + 1e-9)
+        return f"{value / 10.0**power:.{max(0, digits + power)}f}e{power}"
+    if size < 1e-4 or size >= 1e7:
+        return f"{value:.3g}"
     if spacing:
-        digits = max(0, -math.floor(math.log10(spacing) + 1e-9))
-        if value == 0:
-            return "0"
-        if digits > 3 and size < 0.01:  # a label of a tick that would not fit
-            power = math.floor(math.log10(size))
-            return f"{value / 10.0**power:.{max(0, digits + power)}f}e{power}"
         return f"{value:,.{min(digits, 8)}f}"
-    digits = 0 if size >= 1000 else max(0, 3 - math.floor(math.log10(size))) if size else 0
+    digits = 0 if size >= 1000 else max(0, 3 - math.floor(math.log10(size)))
     shown = f"{value:,.{min(digits, 6)}f}"
     return shown.rstrip("0").rstrip(".") if "." in shown else shown
 
@@ -268,7 +267,7 @@ def bar_chart(title: str, rows: Sequence[tuple[str, str, float, int]], whole: tu
     names = dict.fromkeys((name, colour) for _, name, _, colour in rows if name)
     legend = "".join(_swatch(Line(name, (), (), colour)) for name, colour in names)
     return (
-        f'<figure class="chart"><figcaption><strong>{text(title)}</strong></figcaption>'
+        f'<figure class="chart bars"><figcaption><strong>{text(title)}</strong></figcaption>'
         + (f'<ul class="legend">{legend}</ul>' if legend else "")
         + f'<svg viewBox="0 0 {WIDTH} {y + 4}" role="img"><title>{text(title)}. {text(said)}</title>'
         + f"{''.join(parts)}</svg></figure>"
@@ -281,6 +280,7 @@ CHART_STYLE = """
   border-radius: 6px; min-width: 0; display: flex; flex-direction: column; }
 .chart figcaption { font-size: 0.9rem; line-height: 1.35; margin-bottom: 0.25rem; }
 .chart > svg { display: block; width: 100%; height: auto; margin-top: auto; touch-action: pan-y; }
+.chart.bars > svg { margin-top: 0.5rem; }
 .chart text { font: 11px system-ui, sans-serif; fill: var(--soft); font-variant-numeric: tabular-nums; }
 .grid { stroke: var(--rule); stroke-width: 0.6; } .axis { stroke: var(--soft); stroke-width: 0.8; }
 .line { fill: none; stroke: var(--line, var(--c0)); stroke-width: 1.7; stroke-linejoin: round;

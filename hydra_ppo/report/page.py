@@ -125,8 +125,9 @@ def _head(runs: Sequence[RunRecord]) -> str:
 def _card(run: RunRecord, colour: int, named: bool) -> str:
     info = run.info
     state = str(info["state"])
-    last, whole = info["last_step"], run.settings.get("steps")
-    steps = "no step yet" if last is None else f"step {last}" + (f" of {whole}" if is_number(whole) else "")
+    whole = run.settings.get("steps")
+    last = max((record["step"] for record in run.records if is_number(record.get("step"))), default=None)
+    steps = "no step yet" if last is None else f"step {last:g}" + (f" of {whole}" if is_number(whole) else "")
     stopped = info["error"] in (None, "", "StopRequested", "KeyboardInterrupt")  # which "interrupted" says
     error = "" if stopped else f'<p class="state">{text(info["error"])}</p>'
     return (
@@ -261,7 +262,7 @@ def _go_on(runs: Sequence[RunRecord]) -> str:
             f'<p class="how">{text(what)}</p><pre class="command" tabindex="0"><code>{text(line)}</code></pre>'
             for what, line in commands(run)
         )
-        shown.append(named + lines)
+        shown.append(named + (lines or "<p>Nothing was saved to go on from.</p>"))
     return "<h2>How to go on</h2>" + "".join(shown)
 
 

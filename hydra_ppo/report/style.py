@@ -35,7 +35,8 @@ code, pre {{ font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size
 .scroll {{ overflow-x: auto; margin: 0.75rem 0; max-width: 100%; }}
 .scroll:focus-visible, svg:focus-visible, summary:focus-visible {{ outline: 2px solid var(--c0); outline-offset: 2px; }}
 table {{ border-collapse: collapse; font-size: 0.875rem; overflow-wrap: normal; }}
-caption {{ text-align: left; font-weight: 600; padding-bottom: 0.25rem; }}
+.caption {{ font-size: 0.875rem; font-weight: 600; margin: 1rem 0 0.25rem; }}
+.caption + .scroll {{ margin-top: 0; }}
 th, td {{ padding: 0.3rem 0.7rem; text-align: left; vertical-align: bottom; white-space: nowrap;
   border-bottom: 1px solid var(--rule); }}
 thead th {{ background: var(--band); }}
@@ -119,9 +120,9 @@ def table(
         cells = "".join(f"<td{name}>{text(cell)}</td>" for cell, name in zip(row, css, strict=True))
         lines.append(f'<tr class="total">{cells}</tr>' if number in apart else f"<tr>{cells}</tr>")
     label = f' role="region" aria-label="{text(caption)}"' if caption else ""
-    title = f"<caption>{text(caption)}</caption>\n" if caption else ""
+    title = f'<p class="caption">{text(caption)}</p>\n' if caption else ""  # not in the table, as narrow as which it would be
     return (
-        f'<div class="scroll" tabindex="0"{label}><table>\n{title}<thead><tr>{head}</tr></thead>\n<tbody>\n'
+        f'{title}<div class="scroll" tabindex="0"{label}><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
         + "\n".join(lines)
         + "\n</tbody></table></div>"
     )

@@ -18,6 +18,7 @@ from hydra_ppo.errors import ConfigError
 from hydra_ppo.runs.contents import CONFIG, STATE
 from hydra_ppo.runs.folder import has_died, read_state
 from hydra_ppo.runs.plots import read_alarms, read_metrics
+from hydra_ppo.runtime.tables import print_table
 
 MIB = 2**20
 HIGHLIGHTS = (
@@ -103,14 +104,14 @@ def print_inspection(report: dict[str, Any], console: Console | None = None) -> 
         state.add_row(name, Text(_show(report[name])))
     for name, value in (report["config"] or {}).items():
         state.add_row(name, Text(_show(value)))
-    console.print(state)
+    print_table(console, state)
     metrics = Table(title="Last metrics", title_justify="left")
     metrics.add_column("metric")
     metrics.add_column("value", justify="right")
     metrics.add_column("step", justify="right")
     for name, entry in report["metrics"].items():
         metrics.add_row(*_metric(name, entry["value"]), _show(entry["step"]))
-    console.print(metrics)
+    print_table(console, metrics)
     if report["alarms"]:
         alarms = Table(title="Alarms", title_justify="left")
         alarms.add_column("step", justify="right")
@@ -118,14 +119,14 @@ def print_inspection(report: dict[str, Any], console: Console | None = None) -> 
         alarms.add_column("what was seen, and what to do", overflow="fold")
         for alarm in report["alarms"]:
             alarms.add_row(_show(alarm.get("step")), Text(_show(alarm.get("name"))), Text(_show(alarm.get("line"))))
-        console.print(alarms)
+        print_table(console, alarms)
     checkpoints = Table(title="Checkpoints", title_justify="left")
     checkpoints.add_column("name")
     checkpoints.add_column("MiB", justify="right")
     for checkpoint in report["checkpoints"]:
         checkpoints.add_row(Text(checkpoint["name"]), f"{checkpoint['bytes'] / MIB:,.1f}")
     if report["checkpoints"]:
-        console.print(checkpoints)
+        print_table(console, checkpoints)
     else:
         console.print("No checkpoints.")
 

@@ -17,18 +17,21 @@ from hydra_ppo.runs.watch_plots import draw_monitor, draw_over_optimisation
 MIB = 2**20
 MEMORY_METRIC = re.compile(r"memory/(.+)_peak_bytes")
 PHASES = ("rollout", "score", "update-actor", "update-critic", "optimizer")
+ROUND = [1, 2, 5, 10]
+"""Ticks are these times powers of ten apart."""
 COLOURS = ("#1f5a96", "#d1702a", "#3f8f5f", "#8a5aa8")
 
 
 @dataclass(frozen=True)
 class LinePlot:
-    """One picture of metrics over steps; ``lines`` maps a metric to its legend."""
+    """One picture of metrics over steps; ``lines`` maps a metric to its legend, ``panels`` gives each axes of its own."""
 
     file: str
     title: str
     y_label: str
     lines: Mapping[str, str]
     limits: tuple[float, float] | None = None
+    panels: bool = False
 
 
 LINE_PLOTS = (
@@ -42,13 +45,28 @@ LINE_PLOTS = (
             "eval/scores": "score on held-out prompts",
         },
     ),
-    LinePlot("kl.png", "KL from the reference", "nats per response", {"objective/kl": "KL"}),
-    LinePlot("length.png", "Response length", "tokens per response", {"rollout/response_length": "mean length"}),
+    LinePlot(
+        "kl.png", "KL from the reference", "nats per response", {"objective/kl": "rollouts", "eval/kl": "held-out prompts"}
+    ),
+    LinePlot(
+        "length.png",
+        "Response length",
+        "tokens per response",
+        {"rollout/response_length": "rollouts", "eval/response_length": "held-out prompts"},
+    ),
     LinePlot(
         "loss.png",
         "Training loss",
-        "loss (nats)",
-        {"loss/total": "total (weighted)", "loss/sft": "cross-entropy per token", "loss/reward": "ranking loss per pair"},
+        "loss",
+        {
+            "loss/sft": "cross-entropy per token (nats)",
+            "loss/reward": "ranking loss per pair (nats)",
+            "loss/total": "both, as weighted",
+            "eval/loss": "both, on held-out pairs",
+            "policy/loss": "policy",
+            "value/loss": "value",
+        },
+        panels=True,
     ),
     LinePlot("perplexity.png", "Held-out perplexity", "perplexity of chosen responses", {"eval/perplexity": "held-out"}),
     LinePlot(
@@ -120,46 +138,62 @@ def plot_run(folder: Path) -> list[Path]:
     return written + [path for path in drawn if path is not None]
 
 
-def _figure(height: float = 3.6) -> tuple[Any, Any]:
+def _figure(height: float = 3.6, panels: int = 1) -> tuple[Any, Any]:
     # The Figure class draws without pyplot, whose backend and state belong to the caller.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6.4, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    return figure, axes
+    rows = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    for axes in rows:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND))
+    return figure, rows
 
 
 def _draw_lines(path: Path, plot: LinePlot, series: Mapping[str, tuple[list[float], list[float]]]) -> Path:
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure()
-    for colour, (label, (steps, values)) in zip(COLOURS, series.items(), strict=False):
-        marker = "o" if len(steps) <= 25 else None
-        axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5)
-    axes.set_title(plot.title, loc="left", fontsize=11)
-    axes.set_xlabel("step")
-    axes.set_ylabel(plot.y_label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    if plot.limits:
-        axes.set_ylim(*plot.limits)
-    if len(series) > 1:
-        axes.legend(frameon=False, fontsize=9)
+    apart = [{label: points} for label, points in series.items()] if plot.panels else [series]
+    figure, rows = _figure(3.6 if len(apart) == 1 else 0.7 + 1.6 * len(apart), len(apart))
+    for axes, lines in zip(rows, apart, strict=True):
+        for colour, (label, (steps, values)) in zip(COLOURS, lines.items(), strict=False):
+            marker = "o" if len(steps) <= 25 else None
+            axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5)
+        axes.set_ylabel(plot.y_label)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        if plot.limits:
+            axes.set_ylim(*plot.limits)
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize=9)
+        if len(apart) > 1:
+            axes.set_title(next(iter(lines)), loc="left", fontsize=9)
+    if len(apart) > 1:
+        figure.suptitle(plot.title, x=0.01, ha="left", fontsize=11)
+    else:
+        rows[0].set_title(plot.title, loc="left", fontsize=11)
+    rows[-1].set_xlabel("step")
+    rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=ROUND))
     return _save(figure, path)
 
 
 def _draw_memory(path: Path, peaks: Mapping[str, float]) -> Path:
-    figure, axes = _figure(height=0.9 + 0.45 * len(peaks))
-    bars = axes.barh(list(peaks), list(peaks.values()), color=COLOURS[0], height=0.6)
-    axes.bar_label(bars, labels=[f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in peaks.values()], padding=3)
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (axes,) = _figure(height=0.9 + 0.45 * len(peaks))
+    name, unit = ("GiB", 1024.0) if max(peaks.values()) >= 1024 else ("MiB", 1.0)
+    sizes = [peak / unit for peak in peaks.values()]
+    bars = axes.barh(range(len(peaks)), sizes, color=COLOURS[0], height=0.6)
+    axes.bar_label(bars, labels=[f"{size:,.0f}" if size >= 100 else f"{size:.3g}" for size in sizes], padding=3)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND))
+    axes.set_yticks(range(len(peaks)), list(peaks))
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_title("Peak memory by phase, highest of the measured steps", loc="left", fontsize=11)
-    axes.set_xlabel("MiB (1 MiB = 2^20 bytes)")
+    axes.set_xlabel(name)
     return _save(figure, path)
 
 

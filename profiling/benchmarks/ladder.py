@@ -17,6 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from hydra_ppo.runtime.tables import print_table
+
 RUNGS = ("actor", "actor, critic", "actor, critic, reference, reward")
 MIB = 2**20
 
@@ -94,7 +96,7 @@ def main() -> None:
         cells = [rung.base_bytes, rung.added_bytes, grown]
         table.add_row(roles, *(f"{c / MIB:.1f}" for c in cells), "" if last is None else f"{(grown - last) / MIB:+.1f}")
         last = grown
-    Console().print(table)
+    print_table(Console(), table)
 
 
 if __name__ == "__main__":

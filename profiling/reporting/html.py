@@ -49,7 +49,8 @@ def write_html(record: Record, path: Path) -> Path:
         parts += [f"<h2>{text(profile.method)}, {text(source(profile))}</h2>", f"<p>{text(summary_line(profile))}</p>"]
         if profile.timeline is not None:
             parts.append(_picture(timeline_figure(profile), f"Live memory over a PPO step. {summary_line(profile)}"))
-        parts += [_table(build(profile)) for build in (phase_table, role_table, largest_table)]
+        tables = [build(profile) for build in (phase_table, role_table, largest_table)]
+        parts += [_table(found) for found in tables if found.rows]
     body = "\n".join([f"<h1>{TITLE}</h1>", _sources(profiles), f"<p>{TERMS}</p>", *parts])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(TITLE, body), encoding="utf-8")

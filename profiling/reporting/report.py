@@ -11,6 +11,7 @@ from rich.text import Text
 
 from hydra_ppo.errors import DataError
 from hydra_ppo.profiling.measuring.record import KINDS, Profile, Record
+from hydra_ppo.runtime.tables import print_table
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 ALLOCATOR_ROWS = {"max_memory_allocated": "allocator: allocated", "max_memory_reserved": "allocator: reserved"}
@@ -189,7 +190,7 @@ def print_record(record: Record, console: Console) -> None:
     else:
         tables = [comparison_table(record.profiles), *map(phase_table, record.profiles)]
     for table in tables:
-        console.print(table, crop=False)  # a line that the terminal wraps can still be read
+        print_table(console, table)
 
 
 def _table(title: str) -> Table:

@@ -82,7 +82,7 @@ def test_null_values_are_skipped_and_memory_is_in_mib(tmp_path, monkeypatch):
     plot_run(tmp_path)
     # Phases come in the order of a PPO step, others after them; the peak of a phase is the highest of its steps.
     # score was not measured and is left out, not 0.
-    assert drawn == {"kl.png": {"KL": ([1, 3], [1.0, 0.0])}, "memory.png": {"rollout": 3.0, "update": 0.5}}
+    assert drawn == {"kl.png": {"rollouts": ([1, 3], [1.0, 0.0])}, "memory.png": {"rollout": 3.0, "update": 0.5}}
 
 
 def test_a_line_cut_short_by_a_crash(tmp_path):
@@ -155,3 +155,48 @@ def test_alarms_are_marked_in_every_panel(tmp_path, monkeypatch):
     assert all(any(list(line.get_xdata()) == [4, 4] for line in axes.lines) for axes in panels)
     assert panels[-1].get_xlabel() == "step"
     assert watch_plots.draw_monitor([{"step": 1, "objective/kl": 1.0}], [], tmp_path / "b.png") is None
+
+
+def test_losses_of_other_size_have_axes_of_their_own(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or path)
+    records = [{"loss/sft": 5.0, "loss/reward": 0.01 * i, "loss/total": 5.0, "eval/kl": 1.0} for i in range(12)]
+    plot_run(write_metrics(tmp_path, records))
+    kl, loss = figures
+    assert [axes.get_title(loc="left") for axes in loss.axes] == [
+        *("cross-entropy per token (nats)", "ranking loss per pair (nats)", "both, as weighted"),
+    ]
+    assert [len(axes.lines) for axes in loss.axes] == [1, 1, 1]
+    assert loss.axes[1].get_ylim()[1] < 0.2
+    assert len(kl.axes) == 1
+
+
+def test_the_evaluation_before_training_is_in_each_curve(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "_draw_lines", lambda path, plot, series: drawn.setdefault(path.name, series) and path)
+    names = ("eval/scores", "eval/kl", "eval/response_length", "eval/loss", "eval/perplexity", "eval/reward_accuracy")
+    write_records(tmp_path, [{"step": 0} | dict.fromkeys(names, 0.5), {"step": 4} | dict.fromkeys(names, 0.75)])
+    plot_run(tmp_path)
+    assert set(drawn) == {"reward.png", "kl.png", "length.png", "loss.png", "perplexity.png", "pair_accuracy.png"}
+    assert all(points == ([0, 4], [0.5, 0.75]) for series in drawn.values() for points in series.values())
+
+
+@pytest.mark.parametrize(("size", "unit", "label"), [(3 * 2**20, "MiB", "3"), (5 * 2**29, "GiB", "2.5")])
+def test_memory_is_told_in_a_unit_that_people_say(tmp_path, monkeypatch, size, unit, label):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or path)
+    plot_run(write_metrics(tmp_path, [{"memory/rollout_peak_bytes": size, "memory/score_peak_bytes": size // 2}]))
+    axes = figures[0].axes[0]
+    assert axes.get_xlabel() == unit
+    assert axes.texts[0].get_text() == label
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["rollout", "score"]
+
+
+def test_ticks_are_round(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or path)
+    plot_run(write_metrics(tmp_path, [{"objective/kl": 0.013 * i} for i in range(97)]))
+    axes = figures[0].axes[0]
+    for ticks in (axes.get_xticks(), axes.get_yticks()):
+        apart = float(ticks[1] - ticks[0])
+        assert f"{apart:e}"[:3] in ("1.0", "2.0", "5.0")

@@ -1,0 +1,43 @@
+"""Tables in a terminal of any width: cells wrap between words, what does not fit even so is a list, and nothing is cut."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+LONGEST_WORD = 24
+"""Characters of a word that stays whole; longer ones, such as paths, go on in the next line."""
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table so that no cell of it is cut."""
+    for column in table.columns:
+        words = [word for text in (column.header, *column.cells) for word in _plain(text).split()]
+        column.min_width = min(max(map(len, words), default=0), LONGEST_WORD)
+        column.overflow, column.no_wrap = "fold", False
+    endless = console.options.update(max_width=100_000)
+    if Measurement.get(console, endless, table).minimum <= console.width:
+        console.print(table)
+    else:
+        console.print(as_list(table), soft_wrap=True)
+
+
+def as_list(table: Table) -> Text:
+    """Return what a table holds as lines: each row begins with its first cell, then follow header and cell of the others."""
+    headers = [" ".join(_plain(column.header).split()) for column in table.columns]
+    lines = [_plain(table.title)] if table.title else []
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        first, *others = (" ".join(_plain(cell).split()) for cell in cells)
+        lines.append(first or headers[0])
+        named = zip(headers[1:], others, strict=True)
+        lines += [f"  {header}: {cell}" if header else f"  {cell}" for header, cell in named if cell]
+    if table.caption:
+        lines.append(_plain(table.caption))
+    return Text("\n".join(lines))
+
+
+def _plain(content: object) -> str:
+    """Return a cell, header or title as it is shown, without markup."""
+    return Text.from_markup(content).plain if isinstance(content, str) else str(content)
