@@ -45,8 +45,7 @@ td.wrap {{ white-space: pre-wrap; min-width: 16rem; overflow-wrap: anywhere; ver
 td:first-child {{ position: sticky; left: 0; background: var(--paper); }}
 tr.total td {{ font-weight: 600; background: var(--band); }}
 @media (max-width: 40rem) {{ td:first-child {{ min-width: 8.5rem; white-space: normal; overflow-wrap: anywhere; }} }}
-img {{ display: block; width: 100%; min-width: 40rem; background: #ffffff; }}
-@media (prefers-color-scheme: dark) {{ img {{ filter: invert(0.91) hue-rotate(180deg); }} }}
+img {{ display: block; width: 100%; min-width: 40rem; }}
 """
 
 

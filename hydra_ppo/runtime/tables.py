@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -17,22 +16,28 @@ def print_table(console: Console, table: Table) -> None:
         words = [word for text in (column.header, *column.cells) for word in _plain(text).split()]
         column.min_width = min(max(map(len, words), default=0), LONGEST_WORD)
         column.overflow, column.no_wrap = "fold", False
-    endless = console.options.update(max_width=100_000)
-    if Measurement.get(console, endless, table).minimum <= console.width:
+    if _least_width(table) <= console.width:
         console.print(table)
     else:
         console.print(as_list(table), soft_wrap=True)
 
 
+def _least_width(table: Table) -> int:
+    """Return the columns of a terminal that the least widths of a table take, with what is around them."""
+    _, right, _, left = table.padding
+    edges = len(table.columns) + 1 if table.box else 0
+    return sum((column.min_width or 0) + left + right for column in table.columns) + edges
+
+
 def as_list(table: Table) -> Text:
-    """Return what a table holds as lines: each row begins with its first cell, then follow header and cell of the others."""
+    """Return what a table holds as lines: of each row its headers and cells, the first one ahead."""
     headers = [" ".join(_plain(column.header).split()) for column in table.columns]
     lines = [_plain(table.title)] if table.title else []
     for cells in zip(*(column.cells for column in table.columns), strict=True):
-        first, *others = (" ".join(_plain(cell).split()) for cell in cells)
-        lines.append(first or headers[0])
-        named = zip(headers[1:], others, strict=True)
-        lines += [f"  {header}: {cell}" if header else f"  {cell}" for header, cell in named if cell]
+        said = [" ".join(_plain(cell).split()) for cell in cells]
+        named = [f"{header}: {cell}" if header else cell for header, cell in zip(headers, said, strict=True)]
+        lines.append(named[0])
+        lines += [f"  {line}" for line, cell in zip(named[1:], said[1:], strict=True) if cell]
     if table.caption:
         lines.append(_plain(table.caption))
     return Text("\n".join(lines))

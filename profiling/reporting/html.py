@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hydra_ppo.profiling.measuring.record import Profile, Record
-from hydra_ppo.profiling.reporting.pictures import comparison_figure, timeline_figure
+from hydra_ppo.profiling.reporting.pictures import comparison_figure, darkened, timeline_figure
 from hydra_ppo.profiling.reporting.report import (
     comparison_table,
     format_bytes,
@@ -113,8 +113,15 @@ def _compared(profiles: Sequence[Profile]) -> str:
 
 
 def _picture(figure: Figure, description: str) -> str:
+    light, dark = _png(figure), _png(darkened(figure))
+    image = (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img alt="{text(description)}" src="{light}"></picture>'
+    )
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="Picture">{image}</div>'
+
+
+def _png(figure: Figure) -> str:
     png = BytesIO()
     figure.savefig(png, format="png")
-    data = base64.b64encode(png.getvalue()).decode("ascii")
-    image = f'<img alt="{text(description)}" src="data:image/png;base64,{data}">'
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="Picture">{image}</div>'
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")

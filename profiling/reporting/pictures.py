@@ -8,9 +8,12 @@ from pathlib import Path
 from textwrap import fill
 
 from matplotlib.axes import Axes
+from matplotlib.collections import Collection
+from matplotlib.colors import to_hex, to_rgb, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 
 from hydra_ppo.errors import DataError
 from hydra_ppo.profiling.measuring.record import KINDS, Profile, Timeline
@@ -32,6 +35,9 @@ KIND_COLOURS = {
     "experience": "#4477aa",
     "other": "#bbbbbb",
 }
+DARK_PAGE = "#15181b"
+ON_DARK = {"#ffffff": DARK_PAGE, "#332288": "#8478e0", "#882255": "#d1619b", "#117733": "#3fae68"}
+"""What becomes of the page, and of kinds whose colours are too dark for it."""
 PHASE_COLOUR = "#555555"
 INK = "#111111"
 FLOOR_MARK = {"color": INK, "marker": "^", "linestyle": "none", "markersize": 6}
@@ -146,6 +152,29 @@ def comparison_figure(profiles: Sequence[Profile]) -> Figure:
     handles.append(Line2D([], [], label="floor", **FLOOR_MARK))
     figure.legend(handles=handles, loc="outside lower left", ncols=LEGEND_COLUMNS, frameon=False, fontsize=8)
     return figure
+
+
+def darkened(figure: Figure) -> Figure:
+    """Turn a figure of this module into one on a dark page, and return it: what is dark becomes light."""
+    for artist in {id(artist): artist for artist in figure.findobj(include_self=False)}.values():
+        names = ["color"] if isinstance(artist, Text | Line2D) else []
+        names = ["facecolor", "edgecolor"] if isinstance(artist, Patch | Collection) else names
+        before = {name: to_rgba_array(getattr(artist, f"get_{name}")()) for name in names}
+        for name, shades in before.items():
+            changed = [(*_on_dark(to_hex(shade)), shade[3]) for shade in shades]
+            if changed:
+                getattr(artist, f"set_{name}")(changed if isinstance(artist, Collection) else changed[0])
+    return figure
+
+
+def _on_dark(colour: str) -> tuple[float, float, float]:
+    """Return what stands for a colour on a dark page: its own there, or greys turned round."""
+    if colour in ON_DARK:
+        return to_rgb(ON_DARK[colour])
+    red, green, blue = to_rgb(colour)
+    grey = max(red, green, blue) - min(red, green, blue) < 0.05
+    low, high = to_rgb(DARK_PAGE)[0], 0.91
+    return (high - (high - low) * red,) * 3 if grey and colour != KIND_COLOURS["other"] else (red, green, blue)
 
 
 def _runs(timeline: Timeline, samples: int) -> list[tuple[str, int, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -108,7 +107,13 @@ def test_a_port_that_is_taken_is_one_line(run, capsys):
 
 def test_ctrl_c_ends_it(run):
     command = [sys.executable, "-m", "hydra_ppo.cli", "report", str(run), "--live", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
+    )
     line = process.stdout.readline()
     assert line.startswith("http://127.0.0.1:")
     assert ask(int(line.split(":")[2].split("/")[0]))[0] == 200

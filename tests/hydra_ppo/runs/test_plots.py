@@ -123,7 +123,9 @@ def test_pictures_of_the_monitor(tmp_path):
     folder = write_records(
         tmp_path, judged_records(9), [{"step": 4, "name": "over_optimisation"}, {"step": 5, "name": "ratio"}]
     )
-    assert {path.name for path in plot_run(folder)} == {"reward.png", "monitor.png", "over_optimisation.png"}
+    assert {path.name for path in plot_run(folder)} == {
+        *("reward.png", "kl.png", "monitor.png", "over_optimisation.png"),
+    }
     plain = tmp_path / "plain"
     plain.mkdir()
     assert {path.name for path in plot_run(write_records(plain, judged_records(5, judged=False)))} == {"monitor.png"}

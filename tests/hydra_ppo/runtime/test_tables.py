@@ -28,7 +28,7 @@ def printed(width: int) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("width", [200, 80, 60, 48])
+@pytest.mark.parametrize("width", [200, 80, 60, 51])
 def test_a_table_that_fits_stays_one(width):
     shown = printed(width)
     assert "…" not in shown
@@ -41,5 +41,6 @@ def test_a_table_that_fits_stays_one(width):
 @pytest.mark.parametrize("width", [40, 12])
 def test_one_that_does_not_is_a_list(width):
     assert printed(width) == (
-        f"What [there] is\ndata.train\n  value: {PATH}\n  much memory: 1,234.5\nreward [x]\n  value: two words\n"
+        f"What [there] is\nsetting: data.train\n  value: {PATH}\n  much memory: 1,234.5\n"
+        "setting: reward [x]\n  value: two words\n"
     )
