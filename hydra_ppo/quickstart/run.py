@@ -273,6 +273,7 @@ def _report(console: Console, folder: Path, summary: Mapping[str, Any], judged: 
         ("reward model's held-out pair accuracy", f"{summary['reward_accuracy']:.1%}"),
         ("responses per second in PPO", f"{summary['responses_per_second']:.1f}"),
         ("seconds", f"{summary['seconds']:.0f}"),
+        ("page", str(folder / "ppo" / "report.html")),
         ("plots", f"{folder / 'sft' / 'plots'} and {folder / 'ppo' / 'plots'}"),
     )
     for row in rows:

@@ -157,7 +157,7 @@ class _Scale:
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     if low == high:
-        return (0.0, 2 * high) if low > 0 else (low - 1.0, high + 1.0)
+        return (0.0, 2 * high) if low > 0 else (low - 1.0, high + 1.0) if low < 0 else (0.0, 1.0)
     room = 0.06 * (high - low)
     # Nothing below zero is shown of what has nothing there; and what is close to zero is shown from it.
     below = 0.0 if low >= 0 and low - room < 0.15 * high else low - room
@@ -239,14 +239,14 @@ def bar_chart(title: str, rows: Sequence[tuple[str, str, float, int]], whole: tu
         return ""
     top = max([size for _, _, size, _ in rows] + ([whole[1]] if whole else []))
     unit, one = gibibytes(top)
-    left, right, tall = 92, 58, 22
+    left, right, tall = 92, 64, 22
     across = _Scale(0.0, top, left, WIDTH - right)
     parts, y, before = [], 4, ""
     for group, name, size, colour in rows:
         y += 6 if before and group != before else 0
         label = group if group != before else ""
         before = group
-        shown = f"{number(size / one)} {unit}"
+        shown = f"{number(float(f'{size / one:.3g}'))} {unit}"
         if label:
             parts.append(f'<text x="{left - 6}" y="{y + 13}" text-anchor="end">{text(label)}</text>')
         long, what = max(across(size) - left, 0.5), " ".join(filter(None, (group, name, shown)))

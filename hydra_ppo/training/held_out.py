@@ -77,21 +77,15 @@ def numbers_of(found: Mapping[str, Any]) -> Metrics:
 
 
 def held_out_samples(found: Mapping[str, Any], prompts: Sequence[str], most: int) -> list[dict[str, Any]]:
-    """Return the first answers of an evaluation with what training and evaluators say of them; [] without evaluators."""
+    """Return the first answers of an evaluation with what training says of them, and evaluators where there are any."""
+    answers = list(zip(prompts, found.get("responses", ()), found.get("scores", ()), strict=False))[:most]
+    rows = [{"held_out": True, "prompt": prompt, "response": text, "score": score} for prompt, text, score in answers]
     if "independent" not in found:
-        return []
-    rows = list(zip(prompts, found["responses"], found["scores"], found["independent"], strict=True))[:most]
+        return rows
     parts = found["independent_parts"]
     return [
-        {
-            "held_out": True,
-            "prompt": prompt,
-            "response": response,
-            "score": score,
-            "independent": independent,
-            "judges": {name: values[row] for name, values in parts.items()},
-        }
-        for row, (prompt, response, score, independent) in enumerate(rows)
+        own | {"independent": found["independent"][row], "judges": {name: values[row] for name, values in parts.items()}}
+        for row, own in enumerate(rows)
     ]
 
 

@@ -221,7 +221,7 @@ class PPOTrainer:
         return metrics
 
     def _record(self, step: int, metrics: Metrics, found: Mapping[str, Any]) -> None:
-        """Log what a step is measured by, and samples of its evaluation where evaluators judged it."""
+        """Log what a step is measured by, and samples of its evaluation."""
         if metrics:
             self.run.log(step, metrics)
         if samples := held_out_samples(found, [row.text for row in self.eval_prompts], self.config.minibatch_size):

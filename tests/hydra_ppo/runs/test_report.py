@@ -103,8 +103,8 @@ def test_nothing_to_draw_is_no_chart():
 
 def test_bars_stand_against_the_card():
     chart = bar_chart("Memory", [("rollout", "", 6 * 2**30, 0), ("update", "", 12 * 2**30, 0)], ("card", 24 * 2**30))
-    # 24 GiB are 360 - 92 - 58 = 210 wide.
-    assert re.findall(r'class="bar"[^>]*width="([\d.]+)"', chart) == ["52.5", "105"]
+    # 24 GiB are 360 - 92 - 64 = 204 wide.
+    assert re.findall(r'class="bar"[^>]*width="([\d.]+)"', chart) == ["51", "102"]
     assert "card: 24 GiB" in chart
     assert "12 GiB" in chart
 

@@ -21,6 +21,7 @@ from hydra_ppo.errors import ConfigError, NonFiniteError
 from hydra_ppo.rewards.server import Server
 from hydra_ppo.rollout.collect import collect_experience
 from hydra_ppo.runtime.interruption import StopRequested
+from hydra_ppo.training.held_out import held_out_samples
 from hydra_ppo.training.ppo import PPOTrainer
 from hydra_ppo.training.ppo_advantages import with_advantages
 from hydra_ppo.training.ppo_metrics import COMPARED, compare, repeated_ngrams
@@ -494,3 +495,16 @@ def test_the_largest_ratio_is_that_of_any_token(order):
     assert metrics["policy/ratio_max"] == pytest.approx(max(seen), rel=1e-5)
     assert metrics["policy/ratio_max"] > 1.05 > max(seen[:2])  # before the first step all are 1
     assert metrics["policy/clip_frac_max"] >= metrics["policy/clip_frac"]
+
+
+def test_held_out_answers_are_kept_without_evaluators_too():
+    found = {"responses": ["a", "b", "c"], "scores": [1.0, 2.0, 3.0]}
+    assert held_out_samples(found, ["p", "q", "r"], most=2) == [
+        {"held_out": True, "prompt": "p", "response": "a", "score": 1.0},
+        {"held_out": True, "prompt": "q", "response": "b", "score": 2.0},
+    ]
+    judged = found | {"independent": [0.1, 0.2, 0.3], "independent_parts": {"gold": [0.5, 0.6, 0.7]}}
+    assert held_out_samples(judged, ["p", "q", "r"], most=1) == [
+        {"held_out": True, "prompt": "p", "response": "a", "score": 1.0, "independent": 0.1, "judges": {"gold": 0.5}},
+    ]
+    assert held_out_samples({}, [], most=2) == []
