@@ -301,7 +301,11 @@ def test_samples_checkpoints_and_evaluation_come_when_asked():
     keys = ["prompt", "response", "rewards", "score"]
     # The first evaluation is the best so far; step 3 is due; step 4 is the last.
     best, due, last = ("save", False), ("save", True), ("save", False)
-    assert saved == [("samples", 1, 4, keys), ("samples", 2, 4, keys), best, due, ("samples", 4, 4, keys), last]
+    held_out = [one for one in saved if one[0] == "samples" and "held_out" in one[3]]
+    assert [one[1:3] for one in held_out] == [(0, 4), (2, 4), (4, 4)]
+    assert [one for one in saved if one not in held_out] == [
+        *(("samples", 1, 4, keys), ("samples", 2, 4, keys), best, due, ("samples", 4, 4, keys), last),
+    ]
     assert ["eval/scores" in m for _, m in memo.steps] == [True, False, True, False, True]
 
 
@@ -319,7 +323,7 @@ def test_every_reward_source_is_logged_by_itself():
         RewardSource("function", "tests.hydra_ppo.training.test_ppo:parts", 2.0, name="both"),
     ]
     memo, rows = Memo(), []
-    memo.samples = lambda step, found: rows.extend(found)
+    memo.samples = lambda step, found: rows.extend(row for row in found if "held_out" not in row)
     config = ppo_config(reward=RewardSettings(isolation="thread", sources=sources), steps=1, minibatch_size=8)
     given = [replace(row, messages=[{"role": "user", "content": row.text}], columns={"done": True}) for row in prompts()]
     PPOTrainer(hydra(), tokenizer(), config, given[:12], given[12:], run=memo).train()
