@@ -36,10 +36,10 @@ test-long: $(REAL)
 test-real: $(REAL)
 	HYDRA_TEST_REAL=1 $(BIN)/python -m pytest tests/real -m real -n auto --dist worksteal --durations=5
 
-# The pages in a headless Chromium, which has to be there (Debian: apt-get install chromium); pictures in runs/browser.
+# The pages in a headless Chromium of the system, `apt-get install chromium`; screenshots under runs/browser.
 test-browser: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[browser]'
-	HYDRA_TEST_BROWSER=1 $(BIN)/python -m pytest tests/browser -n 0
+	HYDRA_TEST_BROWSER=1 $(BIN)/python -m pytest tests/browser -m browser
 
 # A vLLM for the CPU, in an environment of its own: 3.4 GB, some minutes. What comes along of torchvision is built for CUDA and
 # another torch, and vLLM does not start beside it.

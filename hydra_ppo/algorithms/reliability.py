@@ -10,15 +10,14 @@ def pair_accuracy(margins: Sequence[float]) -> tuple[float, float]:
     """Return the share of pairs whose better answer scores higher, and its standard error, sqrt(a (1 - a) / n).
 
     Args:
-        margins: score of the better answer less that of the worse, a number for each pair; 0 is half a right one, as a
-            guess would be.
+        margins: score of the better answer less that of the worse, a number for each pair; 0, a tie, is half right.
 
     Raises:
         ValueError: where there are none.
     """
     if not margins:
         raise ValueError("margins is empty; give at least one pair.")
-    share = sum((margin > 0) + 0.5 * (margin == 0) for margin in margins) / len(margins)
+    share = sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins) / len(margins)
     return share, math.sqrt(share * (1 - share) / len(margins))
 
 

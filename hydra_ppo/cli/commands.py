@@ -6,7 +6,6 @@ torch and transformers are imported inside the functions, so that ``--help`` and
 from __future__ import annotations
 
 import json
-import shlex
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,12 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hydra_ppo.cli.loading import check_vocabulary, load_model, load_rows, load_tokenizer
 from hydra_ppo.cli.practice import load_practice
 from hydra_ppo.config.settings import PPOConfig, RunSettings, SFTConfig
-from hydra_ppo.errors import ConfigError, HydraError
+from hydra_ppo.errors import ConfigError
 from hydra_ppo.parallel.environment import place
-from hydra_ppo.runs.contents import CONFIG, REPORT
+from hydra_ppo.runs.contents import CONFIG
 from hydra_ppo.runs.folder import check_output, is_starting, read_state
 from hydra_ppo.runs.run import Run
 from hydra_ppo.runtime.interruption import StopRequested, stopping_after, stopping_at_once, stopping_on_signals
+from hydra_ppo.runtime.output import as_typed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -258,7 +258,13 @@ def _open(
     from hydra_ppo.runs.checkpoint import FOLDER, drop_leftovers, save_checkpoint
 
     done, _ = trainer.position
-    with Run.create(config.run, config, command, resume=loaded.resume, done=done, sampled=trainer.sampled) as run:
+    opened = Run.create(config.run, config, command, resume=loaded.resume, done=done, sampled=trainer.sampled)
+    with _with_page(opened.folder), opened as run:
+        if (device := loaded.model.device).type == "cuda":
+            import torch
+
+            card = torch.cuda.get_device_properties(device)
+            run.on_device(card.name, card.total_memory)
         drop_leftovers(run.folder / FOLDER)
         for note in loaded.notes:
             run.note(note)
@@ -278,26 +284,24 @@ def _open(
                 keep_best=config.run.keep_best,
             )
 
-        run.on_device(*_device(loaded.model))
         trainer.run, trainer.save = run, save
         loaded.when_open(run)
         yield run
 
 
-def _device(model: HydraModel) -> tuple[str, int | None]:
-    """Return what a model is on, and the bytes of a GPU."""
-    if model.device.type != "cuda":
-        return model.device.type, None
-    import torch
+@contextmanager
+def _with_page(folder: Path) -> Iterator[None]:
+    """Write the page of a run once it has ended, however it did; of one that failed in silence, why it did matters more."""
+    from hydra_ppo.report.page import report_at_end
 
-    found = torch.cuda.get_device_properties(model.device)
-    return found.name, found.total_memory
-
-
-def as_typed(path: Path) -> str:
-    """Return a path as a shell and this program read it: quoted, and not like an option."""
-    name = str(path)
-    return shlex.quote(f"./{name}" if name.startswith("-") else name)
+    ended = False
+    try:
+        yield
+        ended = True
+    finally:
+        line = report_at_end(folder)
+        if ended:
+            print(line, flush=True)
 
 
 @contextmanager
@@ -369,16 +373,4 @@ def _finish(run: Run | None, summary: dict[str, Any]) -> None:
     with run.storing("plots"):
         plot_run(run.folder)
     run.finish(summary)
-    page = _write_page(run)
-    print(f"Saved in {run.folder}; hydra-ppo inspect {as_typed(run.folder)} shows the numbers{page}.")
-
-
-def _write_page(run: Run) -> str:
-    """Write the run's page, and return how the last line names it; a run that is done does not fail over it."""
-    from hydra_ppo.report.page import write_report
-
-    try:
-        return f", {as_typed(write_report([run.folder], run.folder / REPORT))} the curves"
-    except HydraError as error:
-        run.note(f"{REPORT} was not written: {error}")
-        return ""
+    print(f"Saved in {run.folder}; hydra-ppo inspect {as_typed(run.folder)} shows the numbers.")

@@ -14,11 +14,9 @@ from hydra_ppo.cli.parser import Parser
 from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.report.charts import number
-from hydra_ppo.report.gathered import Gathered, differing, gather_all
+from hydra_ppo.report.record import RunRecord, differing_settings, read_runs
 from hydra_ppo.runs.outcomes import outcomes
-
-NAME = 32
-"""Longest name that is kept on a line."""
+from hydra_ppo.runtime.tables import print_table
 
 
 def compare(arguments: list[str]) -> None:
@@ -33,15 +31,16 @@ def compare(arguments: list[str]) -> None:
 
 def show(folders: Sequence[Path], console: Console) -> None:
     """Print both tables."""
-    runs = gather_all(folders)
-    console.print(_table("Settings in which they differ", "setting", runs, dict(differing(runs))))
-    rows: dict[str, list[str]] = {"state": [str(run.found["state"]) for run in runs]}
-    rows["last step"] = ["-" if run.found["last_step"] is None else number(run.found["last_step"]) for run in runs]
+    runs = read_runs(folders)
+    differing = {name: list(values) for name, *values in differing_settings(runs)}
+    print_table(console, _table("Settings in which they differ", "setting", runs, differing))
+    rows: dict[str, list[str]] = {"state": [str(run.info["state"]) for run in runs]}
+    rows["last step"] = ["-" if run.info["last_step"] is None else number(run.info["last_step"]) for run in runs]
     found = [{one.name: one for one in outcomes(run.records, run.summary)} for run in runs]
     for name in dict.fromkeys(name for one in found for name in one):
         label = next(one[name].label for one in found if name in one)
         rows[label] = [_said(one.get(name)) for one in found]
-    console.print(_table("Held-out evaluation: last, and gain since the first", "", runs, rows))
+    print_table(console, _table("Held-out evaluation: last, and gain since the first", "", runs, rows))
 
 
 def _said(outcome: Any) -> str:
@@ -54,11 +53,11 @@ def _said(outcome: Any) -> str:
     return f"{after} ({'+' if outcome.gain >= 0 else ''}{number(outcome.gain)}{error})"
 
 
-def _table(title: str, first: str, runs: Sequence[Gathered], rows: dict[str, list[str]]) -> Table:
+def _table(title: str, first: str, runs: Sequence[RunRecord], rows: dict[str, list[str]]) -> Table:
     table = Table(title=Text(title), title_justify="left")
-    table.add_column(first, no_wrap=max(map(len, rows), default=0) <= NAME, overflow="fold")
+    table.add_column(first)
     for run in runs:
-        table.add_column(Text(run.label), overflow="fold")
+        table.add_column(Text(run.label))
     for name, cells in rows.items():
         table.add_row(Text(name), *map(Text, cells))
     return table

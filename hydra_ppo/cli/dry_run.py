@@ -23,6 +23,7 @@ from hydra_ppo.data.rows import Loaded, check_rows, shared_prompts, split_held_o
 from hydra_ppo.data.sources import is_hub_name
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.runs.folder import check_output
+from hydra_ppo.runtime.tables import print_table
 from hydra_ppo.training.eight_bit import NAMES, check_available
 
 
@@ -246,11 +247,11 @@ def dry_run(config: SFTConfig | PPOConfig, console: Console | None = None, *, re
     files.add_column("found", overflow="fold")
     for name, text in found:
         files.add_row(name, Text(text))
-    console.print(files)
+    print_table(console, files)
     if example is not None:
-        console.print(example)
+        print_table(console, example)
     arithmetic = ppo_arithmetic(config, train) if isinstance(config, PPOConfig) else sft_arithmetic(config, train)
-    console.print(arithmetic_table(arithmetic))
+    print_table(console, arithmetic_table(arithmetic))
 
 
 def arithmetic_table(quantities: list[Quantity]) -> Table:

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra_ppo import __version__
@@ -29,6 +30,7 @@ from hydra_ppo.cli.parser import (
     add_quantization,
     check_folder,
     check_run,
+    port,
     positive,
     quantization_flags,
     split_settings,
@@ -38,6 +40,7 @@ from hydra_ppo.cli.rlhf import RLHF
 from hydra_ppo.data.sources import local_path
 from hydra_ppo.errors import ConfigError, DataError, HydraError, UnsupportedModelError
 from hydra_ppo.parallel.environment import check_alone, place, speaks
+from hydra_ppo.runs.contents import REPORT
 from hydra_ppo.runtime.interruption import StopRequested, stopping_at_once, stopping_on_signals
 from hydra_ppo.runtime.output import finish, losing_output, settle_output, without_input
 
@@ -308,9 +311,29 @@ def _inspect(arguments: list[str]) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    from hydra_ppo.cli.report import report
+    parser = Parser("report", "Write the page of a run, or of several over one another: one HTML file, or served on loopback.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=local_path, help="Run folder of sft or ppo.")
+    parser.add_argument(
+        "--output",
+        type=local_path,
+        metavar="FILE",
+        help="File to write; default report.html in the run folder, of several here.",
+    )
+    parser.add_argument(
+        "--live", type=port, metavar="PORT", help="Serve the page on 127.0.0.1, renewing itself; 0 takes a free port."
+    )
+    options = parser.parse_args(arguments)
+    if options.live is not None:
+        if options.output is not None:
+            raise ConfigError("--live serves the page and --output writes it; leave one out.")
+        from hydra_ppo.report.live import serve
 
-    report(arguments)
+        serve(options.runs, options.live, lambda line: print(line, flush=True))
+        return
+    from hydra_ppo.report.page import write_report
+
+    several = len(options.runs) > 1
+    print(f"Page: {write_report(options.runs, options.output or (Path() if several else options.runs[0]) / REPORT)}")
 
 
 def _compare(arguments: list[str]) -> None:
@@ -358,7 +381,7 @@ COMMANDS: dict[str, Command] = {
     "reward-eval": ("say how far the reward head of a run can be believed", head_commands.reward_eval),
     "doctor": ("say what this machine offers and what stands in the way", _doctor),
     "launch": ("start sft or ppo on several GPUs, of this machine or of a Ray cluster", _launch),
-    "report": ("write or serve a page of runs: curves, alarms, samples, settings", _report),
+    "report": ("write the page of a run, or of several over one another; --live serves it", _report),
     "compare": ("show in which settings runs differ, and what came of each", _compare),
     "inspect": ("show state, settings, last metrics and checkpoints of a run", _inspect),
     "completion": ("print what a shell completes, for bash, zsh or fish", _completion),

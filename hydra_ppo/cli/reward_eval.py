@@ -23,6 +23,7 @@ from hydra_ppo.config.settings import PPOConfig, RolloutSettings
 from hydra_ppo.data.rows import PromptRow, load_prompts, prompt_key
 from hydra_ppo.data.text import StopStrings, answer_texts, unknown_ids
 from hydra_ppo.errors import ConfigError
+from hydra_ppo.runtime.tables import print_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -307,14 +308,14 @@ def _show(numbers: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], best_
         if name in numbers:
             table.add_row(words, _number(numbers[name]), _number(numbers.get(f"{name}_se"), ""))
     console = Console()
-    console.print(table)
+    print_table(console, table)
     if groups:
         table = Table(title="Clusters of mean states", title_justify="left")
         for column in ("answers", "mean score", "std. deviation", "accuracy"):
             table.add_column(column, justify="right")
         for group in groups:
             table.add_row(*(_number(value) for value in group.values()))
-        console.print(table)
+        print_table(console, table)
 
 
 def _number(value: float | int | None, missing: str = "-") -> str:

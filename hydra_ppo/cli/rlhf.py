@@ -55,8 +55,8 @@ def rlhf(arguments: list[str]) -> None:
 
 
 def _run(plan: Plan, stages: list[str], todo: list[str], *, resume: bool, overwrite: bool) -> None:
-    from hydra_ppo.cli.commands import as_typed
     from hydra_ppo.cli.rlhf_stages import run_stage
+    from hydra_ppo.runtime.output import as_typed
 
     for stage in stages:
         if stage not in todo:

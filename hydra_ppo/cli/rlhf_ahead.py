@@ -16,6 +16,7 @@ from hydra_ppo.data.rows import split_held_out
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.manifest import MANIFEST, UNTRAINED_HEAD, base_folder, read_manifest
 from hydra_ppo.runs.folder import check_output
+from hydra_ppo.runtime.tables import print_table
 
 if TYPE_CHECKING:
     from hydra_ppo.cli.rlhf_config import Plan
@@ -68,8 +69,8 @@ def check_before_sft(plan: Plan, console: Console | None = None) -> None:
     table.add_column("found", overflow="fold")
     for setting, text in found:
         table.add_row(setting, Text(text))
-    console.print(table)
-    console.print(arithmetic_table(ppo_arithmetic(config, rows)))
+    print_table(console, table)
+    print_table(console, arithmetic_table(ppo_arithmetic(config, rows)))
 
 
 def check_export(plan: Plan) -> None:

@@ -13,6 +13,7 @@ from hydra_ppo.cli.rlhf_config import read_json
 from hydra_ppo.cli.rlhf_stages import ANSWERS, DONE, METRICS
 from hydra_ppo.runs.contents import SUMMARY
 from hydra_ppo.runtime.files import write_whole
+from hydra_ppo.runtime.tables import print_table
 
 if TYPE_CHECKING:
     from hydra_ppo.cli.rlhf_config import Plan
@@ -46,7 +47,7 @@ def report(plan: Plan) -> dict[str, Any]:
     table = Table(title="All stages", title_justify="left", show_header=False)
     for name, text in _rows(plan, summary):
         table.add_row(name, Text(text))
-    Console().print(table)
+    print_table(Console(), table)
     return summary
 
 

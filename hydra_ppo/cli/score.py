@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra_ppo.algorithms.reliability import pair_accuracy
 from hydra_ppo.cli.opened import Opened, open_model, open_tokenizer
 from hydra_ppo.cli.saved import check_file, check_saved, run_config
 from hydra_ppo.data.columns import Columns
@@ -83,8 +84,6 @@ def _kind(settings: DataSettings) -> tuple[DataSettings, bool]:
 
 
 def _score_pairs(opened: Opened, rows: Sequence[PreferenceRow], size: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    from hydra_ppo.algorithms.reliability import pair_accuracy
-
     prompts = [row.prompt_ids for row in rows] + [row.before_rejected for row in rows]
     scores = _scores(opened, prompts, [row.chosen_ids for row in rows] + [row.rejected_ids for row in rows], size)
     chosen, rejected = scores[: len(rows)], scores[len(rows) :]

@@ -261,7 +261,7 @@ def _report(console: Console, folder: Path, summary: Mapping[str, Any], judged: 
         samples.add_row(Text(prompt), Text(f"{before} ({gold_before:.2f})"), Text(f"{after} ({gold_after:.2f})"))
     console.print(samples)
 
-    memory = Table(title="Live tensor bytes, MiB (2^20)")
+    memory = Table(title="Live tensor bytes, MiB")
     memory.add_column("what")
     memory.add_column("MiB", justify="right")
     for phase, peak in (summary["memory"]["phase_peak_bytes"] or {}).items():
@@ -281,6 +281,7 @@ def _report(console: Console, folder: Path, summary: Mapping[str, Any], judged: 
         ("reward model's held-out pair accuracy", f"{summary['reward_accuracy']:.1%}"),
         ("responses per second in PPO", f"{summary['responses_per_second']:.1f}"),
         ("seconds", f"{summary['seconds']:.0f}"),
+        ("page", str(folder / "ppo" / "report.html")),
         ("plots", f"{folder / 'sft' / 'plots'} and {folder / 'ppo' / 'plots'}"),
     )
     for row in rows:

@@ -1,7 +1,7 @@
-"""Pages about runs: one HTML file each, which asks nothing of the network.
+"""A run as one HTML file that asks nothing of the network, or served on loopback while the run goes on.
 
-From outside: `page` (`write_report`, `report_of`), `gathered`, `charts`, `live` (`Server`), `document` (`html_page`, which the
-memory report uses too).
+From outside: `page` (`write_report`, `report_at_end`), `live` (`serve`), and for other pages `style` (`page`, `table`,
+`text`).
 
-Never: torch, models, trainers; nothing is written but the page.
+Never: torch, transformers, a library of charts, a request that leaves the page.
 """

@@ -1,280 +1,317 @@
-"""The page of one run, or of several over one another."""
+"""The page of a run, or of several over one another: one HTML file."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from hydra_ppo.errors import ConfigError
-from hydra_ppo.report.charts import COLOURS, Chart, bar_chart, line_chart, number
-from hydra_ppo.report.document import html_page, shown
-from hydra_ppo.report.gathered import Gathered, charts, differing, gather_all, memory_peaks, value_text
-from hydra_ppo.report.scripts import FILTER, LIVE
-from hydra_ppo.runs.outcomes import outcomes
+from hydra_ppo.errors import ConfigError, HydraError
+from hydra_ppo.report.charts import CHART_STYLE, LEFT, RIGHT, WIDTH, number
+from hydra_ppo.report.panels import card_of, charts_html
+from hydra_ppo.report.record import RunRecord, changed_settings, differing_settings, is_number, read_runs
+from hydra_ppo.report.samples import FILTER, SAMPLES_STYLE, samples_html, samples_of
+from hydra_ppo.report.script import script
+from hydra_ppo.report.style import COLOURS, page, table, text
+from hydra_ppo.runs.contents import MANIFEST, REPORT
 from hydra_ppo.runtime.files import write_whole
+from hydra_ppo.runtime.output import as_typed
 
-MIB, GIB = 2**20, 2**30
-MOST_SAMPLES = 200
-"""Samples of a run on its page; the file has all."""
-LONGEST = 4000
-"""Letters of a text that are shown."""
+MIB = 2**20
+MARK = "<!-- hydra-ppo report -->"
+"""Begins a page: only such a file is written over."""
+GOOD = ("finished", "running")
+
+HEAD_STYLE = """
+.runs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; margin: 1rem 0; }
+.run { border: 1px solid var(--rule); border-left: 5px solid var(--line, var(--c0)); border-radius: 6px;
+  padding: 0.5rem 0.75rem; background: var(--card); }
+.run h3 { margin: 0; } .run p { margin: 0.15rem 0; font-size: 0.875rem; }
+.state { font-size: 0.8rem; font-weight: 600; color: var(--bad); } .state.ok { color: var(--good); }
+.tiles { display: flex; flex-wrap: wrap; gap: 0.5rem 2rem; margin: 1rem 0; }
+.tile { min-width: 7rem; } .tile dt { font-size: 0.8rem; color: var(--soft); } .tile dd { margin: 0; font-size: 1.25rem;
+  font-variant-numeric: tabular-nums; } .tile dd small { font-size: 0.8rem; color: var(--soft); }
+.alarm { border-left: 4px solid var(--warn); padding: 0.15rem 0 0.15rem 0.75rem; margin: 0.75rem 0; }
+.alarm p { margin: 0.1rem 0; max-width: 60rem; }
+.command { margin: 0.25rem 0 1rem; padding: 0.5rem 0.75rem; background: var(--band); border-radius: 4px; overflow-x: auto; }
+.how { margin: 0; font-size: 0.9rem; }
+#live { position: sticky; top: 0; background: var(--paper); margin: 0; padding: 0.25rem 0; font-size: 0.85rem; z-index: 1; }
+"""
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
-    """Write the page of some runs and return its path.
+    """Write the page of some runs and return where it is.
+
+    Args:
+        folders: of the runs.
+        output: file to write; one that is no page of ours is left alone.
 
     Raises:
-        ConfigError: where a folder holds no run, or the page cannot be written.
-        DataError: where a file of a run is broken.
+        ConfigError: a folder holds no run, or the file cannot be written.
+        DataError: the metrics of a run are broken.
     """
-    text = report_of(folders)
+    content = report_html(read_runs(folders))
     try:
+        if output.exists() and (not output.is_file() or MARK not in output.open(encoding="utf-8", errors="replace").read(200)):
+            raise ConfigError(f"output={str(output)!r} is there and is no page of this program; choose another file.")
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, text)
+        write_whole(output, content)
     except OSError as error:
         raise ConfigError(f"output={str(output)!r} cannot be written ({error.strerror}); choose another file.") from None
     return output
 
 
-def report_of(folders: Sequence[Path], *, is_live: bool = False) -> str:
+def report_at_end(folder: Path) -> str:
+    """Write the page of a run that has ended into its folder; never raise, a run does not fail of its page.
+
+    Returns:
+        A line that says where it is, or why it is not there.
+    """
+    try:
+        return f"Page: {write_report([folder], folder / REPORT)}"
+    except HydraError as error:
+        return f"warning: {REPORT} was not written: {error}"
+    except Exception as error:
+        return f"warning: {REPORT} was not written: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def report_html(runs: Sequence[RunRecord], every: float | None = None) -> str:
     """Return the page of some runs.
 
     Args:
-        folders: of sft or ppo, as they were named: commands on the page name them so.
-        is_live: the page fetches itself again.
+        every: seconds between two looks at what is new, where it is served.
     """
-    runs = gather_all(folders)
-    title = f"hydra-ppo: {' and '.join(run.label for run in runs)}"
-    body = f'<main id="page">\n{content(runs)}\n</main>'
-    return html_page(title, body, LIVE + FILTER if is_live else FILTER, is_live=is_live)
+    live = '<p id="live" class="soft" role="status">Live</p>\n' if every is not None else ""
+    filled = parts(runs)
+    places = {name: f'<div data-part="{name}">{content}</div>' for name, content in filled.items()}
+    samples = f"<h2>Samples</h2>{FILTER}{places['samples']}" if filled["samples"] or every is not None else ""
+    title = "hydra-ppo: " + ", ".join(run.label for run in runs)
+    inside = "\n".join((places["alarms"], places["charts"], samples, places["more"]))
+    body = f"{live}<header>{places['head']}</header>\n<main>\n{inside}\n</main>"
+    code = script(LEFT, RIGHT, WIDTH, every)
+    style = HEAD_STYLE + CHART_STYLE + SAMPLES_STYLE
+    whole = page(title, body, style=style, script=code, connects=every is not None)
+    return whole.replace("<html", f"{MARK}\n<html", 1)
 
 
-def content(runs: Sequence[Gathered]) -> str:
-    """Return what the page says of its runs."""
-    parts = [f"<h1>{shown(' and '.join(run.label for run in runs))}</h1>", *(_state(run) for run in runs)]
-    parts.append(_outcome(runs))
-    parts += [_alarms(run, len(runs) > 1) for run in runs if run.found["alarms"]]
-    parts.append(_curves(charts(runs), len(runs) > 1))
-    parts += [_memory(run, len(runs) > 1) for run in runs if memory_peaks(run)]
-    parts += [_samples(run, len(runs) > 1) for run in runs if run.pairs or run.samples]
-    parts.append(_differences(runs) if len(runs) > 1 else _changed(runs[0]))
-    parts += [_onward(run, len(runs) > 1) for run in runs]
-    parts += [_last_metrics(run, len(runs) > 1) for run in runs if run.records]
-    parts.append(_versions(runs))
-    return "\n".join(part for part in parts if part)
+def parts(runs: Sequence[RunRecord]) -> dict[str, str]:
+    """Return what changes while a run goes on, as HTML by name: head, alarms, charts, samples, more."""
+    samples = samples_of(runs)
+    charts = charts_html(runs)
+    empty = '<p class="soft">No metrics yet.</p>'
+    return {
+        "head": _head(runs),
+        "alarms": _alarms(runs),
+        "charts": "<h2>Curves</h2>" + _how_to_read(runs) + (f'<div class="charts">{charts}</div>' if charts else empty),
+        "samples": samples_html(samples) if samples else "",
+        "more": _settings(runs) + _checkpoints(runs) + _go_on(runs) + _versions(runs),
+    }
 
 
-def _state(run: Gathered) -> str:
-    found = run.found
-    last = "no step yet" if found["last_step"] is None else f"step {found['last_step']}"
-    words = f"{found['command']}: {found['state']}, {last}. Started {found['started'] or '-'}"
-    words += f", finished {found['finished']}." if found["finished"] else "."
-    error = f'<p class="alarm">{shown(str(found["error"]))}</p>' if found["error"] else ""
-    return f'<p class="soft">{shown(f"{run.label} is {words}")}</p>{error}'
+def _how_to_read(runs: Sequence[RunRecord]) -> str:
+    dashed = " Red dashes are alarms." if any(run.alarms for run in runs) else ""
+    return f'<p class="soft">Over the steps of the run; hover, or focus and press the arrow keys, for values.{dashed}</p>'
 
 
-def _outcome(runs: Sequence[Gathered]) -> str:
-    """Return a table of the first and the last evaluation."""
-    rows = []
+def _head(runs: Sequence[RunRecord]) -> str:
+    title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
+    cards = "".join(_card(run, colour, named=len(runs) > 1) for colour, run in enumerate(runs))
+    tiles = "".join(_tile(*tile) for tile in _results(runs[0])) if len(runs) == 1 else ""
+    results = f'<dl class="tiles">{tiles}</dl>' if tiles else ""
+    return f'<h1>{text(title)}</h1><div class="runs">{cards}</div>{results}' + (_compared(runs) if len(runs) > 1 else "")
+
+
+def _card(run: RunRecord, colour: int, named: bool) -> str:
+    info = run.info
+    state = str(info["state"])
+    whole = run.settings.get("steps")
+    last = max((record["step"] for record in run.records if is_number(record.get("step"))), default=None)
+    steps = "no step yet" if last is None else f"step {last:g}" + (f" of {whole}" if is_number(whole) else "")
+    stopped = info["error"] in (None, "", "StopRequested", "KeyboardInterrupt")  # which "interrupted" says
+    error = "" if stopped else f'<p class="state">{text(info["error"])}</p>'
+    return (
+        f'<div class="run c{colour % COLOURS}">{f"<h3>{text(run.label)}</h3>" if named else ""}'
+        f'<p>{text(run.command)}, <span class="state{" ok" if state in GOOD else ""}">{text(state)}</span>, {text(steps)}</p>'
+        f'<p class="soft">{text(_times(info))}</p>{error}<p class="soft">{text(run.folder)}</p></div>'
+    )
+
+
+def _times(info: Mapping[str, Any]) -> str:
+    try:
+        begun = datetime.fromisoformat(str(info["started"]))
+        ended = datetime.fromisoformat(str(info["finished"])) if info["finished"] else None
+        shown = begun.strftime("%Y-%m-%d %H:%M UTC") if not begun.utcoffset() else begun.isoformat()
+        return shown + (f", {_duration((ended - begun).total_seconds())}" if ended else "")
+    except (ValueError, TypeError):
+        return str(info["started"] or "")
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _results(run: RunRecord) -> Iterator[tuple[str, str, str]]:
+    """Yield name, value and a remark of what came of a run."""
+    for name, metric, key in (
+        ("held-out score", "eval/scores", "eval_scores"),
+        ("independent evaluator", "eval/independent", "eval_independent"),
+    ):
+        before, after = run.summary.get(f"{key}_before"), run.summary.get(f"{key}_after")
+        values = run.series(metric)[1]
+        before = before if is_number(before) else values[0] if len(values) > 1 else None
+        after = after if is_number(after) else values[-1] if values else None
+        error = run.summary.get(f"{key}_gain_se")
+        if before is not None and after is not None:
+            sure = f" ± {error:.2g}" if is_number(error) else ""
+            yield name, f"{_short(before)} → {_short(after)}", f"{after - before:+.3g}{sure}"
+        elif after is not None:
+            yield name, _short(after), ""
+    for name, metric, unit in (
+        ("KL, held-out", "eval/kl", "nats"),
+        ("held-out perplexity", "eval/perplexity", ""),
+        ("pairs ranked correctly", "eval/reward_accuracy", "held-out"),
+        ("answers", "time/responses_per_second", "per second"),
+    ):
+        if values := run.series(metric)[1]:
+            yield name, _short(values[-1]), unit
+    sizes = [size for name in {n for r in run.records for n in r if n.startswith("memory/")} for size in run.series(name)[1]]
+    if sizes:
+        card = card_of(run)
+        yield "peak memory", f"{max(sizes) / MIB:,.0f} MiB", f"of {card[1] / MIB:,.0f}" if card else ""
+
+
+def _short(value: float) -> str:
+    return number(float(f"{value:.3g}"))
+
+
+def _tile(name: str, value: str, remark: str) -> str:
+    small = f" <small>{text(remark)}</small>" if remark else ""
+    return f'<div class="tile"><dt>{text(name)}</dt><dd>{text(value)}{small}</dd></div>'
+
+
+def _compared(runs: Sequence[RunRecord]) -> str:
+    results = [{name: f"{value} ({remark})" if remark else value for name, value, remark in _results(run)} for run in runs]
+    names = dict.fromkeys(name for found in results for name in found)
+    rows = [(name, *(found.get(name, "-") for found in results)) for name in names]
+    shown = (
+        table(("result", *(run.label for run in runs)), rows, caption="Results", right=range(1, len(runs) + 1)) if rows else ""
+    )
+    other = differing_settings(runs)
+    headers = ("setting", *(run.label for run in runs))
+    return shown + (
+        table(headers, other, caption="Settings in which they differ") if other else "<p>They have the same settings.</p>"
+    )
+
+
+def _alarms(runs: Sequence[RunRecord]) -> str:
+    shown = []
     for run in runs:
-        for found in outcomes(run.records, run.summary):
-            before, after = (number(value) for value in found.values)
-            first, last = (number(step) for step in found.steps)
-            error = "" if found.error is None else f" ± {number(found.error)}"
-            cells = ["-", after, "-", f"step {last}"]
-            if found.gain is not None:
-                cells = [before, after, number(found.gain) + error, f"step {first} to {last}"]
-            rows.append([*([run.label] if len(runs) > 1 else []), found.label, *cells])
-    head = (["run"] if len(runs) > 1 else []) + ["held-out evaluation", "first", "last", "difference", "measured"]
-    return table("What came of it", head, rows, right=range(len(head) - 4, len(head) - 1)) if rows else ""
+        by_name: dict[str, list[Mapping[str, Any]]] = {}
+        for alarm in run.alarms:
+            by_name.setdefault(str(alarm.get("name")), []).append(alarm)
+        for name, found in by_name.items():
+            steps = ", ".join(f"{alarm['step']:g}" for alarm in found[:12]) + (", ..." if len(found) > 12 else "")
+            whose = f"{run.label}: " if len(runs) > 1 else ""
+            at = f"step{'s' if len(found) > 1 else ''} {steps}"
+            shown.append(
+                f'<div class="alarm"><p><strong>{text(whose + name)}</strong> <span class="soft">at {text(at)}</span></p>'
+                f"<p>{text(found[-1].get('line'))}</p></div>"
+            )
+    return "<h2>Alarms</h2>" + "".join(shown) if shown else ""
 
 
-def _is_measured(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-
-
-def _of(run: Gathered, many: bool) -> str:
-    return f" of {shown(run.label)}" if many else ""
-
-
-def _alarms(run: Gathered, many: bool) -> str:
-    lines = "".join(
-        f'<p class="alarm"><strong>step {shown(str(alarm.get("step")))}: {shown(str(alarm.get("name")))}.</strong> '
-        f"{shown(str(alarm.get('line')))}</p>"
-        for alarm in run.found["alarms"]
-    )
-    return f"<h2>Alarms{_of(run, many)}</h2>{lines}"
-
-
-def _curves(found: Sequence[Chart], many: bool) -> str:
-    if not found:
-        return '<h2>Curves</h2><p class="soft">Nothing has been logged yet.</p>'
-    figures = "".join(
-        f'<figure><figcaption>{escape(chart.title)} <span class="soft">{escape(chart.unit)}</span></figcaption>'
-        f"{line_chart(chart)}{_legend(chart, many)}</figure>"
-        for chart in found
-    )
-    said = "Dashed red lines are alarms. " if any(chart.marks for chart in found) else ""
-    text = f"{said}Point at a line to read its values. Step 0 is the evaluation before training."
-    return f'<h2>Curves</h2><p class="soft">{text}</p><div class="cards">{figures}</div>'
-
-
-def _legend(chart: Chart, many: bool) -> str:
-    if len(chart.lines) < 2 and not many:
-        return ""
-    spans = "".join(
-        f'<span class="c{line.colour % COLOURS}{" held-out" if line.is_held_out else ""}">{shown(line.label)}</span>'
-        for line in chart.lines
-    )
-    return f'<div class="legend">{spans}</div>'
-
-
-def _memory(run: Gathered, many: bool) -> str:
-    peaks = memory_peaks(run)
-    device = run.found.get("device") or {}
-    total = device.get("bytes") if isinstance(device, Mapping) else None
-    most = max([peak for _, peak in peaks] + ([total] if _is_measured(total) else []))
-    unit, size = ("GiB", GIB) if most >= GIB else ("MiB", MIB)
-    limit = (str(device.get("name")), total / size) if _is_measured(total) else None
-    chart = bar_chart("Peak memory by phase", unit, [(phase, peak / size) for phase, peak in peaks], limit)
-    return (
-        f"<h2>Memory{_of(run, many)}</h2><div class='cards'><figure><figcaption>Peak by phase "
-        f'<span class="soft">{unit}, highest of the measured steps</span></figcaption>{chart}</figure></div>'
-    )
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} [{len(text) - LONGEST} more letters]"
-
-
-def _samples(run: Gathered, many: bool) -> str:
-    if not run.pairs:
-        return _unpaired(run, many)
-    boxes = []
-    for place, pair in enumerate(run.pairs[:MOST_SAMPLES]):
-        before, after = pair.scores
-        gain = after - before if before is not None and after is not None else None
-        sides = "".join(
-            f'<div><strong>{label}</strong>{_scored(score)}<div class="text">{shown(_cut(text))}</div></div>'
-            for label, score, text in (("before", before, pair.before), ("after", after, pair.after))
-        )
-        changed = "no" if pair.before == pair.after else "yes"
-        boxes.append(
-            f'<div class="sample" data-place="{place}" data-gain="{0.0 if gain is None else gain!r}" data-changed="{changed}">'
-            f'<div class="text prompt">{shown(_cut(pair.prompt))}</div><div class="sides">{sides}</div></div>'
-        )
-    assert run.pair_steps is not None
-    first, last = (number(step) for step in run.pair_steps)
-    tools = """<div class="tools"><label>Find <input type="search" class="find"></label>
-<label><input type="checkbox" class="changed"> changed only</label>
-<label>Order <select class="order"><option value="place">as recorded</option><option value="down">largest gain first</option>
-<option value="up">largest loss first</option></select></label> <span class="count soft"></span></div>"""
-    more = _more(len(run.pairs))
-    return (
-        f'<section class="samples"><h2>Samples before and after{_of(run, many)}</h2>'
-        f'<p class="soft">Answers to the same held-out prompts at step {first} and at step {last}.{more}</p>{tools}'
-        f'<div class="list">{"".join(boxes)}</div></section>'
-    )
-
-
-def _unpaired(run: Gathered, many: bool) -> str:
-    step = run.samples[0].get("step")
-    boxes = "".join(
-        f'<div class="sample"><div class="text prompt">{shown(_cut(str(row.get("prompt"))))}</div>'
-        f'<div class="text">{shown(_cut(row["response"]))}</div>{_scored(row.get("score"))}</div>'
-        for row in run.samples[:MOST_SAMPLES]
-    )
-    return (
-        f'<section class="samples"><h2>Samples{_of(run, many)}</h2><p class="soft">Of step {shown(str(step))}, to prompts of '
-        f"the training. Held-out prompts (data.eval) are answered before and after.{_more(len(run.samples))}</p>"
-        f'<div class="list">{boxes}</div></section>'
-    )
-
-
-def _more(count: int) -> str:
-    return "" if count <= MOST_SAMPLES else f" The first {MOST_SAMPLES} of {count}; samples.jsonl has all."
-
-
-def _scored(score: Any) -> str:
-    return f' <span class="soft">score {number(score)}</span>' if _is_measured(score) else ""
-
-
-def _changed(run: Gathered) -> str:
-    if run.settings is None:
-        return '<h2>Settings</h2><p class="soft">config.yaml cannot be read.</p>'
-    rows = [[name, value_text(value), "-" if default is None else value_text(default)] for name, value, default in run.changed]
-    return "<h2>Settings</h2>" + table("What differs from the defaults", ["setting", "value", "default"], rows)
-
-
-def _differences(runs: Sequence[Gathered]) -> str:
-    rows = [[name, *values] for name, values in differing(runs)]
-    if not rows:
-        return '<h2>Settings</h2><p class="soft">All settings are the same.</p>'
-    return "<h2>Settings</h2>" + table("In which the runs differ", ["setting", *(run.label for run in runs)], rows)
-
-
-def _onward(run: Gathered, many: bool) -> str:
-    found, name = run.found, shlex.quote(run.name)
-    lines = []
-    if found["command"] in ("sft", "ppo"):
-        config = shlex.quote(str(Path(run.name) / "config.yaml"))
-        if found["state"] == "finished":
-            more = "--epochs" if found["command"] == "sft" else "--steps"
-            lines.append((f"hydra-ppo {found['command']} {config} --resume {more} N", "makes it longer"))
+def _settings(runs: Sequence[RunRecord]) -> str:
+    shown = []
+    for run in runs:
+        rows = changed_settings(run)
+        named = f" of {run.label}" if len(runs) > 1 else ""
+        if rows:
+            shown.append(
+                table(
+                    ("setting", "value", "default"), rows, caption=f"Settings{named} that are not the defaults", wrapped=(1, 2)
+                )
+            )
         else:
-            lines.append((f"hydra-ppo {found['command']} {config} --resume", "goes on where it was"))
-    if found["command"] == "sft":
-        lines.append((f"hydra-ppo ppo ppo.yaml --model.name_or_path {name}", "PPO from here"))
-        lines.append((f"hydra-ppo score {name} PAIRS.jsonl", "accuracy of the reward head"))
-    if found["command"] == "ppo":
-        lines.append((f"hydra-ppo generate {name} --prompts PROMPTS.jsonl --both", "answers of base and actor"))
-        lines.append((f"hydra-ppo export {name} --output exported", "a plain model, for transformers or vLLM"))
-    rows = [[entry["name"], f"{entry['bytes'] / MIB:,.1f}"] for entry in found["checkpoints"]]
-    checkpoints = table("Checkpoints", ["name", "MiB"], rows, right=[1]) if rows else ""
-    width = max((len(line) for line, _ in lines), default=0)
-    typed = shown("\n".join(f"{line:<{width}}  # {why}" for line, why in lines))
-    return f"<h2>How to go on{' with ' + shown(run.label) if many else ''}</h2><pre>{typed}</pre>{checkpoints}"
+            why = "all settings are the defaults" if run.settings else "config.yaml cannot be read"
+            shown.append(f"<p>{text(run.label)}: {why}.</p>")
+    return "<h2>Settings</h2>" + "".join(shown)
 
 
-def _last_metrics(run: Gathered, many: bool) -> str:
-    last: dict[str, tuple[Any, Any]] = {}
-    for record in run.records:
-        last |= {
-            name: (value, record.get("step"))
-            for name, value in record.items()
-            if name not in ("step", "time") and value is not None
-        }
-    rows = [[name, number(value) if _is_measured(value) else str(value), str(step)] for name, (value, step) in last.items()]
-    inside = table("metrics.jsonl, last value of each", ["metric", "value", "step"], rows, right=[1, 2])
-    return f"<details><summary>All metrics{_of(run, many)}</summary>{inside}</details>"
+def _checkpoints(runs: Sequence[RunRecord]) -> str:
+    shown = []
+    for run in runs:
+        rows = [
+            (str(run.folder / "checkpoints" / found["name"]), f"{found['bytes'] / MIB:,.1f}")
+            for found in run.info["checkpoints"]
+        ]
+        if rows:
+            caption = f"Checkpoints of {run.label}" if len(runs) > 1 else ""
+            shown.append(table(("folder", "MiB"), rows, caption=caption, right=(1,)))
+    return "<h2>Checkpoints</h2>" + ("".join(shown) or "<p>None.</p>")
 
 
-def _versions(runs: Sequence[Gathered]) -> str:
-    packages = dict.fromkeys(name for run in runs for name in (run.found["packages"] or {}))
-    rows = [["hydra-ppo", *(str(run.found["version"]) for run in runs)]]
-    rows += [[name, *(str((run.found["packages"] or {}).get(name)) for run in runs)] for name in packages]
-    head = ["package", *(run.label if len(runs) > 1 else "version" for run in runs)]
-    return f"<details><summary>Versions</summary>{table('Versions', head, rows)}</details>"
-
-
-def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
-    """Return a table that scrolls inside itself where the page is narrower; all of it is escaped here.
-
-    Args:
-        right: numbers of the columns of numbers.
-    """
-    to_right = set(right)
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=right' if place in to_right else ''}>{shown(cell)}</{tag}>" for place, cell in enumerate(row)
+def _go_on(runs: Sequence[RunRecord]) -> str:
+    shown = []
+    for run in runs:
+        named = f"<h3>{text(run.label)}</h3>" if len(runs) > 1 else ""
+        lines = "".join(
+            f'<p class="how">{text(what)}</p><pre class="command" tabindex="0"><code>{text(line)}</code></pre>'
+            for what, line in commands(run)
         )
+        shown.append(named + (lines or "<p>Nothing was saved to go on from.</p>"))
+    return "<h2>How to go on</h2>" + "".join(shown)
 
-    filled = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return (
-        f'<div class="scroll" tabindex="0"><table class="fixed"><caption>{shown(title)}</caption>'
-        f"<thead><tr>{cells('th', head)}</tr></thead>\n<tbody>{filled}</tbody></table></div>"
-    )
+
+def commands(run: RunRecord) -> list[tuple[str, str]]:
+    """Return what can be done with a run now, and the line to type."""
+    folder, config = as_typed(run.folder), as_typed(run.folder / "config.yaml")
+    checkpoints = [str(found["name"]) for found in run.info["checkpoints"]]
+    found = []
+    if run.command in ("sft", "ppo"):
+        longer = "--steps" if run.command == "ppo" else "--epochs"
+        now = run.settings.get(longer.removeprefix("--"))
+        if run.info["state"] == "finished" and checkpoints and now is not None and is_number(now):
+            found.append(("Train for longer", f"hydra-ppo {run.command} {config} --resume {longer} {2 * now:g}"))
+        elif run.info["state"] == "running":
+            found.append(("Watch it", f"hydra-ppo report {folder} --live 8000"))
+        elif run.info["state"] != "finished":
+            found.append(("Go on where it stopped", f"hydra-ppo {run.command} {config} --resume"))
+    saved = run.folder if (run.folder / MANIFEST).is_file() else None
+    if saved is None and checkpoints:
+        saved = run.folder / "checkpoints" / checkpoints[-1]
+    if saved is not None:
+        model, target = as_typed(saved), run.folder.resolve()
+        role = "actor" if run.command == "ppo" else "reward"
+        out = as_typed(run.folder.parent / f"{target.name}-{role}")
+        exported = "" if role == "actor" else " --role reward"
+        what = (
+            "Write the trained policy as a plain model" if role == "actor" else "Write the reward model as a plain classifier"
+        )
+        found.append((what, f"hydra-ppo export {model} --output {out}{exported}"))
+        asked = "--both" if role == "actor" else "--role reference"
+        found.append(("Ask it something", f"hydra-ppo generate {model} --prompt 'Tell me about tea.' {asked}"))
+        rows = run.settings.get("data.eval") or run.settings.get("data.train")
+        if isinstance(rows, str) and run.command == "sft":
+            found.append(("Score pairs with its reward head", f"hydra-ppo score {model} {as_typed(rows)}"))
+        elif run.command == "ppo":
+            found.append(("Score pairs, or prompts with answers", f"hydra-ppo score {model} pairs.jsonl"))
+    return found
+
+
+def _versions(runs: Sequence[RunRecord]) -> str:
+    found = []
+    for run in runs:
+        packages = run.info["packages"] if isinstance(run.info["packages"], dict) else {}
+        device = card_of(run)
+        found.append(
+            {"hydra-ppo": run.info["version"], "python": run.state.get("python"), **packages}
+            | ({"device": device[0]} if device else {})
+        )
+    names = dict.fromkeys(name for run in found for name in run)
+    rows = [(name, *(run.get(name) or "-" for run in found)) for name in names]
+    headers = ("package", *(run.label for run in runs)) if len(runs) > 1 else ("package", "version")
+    return "<h2>Versions</h2>" + table(headers, rows)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from hydra_ppo.runs.contents import ALARMS, CONFIG, LOG, METRICS, REPORT, SAMPLE
 from hydra_ppo.runs.folder import has_died, read_state
 from hydra_ppo.runs.outcomes import outcomes
 from hydra_ppo.runs.plots import read_alarms, read_metrics
+from hydra_ppo.runtime.tables import print_table
 
 MIB = 2**20
 FILES = {
@@ -126,16 +130,16 @@ def print_inspection(report: dict[str, Any], console: Console | None = None) -> 
         state.add_row(name, Text(_show(report[name])))
     for name, value in (report["config"] or {}).items():
         state.add_row(name, Text(_show(value)))
-    console.print(state)
+    print_table(console, state)
     if report["outcomes"]:
-        console.print(_outcomes(report["outcomes"]))
+        print_table(console, _outcomes(report["outcomes"]))
     metrics = Table(title="Last metrics", title_justify="left")
     metrics.add_column("metric")
     metrics.add_column("value", justify="right")
     metrics.add_column("step", justify="right")
     for name, entry in report["metrics"].items():
         metrics.add_row(*_metric(name, entry["value"]), _show(entry["step"]))
-    console.print(metrics)
+    print_table(console, metrics)
     if report["alarms"]:
         alarms = Table(title="Alarms", title_justify="left")
         alarms.add_column("step", justify="right")
@@ -143,14 +147,14 @@ def print_inspection(report: dict[str, Any], console: Console | None = None) -> 
         alarms.add_column("what was seen, and what to do", overflow="fold")
         for alarm in report["alarms"]:
             alarms.add_row(_show(alarm.get("step")), Text(_show(alarm.get("name"))), Text(_show(alarm.get("line"))))
-        console.print(alarms)
+        print_table(console, alarms)
     checkpoints = Table(title="Checkpoints", title_justify="left")
     checkpoints.add_column("name")
-    checkpoints.add_column("MiB (2^20 bytes)", justify="right")
+    checkpoints.add_column("MiB", justify="right")
     for checkpoint in report["checkpoints"]:
         checkpoints.add_row(Text(checkpoint["name"]), f"{checkpoint['bytes'] / MIB:,.1f}")
     if report["checkpoints"]:
-        console.print(checkpoints)
+        print_table(console, checkpoints)
     else:
         console.print("No checkpoints.")
     console.print(Text("Files: " + "; ".join(f"{name}, {FILES[name]}" for name in report["files"])))
@@ -211,5 +215,12 @@ def _order(path: Path) -> tuple[int, str]:
 
 
 def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and not p.is_symlink()]
-    return sum(file.stat().st_size for file in files)
+    if path.is_file():
+        return path.stat().st_size
+    total = 0
+    for place, _, names in os.walk(path):  # passes over a folder that the run removes meanwhile
+        for name in names:
+            with suppress(OSError):
+                status = os.lstat(os.path.join(place, name))
+                total += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return total

@@ -14,25 +14,24 @@ from hydra_ppo.runs.contents import ALARMS, METRICS
 from hydra_ppo.runs.series import series_of
 from hydra_ppo.runs.watch_plots import draw_monitor, draw_over_optimisation
 
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
 MEMORY_METRIC = re.compile(r"memory/(.+)_peak_bytes")
 PHASES = ("rollout", "score", "update-actor", "update-critic", "optimizer")
+ROUND = [1, 2, 5, 10]
+"""Ticks are these times powers of ten apart."""
 COLOURS = ("#1f5a96", "#d1702a", "#3f8f5f", "#8a5aa8")
 
 
 @dataclass(frozen=True)
 class LinePlot:
-    """One picture of metrics over steps; ``lines`` maps a metric to its legend.
-
-    ``apart`` gives each line axes of its own, one under the other: for values of very different size.
-    """
+    """One picture of metrics over steps; ``lines`` maps a metric to its legend, ``panels`` gives each axes of its own."""
 
     file: str
     title: str
     y_label: str
     lines: Mapping[str, str]
     limits: tuple[float, float] | None = None
-    apart: bool = False
+    panels: bool = False
 
 
 LINE_PLOTS = (
@@ -47,20 +46,27 @@ LINE_PLOTS = (
         },
     ),
     LinePlot(
-        "kl.png", "KL from the reference", "nats per response", {"objective/kl": "rollout", "eval/kl": "held-out prompts"}
+        "kl.png", "KL from the reference", "nats per response", {"objective/kl": "rollouts", "eval/kl": "held-out prompts"}
     ),
     LinePlot(
         "length.png",
         "Response length",
         "tokens per response",
-        {"rollout/response_length": "rollout", "eval/response_length": "held-out prompts"},
+        {"rollout/response_length": "rollouts", "eval/response_length": "held-out prompts"},
     ),
     LinePlot(
         "loss.png",
         "Training loss",
-        "loss (nats)",
-        {"loss/total": "total (weighted)", "loss/sft": "cross-entropy per token", "loss/reward": "ranking loss per pair"},
-        apart=True,
+        "loss",
+        {
+            "loss/sft": "cross-entropy per token (nats)",
+            "loss/reward": "ranking loss per pair (nats)",
+            "loss/total": "both, as weighted",
+            "eval/loss": "both, on held-out pairs",
+            "policy/loss": "policy",
+            "value/loss": "value",
+        },
+        panels=True,
     ),
     LinePlot("perplexity.png", "Held-out perplexity", "perplexity of chosen responses", {"eval/perplexity": "held-out"}),
     LinePlot(
@@ -79,19 +85,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: A line in the middle is not a JSON object.
     """
-    return read_records(Path(folder) / METRICS)
+    return _read(Path(folder) / METRICS)
 
 
 def read_alarms(folder: Path) -> list[dict[str, Any]]:
     """Return the records of ``alarms.jsonl``, as `read_metrics` does; none where no alarm was raised."""
-    return read_records(Path(folder) / ALARMS)
+    return _read(Path(folder) / ALARMS)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines, as `read_metrics` does; none where there is no file."""
+def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    # Not `splitlines`: a text in a line may hold what else that takes for an end, such as U+2028.
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -121,7 +127,7 @@ def plot_run(folder: Path) -> list[Path]:
     found = (match[1] for record in records for name in record if (match := MEMORY_METRIC.fullmatch(name)))
     phases = dict.fromkeys([*PHASES, *found])  # in the order of a PPO step, then others such as sft's
     peaks = {phase: max(series_of(records, f"memory/{phase}_peak_bytes")[1], default=None) for phase in phases}
-    measured = {phase: peak for phase, peak in peaks.items() if peak is not None}
+    measured = {phase: peak / MIB for phase, peak in peaks.items() if peak is not None}
     if measured:
         written.append(_draw_memory(folder / "plots" / "memory.png", measured))
     alarms = read_alarms(folder)
@@ -132,53 +138,62 @@ def plot_run(folder: Path) -> list[Path]:
     return written + [path for path in drawn if path is not None]
 
 
-def _figure(height: float = 3.6, rows: int = 1) -> tuple[Any, list[Any]]:
+def _figure(height: float = 3.6, panels: int = 1) -> tuple[Any, Any]:
     # The Figure class draws without pyplot, whose backend and state belong to the caller.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6.4, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    all_axes = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
-    for axes in all_axes:
+    rows = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    for axes in rows:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
-    return figure, all_axes
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND))
+    return figure, rows
 
 
 def _draw_lines(path: Path, plot: LinePlot, series: Mapping[str, tuple[list[float], list[float]]]) -> Path:
     from matplotlib.ticker import MaxNLocator
 
-    rows = len(series) if plot.apart else 1
-    figure, all_axes = _figure(3.6 if rows == 1 else 0.6 + 1.7 * rows, rows)
-    for number, (label, (steps, values)) in enumerate(series.items()):
-        axes = all_axes[number if plot.apart else 0]
-        colour, marker = COLOURS[number % len(COLOURS)], "o" if len(steps) <= 25 else None
-        axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5)
-    for axes in all_axes:
+    apart = [{label: points} for label, points in series.items()] if plot.panels else [series]
+    figure, rows = _figure(3.6 if len(apart) == 1 else 0.7 + 1.6 * len(apart), len(apart))
+    for axes, lines in zip(rows, apart, strict=True):
+        for colour, (label, (steps, values)) in zip(COLOURS, lines.items(), strict=False):
+            marker = "o" if len(steps) <= 25 else None
+            axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5)
+        axes.set_ylabel(plot.y_label)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         if plot.limits:
             axes.set_ylim(*plot.limits)
-        if len(series) > 1:
+        if len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)
-    all_axes[0].set_title(plot.title, loc="left", fontsize=11)
-    all_axes[-1].set_xlabel("step")
-    all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    figure.supylabel(plot.y_label, fontsize=10) if rows > 1 else all_axes[0].set_ylabel(plot.y_label)
+        if len(apart) > 1:
+            axes.set_title(next(iter(lines)), loc="left", fontsize=9)
+    if len(apart) > 1:
+        figure.suptitle(plot.title, x=0.01, ha="left", fontsize=11)
+    else:
+        rows[0].set_title(plot.title, loc="left", fontsize=11)
+    rows[-1].set_xlabel("step")
+    rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=ROUND))
     return _save(figure, path)
 
 
 def _draw_memory(path: Path, peaks: Mapping[str, float]) -> Path:
-    """Draw bars of bytes, in the unit that the largest reads well in."""
-    size, unit = (GIB, "GiB") if max(peaks.values()) >= GIB else (MIB, "MiB")
-    shown = {phase: peak / size for phase, peak in peaks.items()}
-    figure, (axes,) = _figure(height=0.9 + 0.45 * len(shown))
-    bars = axes.barh(list(shown), list(shown.values()), color=COLOURS[0], height=0.6)
-    axes.bar_label(bars, labels=[f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in shown.values()], padding=3)
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (axes,) = _figure(height=0.9 + 0.45 * len(peaks))
+    name, unit = ("GiB", 1024.0) if max(peaks.values()) >= 1024 else ("MiB", 1.0)
+    sizes = [peak / unit for peak in peaks.values()]
+    bars = axes.barh(range(len(peaks)), sizes, color=COLOURS[0], height=0.6)
+    axes.bar_label(bars, labels=[f"{size:,.0f}" if size >= 100 else f"{size:.3g}" for size in sizes], padding=3)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND))
+    axes.set_yticks(range(len(peaks)), list(peaks))
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_title("Peak memory by phase, highest of the measured steps", loc="left", fontsize=11)
-    axes.set_xlabel(unit)
+    axes.set_xlabel(name)
     return _save(figure, path)
 
 

@@ -41,7 +41,7 @@ from hydra_ppo.config.paths import MARK, for_folder
 from hydra_ppo.config.reading import as_values, render_yaml
 from hydra_ppo.config.settings import PPOConfig, RunSettings, SFTConfig
 from hydra_ppo.errors import ConfigError, StorageError
-from hydra_ppo.runs.contents import ALARMS, CONFIG, LOG, METRICS, SAMPLES, STATE, SUMMARY, clear, set_aside
+from hydra_ppo.runs.contents import ALARMS, CONFIG, LOG, METRICS, REPORT, SAMPLES, STATE, SUMMARY, clear, set_aside
 from hydra_ppo.runs.folder import STARTING, check_output, is_starting, lock, read_state
 from hydra_ppo.runs.progress import shown_progress
 from hydra_ppo.runtime.files import sync, write_whole
@@ -123,7 +123,8 @@ class Run:
             if begins:
                 clear(folder)
             else:
-                (folder / SUMMARY).unlink(missing_ok=True)
+                for name in (SUMMARY, REPORT):
+                    (folder / name).unlink(missing_ok=True)
                 keep_steps(folder / METRICS, done)
                 keep_steps(folder / ALARMS, done)
                 keep_steps(folder / SAMPLES, max(done, sampled), held_out=done)
@@ -189,9 +190,9 @@ class Run:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._write(LOG, f"{_now()} {line}\n")
 
-    def on_device(self, name: str, capacity: int | None) -> None:
-        """Say in ``state.json`` where the model is, and the bytes that there are."""
-        self._state["device"] = {"name": name, "bytes": capacity}
+    def on_device(self, name: str, size: int) -> None:
+        """Keep the name of the card that the run is on, and its bytes, in ``state.json``."""
+        self._state["device"] = {"name": name, "bytes": size}
         self._write_state()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -226,7 +227,8 @@ class Run:
         self._write(name, json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=_as_plain) + "\n")
 
     def _write(self, name: str, text: str) -> None:
-        with self.storing(name), (self.folder / name).open("a", encoding="utf-8") as file:
+        # Half a surrogate pair, which UTF-8 lacks, becomes its escape, which JSON has.
+        with self.storing(name), (self.folder / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
 
     @contextmanager

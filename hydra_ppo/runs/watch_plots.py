@@ -116,7 +116,7 @@ def draw_over_optimisation(records: Records, alarms: Records, path: Path) -> Pat
     axes.set_axisbelow(True)
     for place in (axes, other):
         place.spines["top"].set_visible(False)
-    axes.legend(handles=handles, fontsize=8, loc="lower right", framealpha=0.85, edgecolor="none")
+    axes.legend(handles=handles, fontsize=8, loc="best", framealpha=0.85, edgecolor="none")
     return _save(figure, path)
 
 
@@ -151,6 +151,9 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _tidy(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
@@ -161,7 +164,7 @@ def _tidy(axes: Any) -> None:
 def _whole_steps(axes: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def _save(figure: Any, path: Path) -> Path:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 
@@ -36,6 +38,12 @@ class _Lossy:
         """Flush what can be."""
         with suppress(OSError, ValueError):
             self._stream.flush()
+
+
+def as_typed(path: Path | str) -> str:
+    """Return a path as a shell and this program read it: quoted, and not like an option."""
+    name = str(path)
+    return shlex.quote(f"./{name}" if name.startswith("-") else name)
 
 
 @contextmanager

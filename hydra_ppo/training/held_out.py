@@ -77,19 +77,16 @@ def numbers_of(found: Mapping[str, Any]) -> Metrics:
 
 
 def held_out_samples(found: Mapping[str, Any], prompts: Sequence[str], most: int) -> list[dict[str, Any]]:
-    """Return the first answers of an evaluation with what training and evaluators say of them; [] where there was none."""
-    if "responses" not in found:
-        return []
-    rows = [
-        {"held_out": True, "prompt": prompt, "response": response, "score": score}
-        for prompt, response, score in zip(prompts, found["responses"], found["scores"], strict=True)
+    """Return the first answers of an evaluation with what training says of them, and evaluators where there are any."""
+    answers = list(zip(prompts, found.get("responses", ()), found.get("scores", ()), strict=False))[:most]
+    rows = [{"held_out": True, "prompt": prompt, "response": text, "score": score} for prompt, text, score in answers]
+    if "independent" not in found:
+        return rows
+    parts = found["independent_parts"]
+    return [
+        own | {"independent": found["independent"][row], "judges": {name: values[row] for name, values in parts.items()}}
+        for row, own in enumerate(rows)
     ]
-    if "independent" in found:
-        parts = found["independent_parts"]
-        for place, row in enumerate(rows):
-            row["independent"] = found["independent"][place]
-            row["judges"] = {name: values[place] for name, values in parts.items()}
-    return rows[:most]
 
 
 def compare_judged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

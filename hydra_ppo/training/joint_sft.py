@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydra_ppo.algorithms.calibration import expected_calibration_error
+from hydra_ppo.algorithms.calibration import expected_calibration_error, share_right
 from hydra_ppo.config.settings import SFTConfig
 from hydra_ppo.data.rows import PreferenceRow
 from hydra_ppo.errors import ConfigError, NonFiniteError
@@ -123,7 +123,10 @@ class JointSFTTrainer:
         self.best_step: int | None = None
 
     def train(self) -> dict[str, Any]:
-        """Run the steps that are left; return the summary: steps, seconds, the evaluation at the best step, if there was one.
+        """Run the steps that are left, with an evaluation before the first; return the summary.
+
+        Returns:
+            steps, seconds, the evaluation at the best step, if there was one.
 
         Raises:
             StopRequested: on a wish to stop, after `save` was called.
@@ -133,6 +136,8 @@ class JointSFTTrainer:
         try:
             with self.run.progress(self.total_steps, "SFT") as advance:
                 advance(self.done, "")
+                if self.done == 0 and self.eval_rows:
+                    self.run.log(0, self.evaluate())
                 for rows in self.batches.after(self.done):
                     metrics = self._whole_step(self.done, rows)
                     advance(1, f"loss {metrics['loss/total']:.3f}")
@@ -356,7 +361,7 @@ class JointSFTTrainer:
         if found is None:
             return PairSums(nll, zero, zero)
         losses = pair_losses(config, rows, found, columns)
-        right = (losses.margins.sign() + 1) / 2  # a tie is half a right one: so a head of zeros is at chance
+        right = share_right(losses.margins)
         return PairSums(
             nll,
             losses.ranking.sum(),

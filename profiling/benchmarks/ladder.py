@@ -17,6 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from hydra_ppo.runtime.tables import print_table
+
 RUNGS = ("actor", "actor, critic", "actor, critic, reference, reward")
 MIB = 2**20
 
@@ -83,7 +85,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(asdict(measure(sys.argv[1]))))
         return
-    table = Table(title="Base-copy ladder, MiB (2^20 bytes)", title_justify="left")
+    table = Table(title="Base-copy ladder, MiB", title_justify="left")
     for name in ("roles", "base", "adapters and heads", "resident, model", "step"):
         table.add_column(name, justify="left" if name == "roles" else "right")
     last = None
@@ -94,7 +96,7 @@ def main() -> None:
         cells = [rung.base_bytes, rung.added_bytes, grown]
         table.add_row(roles, *(f"{c / MIB:.1f}" for c in cells), "" if last is None else f"{(grown - last) / MIB:+.1f}")
         last = grown
-    Console().print(table)
+    print_table(Console(), table)
 
 
 if __name__ == "__main__":

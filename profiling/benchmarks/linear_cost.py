@@ -38,6 +38,7 @@ from hydra_ppo.profiling.benchmarks.linear_report import Cell, figure, tables, w
 from hydra_ppo.profiling.benchmarks.peers.load import undisturbed
 from hydra_ppo.profiling.benchmarks.phases import PHASES
 from hydra_ppo.profiling.benchmarks.trainers import endless_llama, make_trainer, random_model, random_prompts
+from hydra_ppo.runtime.tables import print_table
 from hydra_ppo.training.optim import state_tensors
 
 PROMPT_SHARE = 8
@@ -215,9 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write(cells, options.rounds, asdict(sizes), options.output)
     figure(cells).savefig(options.output.with_suffix(".png"))
     title = f"Cost of a PPO step per token, {options.threads} threads, {options.rounds} rounds"
-    paper = Console(width=max(100, Console().width))
     for table in tables(cells, title):
-        paper.print(table)
+        print_table(Console(), table)
     say(f"written to {options.output} and {options.output.with_suffix('.png')}")
     return DONE
 

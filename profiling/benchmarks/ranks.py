@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hydra_ppo.profiling.benchmarks.peers.workloads import KL_COEF, LEARNING_RATE, LORA_ALPHA, LORA_RANK, WORKLOADS, Workload
+from hydra_ppo.runtime.tables import print_table
 
 
 class Team:
@@ -158,7 +159,7 @@ def main() -> None:
         table.add_column(name)
     for size, row in found["sizes"].items():
         table.add_row(size, f"{row['seconds']:.2f}", f"{row['waiting']:.1%}", f"{row['speed']:.2f}")
-    Console().print(table)
+    print_table(Console(), table)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from hydra_ppo.cli.main import BAD_INPUT, DONE
 from hydra_ppo.errors import DataError
+from hydra_ppo.runtime.tables import print_table
 
 MIB = 2**20
 FORMAT = 1
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return BAD_INPUT
     summary.save(options.output)
-    Console().print(draw(summary))
+    print_table(Console(), draw(summary))
     return DONE
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from hydra_ppo.profiling.measuring.record import Record, versions
 from hydra_ppo.profiling.reporting.report import format_bytes, format_count, print_record
 from hydra_ppo.profiling.workload import Workload
+from hydra_ppo.runtime.tables import print_table
 
 MOST_WORKERS = 4
 """Processes that simulate for `plan`: more set-ups than that are seldom known to be wanted at once."""
@@ -125,7 +126,7 @@ def learning(
     if as_json:
         print(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))
     else:
-        Console().print(learning_table(outcomes))
+        print_table(Console(), learning_table(outcomes))
 
 
 def plan(workload: Workload, memory: int, margin: int | None, count: int, output: Path | None, as_json: bool) -> int:

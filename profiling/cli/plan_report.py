@@ -13,6 +13,7 @@ from hydra_ppo.profiling.cli.ladder import Saving
 from hydra_ppo.profiling.cli.plan import Plan, Search
 from hydra_ppo.profiling.reporting.report import format_bytes, format_count
 from hydra_ppo.profiling.subjects.shapes import HUB_NAMES
+from hydra_ppo.runtime.tables import print_table
 
 
 def print_plans(found: Search, count: int, console: Console) -> None:
@@ -52,7 +53,7 @@ def print_plans(found: Search, count: int, console: Console) -> None:
             tightest,
             format_bytes(plan.margin_bytes),
         )
-    console.print(table)
+    print_table(console, table)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     if (first := shown[0].workload).world > 1:
         held = "a part of each decoder layer" if first.shard_base else "the whole base"

@@ -21,6 +21,7 @@ from hydra_ppo.profiling.cli.predictor import Predictor, parameters
 from hydra_ppo.profiling.subjects.fake import meta_model
 from hydra_ppo.profiling.subjects.shapes import model_config
 from hydra_ppo.profiling.workload import Workload
+from hydra_ppo.runtime.tables import print_table
 
 GIB = 2**30
 
@@ -185,7 +186,7 @@ def main() -> None:
     if options.json:
         print(json.dumps([{"name": rung.name, "phases": rung.phases, "expected": rung.expected} for rung in rungs], indent=2))
     else:
-        Console(width=200).print(table_of(options.model, rungs))
+        print_table(Console(), table_of(options.model, rungs))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from rich.table import Table
 from hydra_ppo.profiling.cli.predictor import Predictor
 from hydra_ppo.profiling.reporting.report import format_bytes
 from hydra_ppo.profiling.workload import Workload
+from hydra_ppo.runtime.tables import print_table
 
 GPUS = {
     "llama-3.1-8b": ((1, False), (2, False), (4, False), (4, True), (8, True)),
@@ -109,12 +110,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Also write JSON there.")
     options = parser.parse_args()
     held: Any = None if options.quantization == "none" else options.quantization
-    console, found = Console(width=170), list[Row]()
+    console, found = Console(), list[Row]()
     for model in options.models.split(","):
         workload = Workload(model, quantization=held, update_order="in-turn")
         with Predictor(workload, lambda text: None, micros=(1,)) as predictor:
             found += rows(predictor, workload, GPUS[model])
-    console.print(table(found))
+    print_table(console, table(found))
     if options.output is not None:
         options.output.write_text(json.dumps([vars(row) for row in found], indent=2) + "\n")
 

@@ -28,6 +28,7 @@ from hydra_ppo.profiling.learning.shared import prepare_inputs, prepare_seed
 from hydra_ppo.quickstart import run as quickstart
 from hydra_ppo.quickstart.corpus import openings
 from hydra_ppo.runs.plots import plot_run, read_alarms, read_metrics
+from hydra_ppo.runtime.tables import print_table
 
 TENTH = 0.1
 
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     output = options.output / f"seed-{options.seed}" / options.name
     console = Console()
-    console.print(table(read_metrics(output), read_alarms(output)))
+    print_table(console, table(read_metrics(output), read_alarms(output)))
     for name, value in asdict(found).items():
         console.print(f"{name:<12} {value}", highlight=False)
     console.print(f"plots: {output / 'plots'}", highlight=False)

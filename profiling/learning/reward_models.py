@@ -50,9 +50,9 @@ from hydra_ppo.profiling.learning import head_rows, reward_rows
 from hydra_ppo.profiling.learning.reward_ground import Ground, Numbers, Row, slug
 from hydra_ppo.profiling.learning.shared import kept, spread
 from hydra_ppo.runtime.interruption import StopRequested
+from hydra_ppo.runtime.tables import print_table
 
 PAIRS = 13000
-WIDTH = 200
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(str(error)) from error
     except (StopRequested, KeyboardInterrupt) as error:
         raise SystemExit("Stopped; the same command goes on.") from error
-    Console(width=WIDTH).print(rows_table(kind, measured))
+    print_table(Console(), rows_table(kind, measured))
     if failed := len(rows) * len(seeds) - len(measured):
         raise SystemExit(f"{failed} of {len(rows) * len(seeds)} failed; the same command tries them again.")
 

@@ -32,6 +32,7 @@ from hydra_ppo.profiling.learning.shared import (
 )
 from hydra_ppo.quickstart import run as quickstart
 from hydra_ppo.runtime.recorder import Silent
+from hydra_ppo.runtime.tables import print_table
 
 if TYPE_CHECKING:
     from hydra_ppo.model.hydra import HydraModel
@@ -282,7 +283,7 @@ def main() -> None:
     say = partial(Console(stderr=True, highlight=False).print, markup=False, soft_wrap=True)  # a line stays one
     folder = options.output or Path("runs") / options.table
     outcomes = compare_setups(folder, options.table, setups, [int(seed) for seed in options.seeds.split(",")], say)
-    Console(width=160).print(setups_table(outcomes))
+    print_table(Console(), setups_table(outcomes))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,17 @@ from rich.table import Table
 from rich.text import Text
 
 from hydra_ppo.profiling.measuring.record import Profile, Record
-from hydra_ppo.profiling.reporting.pictures import comparison_figure, timeline_figure
-from hydra_ppo.profiling.reporting.report import comparison_table, largest_table, phase_table, role_table, source, summary_line
-from hydra_ppo.report.document import html_page
+from hydra_ppo.profiling.reporting.pictures import comparison_figure, darkened, timeline_figure
+from hydra_ppo.profiling.reporting.report import (
+    comparison_table,
+    format_bytes,
+    largest_table,
+    phase_table,
+    role_table,
+    source,
+    summary_line,
+)
+from hydra_ppo.report.style import page, table, text
 
 TITLE = "hydra-ppo: memory of PPO"
 SIMULATED = "The tensors were fake: each has a size and holds no numbers, so nothing here was read from a device or timed."
@@ -36,17 +43,17 @@ def write_html(record: Record, path: Path) -> Path:
         DataError: when the record holds no profile, or kinds do not add up to their peak.
     """
     profiles = record.profiles
-    parts = [_table(comparison_table(profiles)), _picture(comparison_figure(profiles), "Memory by kind at the peak, by method")]
+    parts = [_table(comparison_table(profiles)), _picture(comparison_figure(profiles), _compared(profiles))]
     parts += [_table(_settings_table(profiles)), _table(_versions_table(record.versions))]
     for profile in profiles:
-        parts += [f"<h2>{escape(profile.method)}, {escape(source(profile))}</h2>", f"<p>{escape(summary_line(profile))}</p>"]
+        parts += [f"<h2>{text(profile.method)}, {text(source(profile))}</h2>", f"<p>{text(summary_line(profile))}</p>"]
         if profile.timeline is not None:
-            parts.append(_picture(timeline_figure(profile), f"Live memory of {profile.method} over a PPO step"))
-        parts += [_table(build(profile)) for build in (phase_table, role_table, largest_table)]
-    content = "\n".join(parts)
-    page = html_page(TITLE, f"<h1>{TITLE}</h1>\n{_sources(profiles)}\n<p>{TERMS}</p>\n{content}")
+            parts.append(_picture(timeline_figure(profile), f"Live memory over a PPO step. {summary_line(profile)}"))
+        tables = [build(profile) for build in (phase_table, role_table, largest_table)]
+        parts += [_table(found) for found in tables if found.rows]
+    body = "\n".join([f"<h1>{TITLE}</h1>", _sources(profiles), f"<p>{TERMS}</p>", *parts])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page(TITLE, body), encoding="utf-8")
     return path
 
 
@@ -56,7 +63,7 @@ def _sources(profiles: Sequence[Profile]) -> str:
         methods.setdefault(source(profile), []).append(profile.method)
     explained = {source(profile): SIMULATED if profile.simulated else MEASURED for profile in profiles}
     return "\n".join(
-        f"<p><strong>{escape(where[0].upper() + where[1:])}: {escape(', '.join(names))}.</strong> {explained[where]}</p>"
+        f"<p><strong>{text(where[0].upper() + where[1:])}: {text(', '.join(names))}.</strong> {explained[where]}</p>"
         for where, names in methods.items()
     )
 
@@ -88,27 +95,33 @@ def _show(settings: Mapping[str, Any], name: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _table(table: Table) -> str:
-    """Return what the terminal shows, as HTML; all of it is escaped here."""
-    columns = table.columns
-    aligned = [f' class="{column.justify}"' if column.justify == "right" else "" for column in columns]
-    head = "".join(
-        f'<th scope="col"{css}>{escape(str(column.header)).replace(chr(10), "<br>")}</th>'
-        for column, css in zip(columns, aligned, strict=True)
+def _table(shown: Table) -> str:
+    """Return what the terminal shows, as HTML; all of it is escaped there."""
+    columns = shown.columns
+    return table(
+        [str(column.header) for column in columns],
+        list(zip(*(column.cells for column in columns), strict=True)),
+        caption=str(shown.title),
+        right=[number for number, column in enumerate(columns) if column.justify == "right"],
+        total=[number for number, row in enumerate(shown.rows) if row.style],
     )
-    rows = []
-    for row, cells in zip(table.rows, zip(*(column.cells for column in columns), strict=True), strict=True):
-        filled = "".join(f"<td{css}>{escape(str(cell))}</td>" for cell, css in zip(cells, aligned, strict=True))
-        rows.append(f'<tr class="total">{filled}</tr>' if row.style else f"<tr>{filled}</tr>")
-    title = escape(str(table.title))
-    return (
-        f'<div class="scroll" tabindex="0"><table class="fixed">\n<caption>{title}</caption>\n<thead><tr>{head}</tr></thead>'
-        "\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
-    )
+
+
+def _compared(profiles: Sequence[Profile]) -> str:
+    peaks = ", ".join(f"{profile.method} {format_bytes(profile.peak_bytes)}" for profile in profiles)
+    return f"Memory by kind at the peak of a PPO step: {peaks}"
 
 
 def _picture(figure: Figure, description: str) -> str:
+    light, dark = _png(figure), _png(darkened(figure))
+    image = (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img alt="{text(description)}" src="{light}"></picture>'
+    )
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="Picture">{image}</div>'
+
+
+def _png(figure: Figure) -> str:
     png = BytesIO()
     figure.savefig(png, format="png")
-    data = base64.b64encode(png.getvalue()).decode("ascii")
-    return f'<div class="scroll" tabindex="0"><img alt="{escape(description)}" src="data:image/png;base64,{data}"></div>'
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")

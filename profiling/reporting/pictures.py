@@ -8,14 +8,17 @@ from pathlib import Path
 from textwrap import fill
 
 from matplotlib.axes import Axes
+from matplotlib.collections import Collection
+from matplotlib.colors import to_hex, to_rgb, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 
 from hydra_ppo.errors import DataError
 from hydra_ppo.profiling.measuring.record import KINDS, Profile, Timeline
 from hydra_ppo.profiling.reporting.figures import blank, clean, save
-from hydra_ppo.profiling.reporting.report import format_bytes, kinds_at_peak, source, unit_for, unit_text
+from hydra_ppo.profiling.reporting.report import format_bytes, kinds_at_peak, source, unit_for
 
 # Paul Tol's muted scheme, with a blue; neighbours in the stack differ in lightness too.
 KIND_COLOURS = {
@@ -32,6 +35,9 @@ KIND_COLOURS = {
     "experience": "#4477aa",
     "other": "#bbbbbb",
 }
+DARK_PAGE = "#15181b"
+ON_DARK = {"#ffffff": DARK_PAGE, "#332288": "#8478e0", "#882255": "#d1619b", "#117733": "#3fae68"}
+"""What becomes of the page, and of kinds whose colours are too dark for it."""
 PHASE_COLOUR = "#555555"
 INK = "#111111"
 FLOOR_MARK = {"color": INK, "marker": "^", "linestyle": "none", "markersize": 6}
@@ -102,7 +108,7 @@ def timeline_figure(profile: Profile) -> Figure:
 
     axes.set_xlim(0, len(totals))
     axes.set_ylim(0, top * 1.08)
-    axes.set_ylabel(f"live memory, {unit_text(name, unit)}")
+    axes.set_ylabel(f"live memory, {name}")
     _title(axes, f"{profile.method}: live memory over a PPO step", source(profile))
     strip.set_xlabel("samples, in the order of events (not to scale with time)")
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
@@ -140,12 +146,35 @@ def comparison_figure(profiles: Sequence[Profile]) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(profiles) - 0.35, -0.4)  # the first on top; below the last, room for its mark
     axes.set_xlim(0, widest / unit * 1.15)  # room for the label of the longest bar
-    axes.set_xlabel(unit_text(name, unit))
+    axes.set_xlabel(name)
     _title(axes, "Memory at the peak of a PPO step", "simulated and measured" if mixed else sources[0])
     handles = [Patch(color=KIND_COLOURS[kind], label=kind) for kind in kinds]
     handles.append(Line2D([], [], label="floor", **FLOOR_MARK))
     figure.legend(handles=handles, loc="outside lower left", ncols=LEGEND_COLUMNS, frameon=False, fontsize=8)
     return figure
+
+
+def darkened(figure: Figure) -> Figure:
+    """Turn a figure of this module into one on a dark page, and return it: what is dark becomes light."""
+    for artist in {id(artist): artist for artist in figure.findobj(include_self=False)}.values():
+        names = ["color"] if isinstance(artist, Text | Line2D) else []
+        names = ["facecolor", "edgecolor"] if isinstance(artist, Patch | Collection) else names
+        before = {name: to_rgba_array(getattr(artist, f"get_{name}")()) for name in names}
+        for name, shades in before.items():
+            changed = [(*_on_dark(to_hex(shade)), shade[3]) for shade in shades]
+            if changed:
+                getattr(artist, f"set_{name}")(changed if isinstance(artist, Collection) else changed[0])
+    return figure
+
+
+def _on_dark(colour: str) -> tuple[float, float, float]:
+    """Return what stands for a colour on a dark page: its own there, or greys turned round."""
+    if colour in ON_DARK:
+        return to_rgb(ON_DARK[colour])
+    red, green, blue = to_rgb(colour)
+    grey = max(red, green, blue) - min(red, green, blue) < 0.05
+    low, high = to_rgb(DARK_PAGE)[0], 0.91
+    return (high - (high - low) * red,) * 3 if grey and colour != KIND_COLOURS["other"] else (red, green, blue)
 
 
 def _runs(timeline: Timeline, samples: int) -> list[tuple[str, int, int]]:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from hydra_ppo.errors import DataError
 from hydra_ppo.profiling.measuring.record import KINDS, Profile, Record
+from hydra_ppo.runtime.tables import print_table
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 ALLOCATOR_ROWS = {"max_memory_allocated": "allocator: allocated", "max_memory_reserved": "allocator: reserved"}
@@ -32,11 +33,6 @@ def format_bytes(size: int) -> str:
     """Return `size` (bytes) as text with its unit, such as "6.3 GiB"."""
     name, unit = unit_for([size])
     return f"{size / unit:,.1f} {name}"
-
-
-def unit_text(name: str, unit: int) -> str:
-    """Return a unit with its definition, such as "GiB (2^30 bytes)"."""
-    return f"{name} (2^{unit.bit_length() - 1} bytes)"
 
 
 def source(profile: Profile) -> str:
@@ -106,7 +102,7 @@ def comparison_table(profiles: Sequence[Profile]) -> Table:
     }
     columns = {header: cells for header, cells in columns.items() if set(cells) - {NOT_MEASURED}}
     where = "" if "source" in columns else f", {sources[0]}"
-    table = _table(f"Memory of one PPO step{where}, in {unit_text(name, unit)}")
+    table = _table(f"Memory of one PPO step{where}, {name}")
     for header in columns:
         table.add_column(Text(header), justify="left" if header in ("method", "source", "phase of the peak") else "right")
     for cells in zip(*columns.values(), strict=True):
@@ -129,7 +125,7 @@ def phase_table(profile: Profile) -> Table:
         label: [allocator.get(phase, {}).get(key) for phase in profile.phases] for key, label in ALLOCATOR_ROWS.items()
     }
     name, unit = unit_for([*totals.values(), *(size or 0 for sizes in allocated.values() for size in sizes)])
-    table = _table(f"{profile.method}, {source(profile)}: peak of each phase, in {unit_text(name, unit)}")
+    table = _table(f"{profile.method}, {source(profile)}: peak of each phase, {name}")
     table.add_column(Text("kind"))
     for phase in profile.phases:
         mark = "\n(peak)" if phase == profile.peak_phase else ""
@@ -152,7 +148,7 @@ def role_table(profile: Profile) -> Table:
     """
     kinds = kinds_at_peak(profile, profile.peak_phase)
     name, unit = unit_for([profile.peak_bytes])
-    table = _table(f"{profile.method}, {source(profile)}: roles at the peak, {profile.peak_phase}, in {unit_text(name, unit)}")
+    table = _table(f"{profile.method}, {source(profile)}: roles at the peak, {profile.peak_phase}, {name}")
     table.box, table.padding = box.HORIZONTALS, 0  # so that ten kinds fit 120 characters
     table.add_column(Text("role"))
     for header in (*kinds, "total"):
@@ -174,7 +170,7 @@ def largest_table(profile: Profile, phase: str | None = None, count: int = 5) ->
     kinds_at_peak(profile, phase)
     tensors = profile.phases[phase].largest[:count]
     name, unit = unit_for(tensor.bytes for tensor in tensors)
-    table = _table(f"{profile.method}, {source(profile)}: largest storages at the peak of {phase}, in {unit_text(name, unit)}")
+    table = _table(f"{profile.method}, {source(profile)}: largest storages at the peak of {phase}, {name}")
     table.add_column(Text("size"), justify="right")
     for header in ("shape", "dtype", "kind", "role", "made in", "operation"):
         table.add_column(Text(header))
@@ -194,7 +190,7 @@ def print_record(record: Record, console: Console) -> None:
     else:
         tables = [comparison_table(record.profiles), *map(phase_table, record.profiles)]
     for table in tables:
-        console.print(table, crop=False)  # a line that the terminal wraps can still be read
+        print_table(console, table)
 
 
 def _table(title: str) -> Table:

@@ -1,121 +1,152 @@
-"""Pages in a real browser: no error, no request, nothing cut, in both widths and schemes; pictures stay in runs/browser."""
+"""The pages in a real Chromium: nothing runs that should not, nothing is cut, nothing is asked of the network."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from pathlib import Path
-from typing import Any
+from threading import Thread
 
 import pytest
 
 from hydra_ppo.profiling.reporting.html import write_html
-from hydra_ppo.report.gathered import gather_all
-from hydra_ppo.report.live import Server
-from hydra_ppo.report.page import content, report_of, write_report
-from tests.browser.conftest import SCREENSHOTS
-from tests.hydra_ppo.report.runs import logged, write_run
+from hydra_ppo.report.live import open_server
+from hydra_ppo.report.page import write_report
+from tests.pages import HOSTILE, write_run
 from tests.profiling.reporting.test_reports import full, hydra, record
 
-WIDTHS = {"desk": 1280, "phone": 390}
-SCHEMES = ("light", "dark")
+pytestmark = pytest.mark.browser
 
-
-@contextmanager
-def opened(browser: Any, address: str, width: int, scheme: str, own: str = "file:") -> Iterator[Any]:
-    """Open a page; at the end, fail where the console had an error, or anything but the page itself was asked for."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page = context.new_page()
-    wrong: list[str] = []
-    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith((own, "data:")) else wrong.append(request.url))
-    page.goto(address)
-    yield page
-    context.close()
-    assert not wrong
-
-
-def cut_off(page: Any) -> list[str]:
-    """Return what is wider than the page: the body itself, and elements that lie outside of it and in nothing that scrolls."""
-    return page.evaluate("""() => {
-        const width = document.documentElement.clientWidth, found = [];
-        if (document.documentElement.scrollWidth > width) found.push('body ' + document.documentElement.scrollWidth);
-        for (const one of document.querySelectorAll('body *')) {
-            if (one.closest('.scroll, pre, svg')) continue;
-            if (one.getBoundingClientRect().right > width + 0.5) found.push(one.tagName + '.' + one.className);
-        }
-        return found;
-    }""")
+LOOKS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, Path]:
-    """Write each kind of page there is."""
-    folder = tmp_path_factory.mktemp("pages")
-    first = write_run(folder / "runs" / "a-run-with-a-name-that-is-long-and-has-no-place-to-break-it-on-a-phone", steps=40)
-    second = write_run(folder / "runs" / "second", steps=25, seed=3, device=("RTX 4090", 24 * 2**30))
+    """Write a page of each kind."""
+    folder = tmp_path_factory.mktemp("a 'folder' <b>")
+    one, other = write_run(folder / "one"), write_run(folder / "other", lift=-0.5, ppo_epochs=2)
     return {
-        "run": write_report([first], folder / "run.html"),
-        "two": write_report([first, second], folder / "two.html"),
-        "memory": write_html(record(hydra(), full()), folder / "memory.html"),
+        "run": write_report([one], folder / "run.html"),
+        "runs": write_report([one, other], folder / "runs.html"),
+        "memory": write_html(record(full(), hydra(method="hydra with a long name")), folder / "memory.html"),
     }
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["run", "two", "memory"])
-def test_a_page_is_whole(chromium, pages, name, width, scheme):
-    with opened(chromium, pages[name].as_uri(), WIDTHS[width], scheme) as page:
-        assert cut_off(page) == []
-        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (background == "rgb(255, 255, 255)") == (scheme == "light")
-        for picture in page.query_selector_all("svg, img"):
-            assert picture.get_attribute("aria-label") or picture.get_attribute("alt")
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SCREENSHOTS / f"{name}-{width}-{scheme}.png", full_page=True)
+@pytest.mark.parametrize(("width", "scheme"), LOOKS)
+@pytest.mark.parametrize("kind", ["run", "runs", "memory"])
+def test_a_page_fits_and_asks_for_nothing(opened, shot, pages, kind, width, scheme):
+    page = opened(pages[kind].as_uri(), width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    # What is wider than the page scrolls inside itself, and nothing else reaches over its edge.
+    over = page.evaluate(
+        """[...document.body.querySelectorAll("*")].filter(item => !item.closest("svg") && !item.closest(".scroll, .command")
+        && item.getBoundingClientRect().right > innerWidth + 0.5).map(item => item.outerHTML.slice(0, 80))"""
+    )
+    assert over == []
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(part => part < 64)")
+    assert dark == (scheme == "dark")
+    assert opened.asked == [pages[kind].as_uri()]
+    shot(page, f"{kind}-{width}-{scheme}-top")
+    page.evaluate("scrollTo(0, document.body.scrollHeight / 2)")
+    shot(page, f"{kind}-{width}-{scheme}-middle")
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    shot(page, f"{kind}-{width}-{scheme}-end", 1600)
 
 
-def test_a_table_that_is_wider_scrolls_inside_itself(chromium, pages):
-    with opened(chromium, pages["memory"].as_uri(), WIDTHS["phone"], "light") as page:
-        wider = page.evaluate("""() => Array.from(document.querySelectorAll('.scroll'))
-            .filter(one => one.scrollWidth > one.clientWidth)
-            .map(one => { one.scrollLeft = 1e6; const last = one.querySelector('tr:last-child > :last-child');
-                return last === null || last.getBoundingClientRect().right <= one.getBoundingClientRect().right + 1; })""")
-        assert wider
-        assert all(wider)  # the last column can be reached
+def test_every_picture_says_in_words_what_it_shows(opened, pages):
+    for kind in ("runs", "memory"):
+        page = opened(pages[kind].as_uri())
+        silent = page.evaluate(
+            """[...document.querySelectorAll("svg[role=img], img")].filter(
+            item => !(item.alt || (item.querySelector("title") || {}).textContent)).length"""
+        )
+        assert silent == 0
+        assert page.evaluate('document.querySelectorAll("svg[role=img], img").length') >= 2
 
 
-def test_samples_can_be_sifted_and_what_they_say_does_not_run(chromium, pages):
-    with opened(chromium, pages["run"].as_uri(), WIDTHS["desk"], "light") as page:
-        assert page.title().startswith("hydra-ppo: ")  # the hostile sample would have changed it
-        assert page.query_selector_all("img") == []
-        shown = lambda: [box.inner_text().split("\n")[0] for box in page.query_selector_all(".sample") if box.is_visible()]  # noqa: E731
-        assert shown() == [f"prompt {i}" for i in range(5)]
-        page.check(".changed")
-        assert shown() == [f"prompt {i}" for i in range(4)]  # the last was left as it was
-        page.select_option(".order", "up")
-        assert shown() == ["prompt 3", "prompt 2", "prompt 1", "prompt 0"]  # gains are 1 - 1.1 i
-        page.fill(".find", "AFTER 2")
-        assert shown() == ["prompt 2"]
-        assert page.inner_text(".count") == "1 of 5"
+def test_a_wide_table_scrolls_inside_itself(opened, pages):
+    page = opened(pages["memory"].as_uri(), 390)
+    moved = page.evaluate(
+        """[...document.querySelectorAll(".scroll")].map(item => { item.scrollLeft = 1e6;
+        return [item.scrollWidth > item.clientWidth, item.scrollLeft > 0]; })"""
+    )
+    assert any(wide for wide, _ in moved)
+    assert all(scrolled == wide for wide, scrolled in moved)
 
 
-def test_a_live_page_refreshes_itself_and_keeps_what_the_reader_chose(chromium, tmp_path):
-    run = write_run(tmp_path / "run", finished=False)
-    inside = lambda: content(gather_all([run]))  # noqa: E731
-    with Server(0, lambda: report_of([run], is_live=True), inside) as server:
-        thread = threading.Thread(target=server.serve_forever)
+def test_what_a_model_writes_is_shown_and_does_not_run(opened, pages):
+    page = opened(pages["run"].as_uri())
+    page.mouse.move(600, 400)
+    page.wait_for_timeout(50)
+    assert page.evaluate("window.hacked") is None
+    assert page.evaluate('document.querySelectorAll("main img, main iframe, main style").length') == 0
+    texts = page.locator(".sample").all_inner_texts()
+    for text in HOSTILE[:5]:
+        assert any(text in shown for shown in texts), text
+    assert any("[U+202E]gnihton[U+202C] [U+0000][U+001B][31m [U+2028] [U+D800] ]]> <!--" in shown for shown in texts)
+
+
+def test_the_filter(opened, pages):
+    page = opened(pages["run"].as_uri())
+    shown = page.locator(".sample:visible")
+    assert shown.count() == len(HOSTILE)
+    page.check("#changed")
+    assert shown.count() == len(HOSTILE) - 1  # the answer to prompt 2 stays as it was
+    page.fill("#find", "ANSWER 4")
+    assert shown.count() == 1
+    assert page.inner_text("#count") == f"1 of {len(HOSTILE)}"
+    page.fill("#find", "")
+    page.uncheck("#changed")
+    page.select_option("#order", "-1")  # row r gained r
+    assert [text.split()[1] for text in shown.locator(".prompt p").all_inner_texts()] == ["5", "4", "3", "2", "1", "0"]
+    page.select_option("#order", "")
+    assert [text.split()[1] for text in shown.locator(".prompt p").all_inner_texts()] == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_a_chart_tells_the_value_under_the_pointer_and_by_the_keyboard(opened, pages):
+    page = opened(pages["run"].as_uri())
+    chart = page.locator(".chart", has_text="KL from the reference")
+    box = chart.locator("svg[role=img]").bounding_box()
+    assert chart.locator(".read").inner_text() == "step 12: rollouts 20, held-out 18"
+    at = box["x"] + box["width"] * (46 + (360 - 46 - 10) * 4 / 12) / 360  # step 4 of 0 to 12
+    page.mouse.move(at, box["y"] + box["height"] / 2)
+    assert chart.locator(".read").inner_text() == "step 4: rollouts 6.667, held-out 6"
+    page.mouse.move(1, 1)
+    assert chart.locator(".read").inner_text() == "step 12: rollouts 20, held-out 18"
+    chart.locator("svg[role=img]").focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    assert chart.locator(".read").inner_text() == "step 11: rollouts 18.33"
+
+
+def test_a_served_page_renews_itself_and_keeps_what_its_reader_does(opened, tmp_path, monkeypatch):
+    from playwright.sync_api import expect
+
+    monkeypatch.setattr("hydra_ppo.report.live.EVERY", 0.1)
+    folder = write_run(tmp_path / "run", finished=False)
+    with open_server([folder], 0) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
-            with opened(chromium, server.address, WIDTHS["desk"], "light", own=server.address) as page:
-                page.check(".changed")
-                with (run / "metrics.jsonl").open("a") as file:
-                    file.write(f'{{"step": 99, "objective/scores": {logged(13)["objective/scores"]}}}\n')
-                page.get_by_text("interrupted, step 99").wait_for(timeout=20000)
-                assert page.is_checked(".changed")
-                assert len([box for box in page.query_selector_all(".sample") if box.is_visible()]) == 4
+            address = f"http://127.0.0.1:{server.server_port}/"
+            page = opened(address)
+            expect(page.locator("#live")).to_contain_text("Live: looked at")
+            page.fill("#find", "answer 4")
+            page.evaluate("window.here = 1; scrollTo(0, 700)")
+            with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": 13, "objective/scores": 7.5}) + '\n{"step": 14, "objec')
+            with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+                row = {"step": 13, "held_out": True, "prompt": "new", "response": "answer 4 too", "score": 1.0}
+                file.write(json.dumps(row) + "\n")
+            expect(page.locator(".chart .read").first).to_have_text("step 13: rollouts 7.5")
+            expect(page.locator("#count")).to_have_text("2 of 7")
+            assert page.evaluate("[window.here, scrollY]") == [1, 700]
+            assert page.input_value("#find") == "answer 4"
+            assert {url.removeprefix(address) for url in opened.asked} == {"", "parts"}
         finally:
             server.shutdown()
             thread.join()
+        server.server_close()
+        expect(page.locator("#live")).to_contain_text("Not served any more")
+    # The browser itself notes that nobody answers; nothing else was complained of.
+    assert all("ERR_CONNECTION_REFUSED" in line for line in opened.complaints)
+    opened.complaints.clear()

@@ -83,10 +83,10 @@ def test_sft_then_ppo_then_inspect_then_export(project, method, tmp_path, capsys
     assert main(["ppo", write(tmp_path / "ppo.yaml", ppo), "--dry-run"]) == 0
     capsys.readouterr()
     assert main(["ppo", write(tmp_path / "ppo.yaml", ppo), "--kl.coef", "0.1"]) == 0
-    assert "report.html the curves" in capsys.readouterr().out
+    assert f"Page: {tmp_path / 'ppo' / 'report.html'}" in capsys.readouterr().out
 
     run = tmp_path / "ppo"
-    assert "ppo: finished, step 3" in (run / "report.html").read_text()
+    assert "step 3 of 3" in (run / "report.html").read_text()
     assert [m["step"] for m in metrics(run)] == [0, 1, 2, 3]
     assert {m["kl_coef"] for m in metrics(run)[1:]} == {0.1}
     assert metrics(run)[1]["objective/kl"] == pytest.approx(0, abs=1e-3)

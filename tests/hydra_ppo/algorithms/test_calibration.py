@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hydra_ppo.algorithms.calibration import expected_calibration_error
+from hydra_ppo.algorithms.calibration import expected_calibration_error, share_right
 
 
 def margin(p: float) -> float:
@@ -34,8 +34,8 @@ def test_pairs_that_hold_as_often_as_they_say_are_calibrated():
 
 
 def test_a_margin_of_0_is_half_a_hit_and_half_sure():
-    """Who knows nothing and says so is calibrated."""
-    assert expected_calibration_error(torch.zeros(4)).item() == pytest.approx(0.0)
+    assert share_right(torch.tensor([2.0, 0.0, -0.0, -3.0])).tolist() == [1.0, 0.5, 0.5, 0.0]
+    assert expected_calibration_error(torch.zeros(4)).item() == 0.0
 
 
 def test_the_surest_fall_into_the_last_bin():

@@ -14,8 +14,8 @@ def test_accuracy_with_its_error():
     share, error = pair_accuracy([1.0, 2.0, -1.0, 0.5])
     assert share == 0.75
     assert error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
-    assert pair_accuracy([0.0, 0.0, 1.0, -1.0])[0] == 0.5
-    assert pair_accuracy([0.0, 1.0])[0] == 0.75  # a tie is half a right one
+    assert pair_accuracy([0.0])[0] == 0.5
+    assert pair_accuracy([0.0, 1.0, -1.0, -2.0])[0] == 0.375  # a tie is half right
 
 
 def test_length_explains_what_it_was_made_of():

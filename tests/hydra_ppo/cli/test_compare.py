@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from hydra_ppo.cli.main import main
-from tests.hydra_ppo.report.runs import write_run
+from tests.run_folders import write_run
 
 
 def test_two_runs_side_by_side(tmp_path, capsys, monkeypatch):

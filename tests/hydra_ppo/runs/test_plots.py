@@ -62,7 +62,7 @@ def test_a_folder_without_metrics_has_no_plots(tmp_path):
     assert plot_run(tmp_path) == []
 
 
-def test_null_values_are_skipped(tmp_path, monkeypatch):
+def test_null_values_are_skipped_and_memory_is_in_mib(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(plots, "_draw_lines", lambda path, plot, series: drawn.setdefault(path.name, series) and path)
     monkeypatch.setattr(plots, "_draw_memory", lambda path, peaks: drawn.setdefault(path.name, peaks) and path)
@@ -82,36 +82,7 @@ def test_null_values_are_skipped(tmp_path, monkeypatch):
     plot_run(tmp_path)
     # Phases come in the order of a PPO step, others after them; the peak of a phase is the highest of its steps.
     # score was not measured and is left out, not 0.
-    assert drawn == {"kl.png": {"rollout": ([1, 3], [1.0, 0.0])}, "memory.png": {"rollout": 3 * 2**20, "update": 2**19}}
-
-
-@pytest.mark.parametrize(
-    ("peaks", "unit", "widths"),
-    [
-        ({"rollout": 3 * 2**20, "update": 2**19}, "MiB", [3.0, 0.5]),
-        ({"rollout": 3 * 2**30, "update": 2**29}, "GiB", [3.0, 0.5]),
-    ],
-)
-def test_memory_is_in_the_unit_that_reads_well(peaks, unit, widths, tmp_path, monkeypatch):
-    kept = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure) or path)
-    plots._draw_memory(tmp_path / "memory.png", peaks)
-    (axes,) = kept[0].axes
-    assert axes.get_xlabel() == unit
-    assert [bar.get_width() for bar in axes.patches] == widths
-
-
-def test_losses_of_different_size_have_axes_of_their_own(tmp_path, monkeypatch):
-    kept = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure) or path)
-    plot_run(write_metrics(tmp_path, sft_records(30)))
-    loss = next(figure for figure in kept if figure.axes[0].get_title(loc="left") == "Training loss")
-    assert [axes.get_legend().get_texts()[0].get_text() for axes in loss.axes] == [
-        "total (weighted)",
-        "cross-entropy per token",
-        "ranking loss per pair",
-    ]
-    assert [len(axes.lines) for axes in loss.axes] == [1, 1, 1]
+    assert drawn == {"kl.png": {"rollouts": ([1, 3], [1.0, 0.0])}, "memory.png": {"rollout": 3.0, "update": 0.5}}
 
 
 def test_a_line_cut_short_by_a_crash(tmp_path):
@@ -152,7 +123,9 @@ def test_pictures_of_the_monitor(tmp_path):
     folder = write_records(
         tmp_path, judged_records(9), [{"step": 4, "name": "over_optimisation"}, {"step": 5, "name": "ratio"}]
     )
-    assert {path.name for path in plot_run(folder)} == {"reward.png", "kl.png", "monitor.png", "over_optimisation.png"}
+    assert {path.name for path in plot_run(folder)} == {
+        *("reward.png", "kl.png", "monitor.png", "over_optimisation.png"),
+    }
     plain = tmp_path / "plain"
     plain.mkdir()
     assert {path.name for path in plot_run(write_records(plain, judged_records(5, judged=False)))} == {"monitor.png"}
@@ -184,3 +157,48 @@ def test_alarms_are_marked_in_every_panel(tmp_path, monkeypatch):
     assert all(any(list(line.get_xdata()) == [4, 4] for line in axes.lines) for axes in panels)
     assert panels[-1].get_xlabel() == "step"
     assert watch_plots.draw_monitor([{"step": 1, "objective/kl": 1.0}], [], tmp_path / "b.png") is None
+
+
+def test_losses_of_other_size_have_axes_of_their_own(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or path)
+    records = [{"loss/sft": 5.0, "loss/reward": 0.01 * i, "loss/total": 5.0, "eval/kl": 1.0} for i in range(12)]
+    plot_run(write_metrics(tmp_path, records))
+    kl, loss = figures
+    assert [axes.get_title(loc="left") for axes in loss.axes] == [
+        *("cross-entropy per token (nats)", "ranking loss per pair (nats)", "both, as weighted"),
+    ]
+    assert [len(axes.lines) for axes in loss.axes] == [1, 1, 1]
+    assert loss.axes[1].get_ylim()[1] < 0.2
+    assert len(kl.axes) == 1
+
+
+def test_the_evaluation_before_training_is_in_each_curve(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "_draw_lines", lambda path, plot, series: drawn.setdefault(path.name, series) and path)
+    names = ("eval/scores", "eval/kl", "eval/response_length", "eval/loss", "eval/perplexity", "eval/reward_accuracy")
+    write_records(tmp_path, [{"step": 0} | dict.fromkeys(names, 0.5), {"step": 4} | dict.fromkeys(names, 0.75)])
+    plot_run(tmp_path)
+    assert set(drawn) == {"reward.png", "kl.png", "length.png", "loss.png", "perplexity.png", "pair_accuracy.png"}
+    assert all(points == ([0, 4], [0.5, 0.75]) for series in drawn.values() for points in series.values())
+
+
+@pytest.mark.parametrize(("size", "unit", "label"), [(3 * 2**20, "MiB", "3"), (5 * 2**29, "GiB", "2.5")])
+def test_memory_is_told_in_a_unit_that_people_say(tmp_path, monkeypatch, size, unit, label):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or path)
+    plot_run(write_metrics(tmp_path, [{"memory/rollout_peak_bytes": size, "memory/score_peak_bytes": size // 2}]))
+    axes = figures[0].axes[0]
+    assert axes.get_xlabel() == unit
+    assert axes.texts[0].get_text() == label
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["rollout", "score"]
+
+
+def test_ticks_are_round(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or path)
+    plot_run(write_metrics(tmp_path, [{"objective/kl": 0.013 * i} for i in range(97)]))
+    axes = figures[0].axes[0]
+    for ticks in (axes.get_xticks(), axes.get_yticks()):
+        apart = float(ticks[1] - ticks[0])
+        assert f"{apart:e}"[:3] in ("1.0", "2.0", "5.0")

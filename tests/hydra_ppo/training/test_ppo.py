@@ -21,6 +21,7 @@ from hydra_ppo.errors import ConfigError, NonFiniteError
 from hydra_ppo.rewards.server import Server
 from hydra_ppo.rollout.collect import collect_experience
 from hydra_ppo.runtime.interruption import StopRequested
+from hydra_ppo.training.held_out import held_out_samples
 from hydra_ppo.training.ppo import PPOTrainer
 from hydra_ppo.training.ppo_advantages import with_advantages
 from hydra_ppo.training.ppo_metrics import COMPARED, compare, repeated_ngrams
@@ -300,7 +301,11 @@ def test_samples_checkpoints_and_evaluation_come_when_asked():
     keys = ["prompt", "response", "rewards", "score"]
     # The first evaluation is the best so far; step 3 is due; step 4 is the last.
     best, due, last = ("save", False), ("save", True), ("save", False)
-    assert saved == [("samples", 1, 4, keys), ("samples", 2, 4, keys), best, due, ("samples", 4, 4, keys), last]
+    held_out = [one for one in saved if one[0] == "samples" and "held_out" in one[3]]
+    assert [one[1:3] for one in held_out] == [(0, 4), (2, 4), (4, 4)]
+    assert [one for one in saved if one not in held_out] == [
+        *(("samples", 1, 4, keys), ("samples", 2, 4, keys), best, due, ("samples", 4, 4, keys), last),
+    ]
     assert ["eval/scores" in m for _, m in memo.steps] == [True, False, True, False, True]
 
 
@@ -318,7 +323,7 @@ def test_every_reward_source_is_logged_by_itself():
         RewardSource("function", "tests.hydra_ppo.training.test_ppo:parts", 2.0, name="both"),
     ]
     memo, rows = Memo(), []
-    memo.samples = lambda step, found: rows.extend(found)
+    memo.samples = lambda step, found: rows.extend(row for row in found if "held_out" not in row)
     config = ppo_config(reward=RewardSettings(isolation="thread", sources=sources), steps=1, minibatch_size=8)
     given = [replace(row, messages=[{"role": "user", "content": row.text}], columns={"done": True}) for row in prompts()]
     PPOTrainer(hydra(), tokenizer(), config, given[:12], given[12:], run=memo).train()
@@ -494,3 +499,16 @@ def test_the_largest_ratio_is_that_of_any_token(order):
     assert metrics["policy/ratio_max"] == pytest.approx(max(seen), rel=1e-5)
     assert metrics["policy/ratio_max"] > 1.05 > max(seen[:2])  # before the first step all are 1
     assert metrics["policy/clip_frac_max"] >= metrics["policy/clip_frac"]
+
+
+def test_held_out_answers_are_kept_without_evaluators_too():
+    found = {"responses": ["a", "b", "c"], "scores": [1.0, 2.0, 3.0]}
+    assert held_out_samples(found, ["p", "q", "r"], most=2) == [
+        {"held_out": True, "prompt": "p", "response": "a", "score": 1.0},
+        {"held_out": True, "prompt": "q", "response": "b", "score": 2.0},
+    ]
+    judged = found | {"independent": [0.1, 0.2, 0.3], "independent_parts": {"gold": [0.5, 0.6, 0.7]}}
+    assert held_out_samples(judged, ["p", "q", "r"], most=1) == [
+        {"held_out": True, "prompt": "p", "response": "a", "score": 1.0, "independent": 0.1, "judges": {"gold": 0.5}},
+    ]
+    assert held_out_samples({}, [], most=2) == []

@@ -11,6 +11,7 @@ import torch
 from hydra_ppo.data.rows import PreferenceRow
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.model.heads import HeadPlan, head_plan
+from hydra_ppo.runtime.recorder import Silent
 from hydra_ppo.training.joint_sft import JointSFTTrainer
 from hydra_ppo.training.pairs import PairBatches, TrainingPair, heads_of_pair
 from hydra_ppo.training.reward_losses import along_columns
@@ -315,6 +316,33 @@ def test_floor_pairs_are_learned():
 
 
 # -- what is told, and what is refused
+
+
+def test_a_head_of_zeros_is_at_chance_before_training_and_in_its_first_step():
+    """A tie is half right: no curve begins with a jump that only says that nothing was learned yet."""
+    trainer = trainer_for(sft_config())
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "heads" in name and "reward" in name:
+                parameter.zero_()
+    found = trainer.evaluate()
+    assert (found["eval/reward_accuracy"], found["eval/reward_ece"]) == (0.5, 0.0)
+    assert trainer.step(0, trainer.train_rows[:4])["train/reward_accuracy"] == 0.5
+
+
+def test_the_evaluation_before_training_is_logged_as_step_zero():
+    logged = {}
+
+    class Recording(Silent):
+        def log(self, step, metrics):
+            logged[step] = metrics
+
+    trainer = trainer_for(sft_config(), run=Recording())
+    before = trainer.evaluate()
+    trainer.train()
+    assert logged[0] == before
+    assert min(logged) == 0
+    assert trainer.best_step != 0
 
 
 def test_an_evaluation_tells_accuracy_spread_and_calibration():

@@ -110,8 +110,7 @@ def test_bytes_are_shown_in_the_largest_unit_they_fill(size, text):
 
 def test_phase_table_as_printed():
     expected = """\
-hydra, simulated: peak of each phase, in
-GiB (2^30 bytes)
+hydra, simulated: peak of each phase, GiB
 ┏━━━━━━━━━━━━━━┳━━━━━━┳━━━━━━━━━┳━━━━━━━━━┓
 ┃              ┃      ┃         ┃ update- ┃
 ┃              ┃      ┃         ┃   actor ┃
@@ -133,7 +132,7 @@ GiB (2^30 bytes)
 def test_comparison_table_as_printed():
     # 26 GiB / 6.5 GiB = 4, with the 4 MiB and the 1 MiB too; 6.5 / 5 = 1.3.
     expected = """\
-Memory of one PPO step, simulated, in GiB (2^30 bytes)
+Memory of one PPO step, simulated, GiB
 ┏━━━━━━━━┳━━━━━━━━┳━━━━━━━┳━━━━━━━┳━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━┓
 ┃ method ┃ static ┃ floor ┃  peak ┃ phase of the peak ┃ peak / floor ┃ x smaller than full ┃
 ┡━━━━━━━━╇━━━━━━━━╇━━━━━━━╇━━━━━━━╇━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━┩
