@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Mapping
-from importlib.metadata import entry_points
+from collections.abc import Callable, Mapping
 
 from hydra_ppo.cli.parser import Parser
 from hydra_ppo.config.reading import choices, settings_of
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
 
 CONFIGS = {"sft": SFTConfig, "ppo": PPOConfig}
+SHELLS = ("bash", "zsh", "fish")
 OWN = ("--help", "--print-config", "--dry-run", "--resume", "--traceback")
 """Options of sft and ppo that are no settings."""
 
@@ -47,19 +47,31 @@ autoload -U +X bashcompinit && bashcompinit
 """
 
 
-def completion(arguments: list[str]) -> None:
-    """Read the arguments of `hydra-ppo completion`, and print the script."""
+def completion(arguments: list[str], run: Mapping[str, Callable[[list[str]], object]]) -> None:
+    """Read the arguments of `hydra-ppo completion`, and print the script.
+
+    Args:
+        run: what runs each command, which is asked for its help.
+    """
     parser = Parser("completion", "Print what a shell completes; source it in the shell's start file.")
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish.")
+    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="bash, zsh or fish.")
     options = parser.parse_args(arguments)
-    flags, values = options_by_command(), values_by_command()
-    print({"bash": _bash, "zsh": _zsh, "fish": _fish}[options.shell](flags, values), end="")
+    print(script(options.shell, options_by_command(run)), end="")
 
 
-def options_by_command() -> dict[str, list[str]]:
-    """Return the options of every command."""
+def script(shell: str, flags: Mapping[str, list[str]]) -> str:
+    """Return what a shell is to source.
+
+    Args:
+        flags: options of every command.
+    """
+    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](flags, values_by_command())
+
+
+def options_by_command(run: Mapping[str, Callable[[list[str]], object]]) -> dict[str, list[str]]:
+    """Return the options of every command: of sft and ppo all settings, of the others what their own help names."""
     found = {command: sorted([*OWN, *(f"--{name}" for name in settings_of(kind))]) for command, kind in CONFIGS.items()}
-    return {name: found.get(name) or _options_of(name) for name in command_names()}
+    return {name: found.get(name) or _options_of(run[name]) for name in sorted(run)}
 
 
 def values_by_command() -> dict[str, dict[str, list[str]]]:
@@ -74,20 +86,10 @@ def _words(hint: object) -> list[str]:
     return ["true", "false"] if hint is bool else choices(hint)
 
 
-def command_names() -> list[str]:
-    """Return all commands, also those that entry points add."""
-    from hydra_ppo.cli.main import COMMANDS
-
-    return sorted({*COMMANDS, *(entry.name for entry in entry_points(group="hydra_ppo.commands"))})
-
-
-def _options_of(command: str) -> list[str]:
-    """Return the options that a command's own help names."""
-    from hydra_ppo.cli.main import main
-
+def _options_of(command: Callable[[list[str]], object]) -> list[str]:
     shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()):
-        main([command, "--help"])
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        command(["--help"])
     return sorted({*re.findall(r"(?<![\w-])--[a-z][\w.-]*", shown.getvalue()), "--help"})
 
 

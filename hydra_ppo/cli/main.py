@@ -133,7 +133,7 @@ def _complain(error: BaseException, code: int, text: str, show_traceback: bool) 
 
 
 def _dispatch(arguments: list[str]) -> int:
-    commands = COMMANDS | {entry.name: entry for entry in entry_points(group="hydra_ppo.commands")}
+    commands = _commands()
     if not arguments:
         raise ConfigError(f"no command given; choose one of {', '.join(commands)}, or --help.")
     name, rest = arguments[0], arguments[1:]
@@ -151,6 +151,11 @@ def _dispatch(arguments: list[str]) -> int:
             f"{name} is not a command; " + (f"did you mean {guess[0]}?" if guess else f"choose one of {', '.join(commands)}.")
         )
     return DONE
+
+
+def _commands() -> dict[str, Command | EntryPoint]:
+    """Return all commands, also those that other packages add."""
+    return {**COMMANDS, **{entry.name: entry for entry in entry_points(group="hydra_ppo.commands")}}
 
 
 def _command(found: Command | EntryPoint) -> Command:
@@ -345,7 +350,7 @@ def _compare(arguments: list[str]) -> None:
 def _completion(arguments: list[str]) -> None:
     from hydra_ppo.cli.completion import completion
 
-    completion(arguments)
+    completion(arguments, {name: _command(found)[1] for name, found in _commands().items()})
 
 
 def _doctor(arguments: list[str]) -> int:

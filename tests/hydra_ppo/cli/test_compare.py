@@ -42,7 +42,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     for argv, message in (
         ([run], "compare was given one run; name two or more, or use hydra-ppo inspect."),
         ([run, tmp_path / "no"], "holds no state.json, so it is not a run"),
-        ([run, run], "one of them is named twice"),
+        ([run, run], "name each run once."),
     ):
         assert main(["compare", *map(str, argv)]) == 2
         err = capsys.readouterr().err

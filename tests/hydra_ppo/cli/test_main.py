@@ -64,7 +64,7 @@ def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
 
 COMMANDS = (
     "sft, ppo, rlhf, export, quantize, score, generate, features, heads, label-next, self-label, reward-eval, doctor, launch, "
-    "report, inspect, plan, profile, quickstart, serve"
+    "report, compare, inspect, completion, plan, profile, quickstart, serve"
 )
 
 BAD_COMMAND_LINES = [
