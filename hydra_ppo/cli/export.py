@@ -58,7 +58,9 @@ def export_role(
     manifest = check_saved(run, needs_base=not adapter_only)
     adapter = _spec(run, manifest, role)["adapter"]
     if adapter is None and adapter_only:
-        raise ConfigError(f"run={str(run)!r} trained the base itself and has no adapter; export it without --adapter-only.")
+        raise ConfigError(
+            f"run={str(run)!r} trained the base itself and has no adapter; export it without --adapter-only, push it --merged."
+        )
     base = base_if_here(run)
     if base is not None:
         check_base(run, base)
@@ -237,7 +239,7 @@ class _Export:
         if padding.id >= self._rows():
             raise ConfigError(
                 f"--adapter-only: {padding.why}, and the base has no token to spare, so a classifier on it would read the "
-                "wrong place; export without --adapter-only, which adds one."
+                "wrong place; export without --adapter-only (push --merged), which adds one."
             )
         settings, notes = self._adapter_settings()
         settings |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}

@@ -353,6 +353,12 @@ def _completion(arguments: list[str]) -> None:
     completion(arguments, {name: _command(found)[1] for name, found in _commands().items()})
 
 
+def _push(arguments: list[str]) -> None:
+    from hydra_ppo.cli.push import push
+
+    push(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     parser = Parser("doctor", "Say what this machine offers and what stands in the way; exit code 1 where something does.")
     parser.add_argument("--json", action="store_true", help="Write JSON.")
@@ -376,6 +382,7 @@ COMMANDS: dict[str, Command] = {
     "ppo": ("train actor and critic with PPO", _ppo),
     "rlhf": RLHF,
     "export": ("write a role of a run as a plain Hugging Face model", _export),
+    "push": ("push a role of a run to the hub, with a card", _push),
     "quantize": ("write a base quantised, once, so that runs load it in seconds", _quantize),
     "score": ("score pairs or responses with the reward head of a run", _score),
     "generate": ("sample answers from the roles of a run, side by side", _generate),

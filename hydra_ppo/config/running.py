@@ -60,6 +60,9 @@ class RunSettings:
     keep_best: int = setting(1, "Checkpoints kept besides: those with the best held-out score (ppo) or loss (sft).")
     trackers: list[Literal["tensorboard", "wandb"]] = setting(list, "Also log to these, through accelerate.")
     project: str = setting("hydra-ppo", "Project name that the trackers show.")
+    tracker_names: Literal["trl", "own"] = setting(
+        "trl", "Names of PPO's numbers in the trackers: those of TRL where it logs the same, or those of metrics.jsonl."
+    )
     memory: Literal["auto", "always", "never"] = setting(
         "auto", "Measure peak memory by phase: auto is every step on a GPU and the first two steps on a CPU."
     )

@@ -44,6 +44,7 @@ from hydra_ppo.errors import ConfigError, StorageError
 from hydra_ppo.runs.contents import ALARMS, CONFIG, LOG, METRICS, REPORT, SAMPLES, STATE, SUMMARY, clear, set_aside
 from hydra_ppo.runs.folder import STARTING, check_output, is_starting, lock, read_state
 from hydra_ppo.runs.progress import shown_progress
+from hydra_ppo.runs.tracker_names import for_trackers
 from hydra_ppo.runtime.files import sync, write_whole
 from hydra_ppo.runtime.interruption import StopRequested
 
@@ -150,8 +151,9 @@ class Run:
         values = {name: self._number(step, name, value) for name, value in metrics.items()}
         self._append(METRICS, {"step": step, "time": round(time.time(), 3), **values})
         measured = {name: value for name, value in values.items() if value is not None}
+        shown = for_trackers(measured, self._settings.tracker_names)
         for tracker in self._trackers:
-            tracker.log(measured, step=step)
+            tracker.log(shown, step=step)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
         """Append ``rows`` (prompt, response, score, ...) to ``samples.jsonl`` and show the first few as a table."""

@@ -20,6 +20,8 @@ from hydra_ppo.runs.contents import WRITTEN_FILES, WRITTEN_FOLDERS
 from hydra_ppo.runs.folder import check_output
 from hydra_ppo.runs.plots import LINE_PLOTS
 from hydra_ppo.runs.run import Run
+from hydra_ppo.runs.tracker_names import TRL
+from hydra_ppo.training.ppo_metrics import POLICY, VALUE
 
 
 def make_config(folder: Path, **settings) -> PPOConfig:
@@ -380,6 +382,34 @@ def test_tensorboard(tmp_path):
     events.Reload()
     assert events.Tags()["scalars"] == ["objective/kl"]
     assert [(event.step, event.value) for event in events.Scalars("objective/kl")] == [(1, 0.5), (2, 0.25)]
+
+
+@pytest.mark.parametrize(("settings", "name"), [({}, "policy/clipfrac_avg"), ({"tracker_names": "own"}, "policy/clip_frac")])
+def test_trackers_show_the_names_of_trl_and_the_file_its_own(settings, name, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with create(make_config(tmp_path / "run", trackers=["tensorboard"], project="proj", **settings)) as run:
+        run.log(1, {"policy/clip_frac": 0.5, "objective/kl": 2.0, "rollout/truncated": 0.25})
+        run.finish({})
+    events = accumulator.EventAccumulator(str(run.folder / "tensorboard/proj"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == sorted([name, "objective/kl", "rollout/truncated"])
+    assert [(event.step, event.value) for event in events.Scalars(name)] == [(1, 0.5)]
+    assert lines_of(run.folder / "metrics.jsonl")[0]["policy/clip_frac"] == 0.5
+
+
+def test_renamed_numbers_are_logged_here_and_by_trl():
+    """TRL's own source says what it calls them; no name is taken twice."""
+    own = {*POLICY, *VALUE}
+    assert set(TRL) <= own
+    assert not set(TRL.values()) & own
+    assert len(set(TRL.values())) == len(TRL)
+    found = importlib.util.find_spec("trl")
+    if found is None:
+        pytest.skip("trl is not installed")
+    places = [Path(found.origin).parent / place / "ppo_trainer.py" for place in ("experimental/ppo", "trainer")]
+    text = next(place.read_text() for place in places if place.is_file())
+    alike = ("objective/kl", "objective/entropy", "objective/scores", "objective/rlhf_reward", "lr")
+    assert [name for name in (*TRL.values(), *alike) if f'metrics["{name}"]' not in text] == []
 
 
 def test_a_run_that_goes_on_logs_no_step_twice(tmp_path):
