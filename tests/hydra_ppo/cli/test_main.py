@@ -63,8 +63,8 @@ def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
 
 
 COMMANDS = (
-    "sft, ppo, rlhf, export, quantize, score, generate, features, heads, label-next, self-label, reward-eval, doctor, launch, "
-    "report, compare, inspect, completion, plan, profile, quickstart, serve"
+    "sft, ppo, rlhf, export, push, quantize, score, generate, features, heads, label-next, self-label, reward-eval, doctor, "
+    "launch, report, compare, inspect, completion, plan, profile, quickstart, serve"
 )
 
 BAD_COMMAND_LINES = [

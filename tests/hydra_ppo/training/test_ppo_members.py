@@ -99,7 +99,7 @@ def base_of(folder):
 def test_scores_are_the_aggregate_and_disagreement_is_told_and_not_added(aggregate, coef):
     model = model_of(HeadPlan(3))
     memo, rows = Memo(), []
-    memo.samples = lambda step, found: rows.extend(found)
+    memo.samples = lambda step, found: rows.extend(row for row in found if not row.get("held_out"))
     config = ppo_config(reward=head(aggregate, aggregate_coef=coef, weight=2.0), steps=1, minibatch_size=8)
     trainer = PPOTrainer(model, tokenizer(), config, prompts()[:12], prompts()[12:], run=memo)
     kept = []
