@@ -116,7 +116,7 @@ def draw_over_optimisation(records: Records, alarms: Records, path: Path) -> Pat
     axes.set_axisbelow(True)
     for place in (axes, other):
         place.spines["top"].set_visible(False)
-    axes.legend(handles=handles, fontsize=8, loc="best", framealpha=0.85, edgecolor="none")
+    figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=len(handles), frameon=False)  # over no point
     return _save(figure, path)
 
 
