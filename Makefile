@@ -38,7 +38,6 @@ test-real: $(REAL)
 
 # The pages in a headless Chromium of the system, `apt-get install chromium`; screenshots under runs/browser.
 test-browser: $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[browser]'
 	HYDRA_TEST_BROWSER=1 $(BIN)/python -m pytest tests/browser -m browser
 
 # A vLLM for the CPU, in an environment of its own: 3.4 GB, some minutes. What comes along of torchvision is built for CUDA and

@@ -18,7 +18,7 @@ SHOTS = Path(__file__).parents[2] / "runs" / "browser"
 def missing() -> str | None:
     """Return what is to be installed before a browser can be driven; None where all is there."""
     if importlib.util.find_spec("playwright") is None:
-        return "the package playwright is not installed; run pip install 'hydra-ppo[browser]'"
+        return "the package playwright is not installed; run pip install 'hydra-ppo[test]'"
     if chromium() is None:
         return "there is no Chromium; run apt-get install chromium, or set HYDRA_CHROMIUM to its path"
     return None
