@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 REAL := $(VENV)/.real
 VLLM := .vllm
 
-.PHONY: test rooms families test-faults test-long test-real test-browser test-vllm soak test-hosts test-verl test-ray quickstart real-text real-model bench bench-linear bench-peers lint dist docs clean
+.PHONY: test rooms families test-faults test-long test-real test-browser test-vllm soak test-hosts test-verl test-ray quickstart real-text real-model recipes bench bench-linear bench-peers lint dist docs clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -93,6 +93,10 @@ docs: .docs/.installed
 # sdist and wheel in dist/, each installed into a new environment and used from an empty folder.
 dist: $(STAMP)
 	$(BIN)/python -m tests.dist
+
+# What fits which card, planned anew for every model and card of recipes/: about a quarter of an hour.
+recipes: $(STAMP)
+	$(BIN)/python -m hydra_ppo.profiling.cli.recipes
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ AGREE = "test_simulated_and_measured_peaks_agree"
 
 LONG = {
     "profiling/benchmarks/test_ranks.py": ["test_teams_take_turns"],
+    "profiling/cli/test_init.py": ["test_what_is_written_fits_the_card", "test_recipes_are_what_a_new_plan_gives"],
     "profiling/cli/test_plan.py": [
         "test_plans_fit_and_what_would_be_better_does_not",
         "test_a_larger_gpu_costs_no_more_and_does_no_less",

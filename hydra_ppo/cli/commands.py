@@ -117,7 +117,7 @@ def ppo(config: PPOConfig, resume: bool = False) -> Path:
             run, loaded, trainer = found
             summary = trainer.train()
             if run is not None and trainer.stopped_by is not None:
-                run.note(f"step {summary['steps']} of {config.steps}: stopped by alarm {trainer.stopped_by}; --resume goes on")
+                run.note(f"step {summary['steps']} of {trainer.steps}: stopped by alarm {trainer.stopped_by}; --resume goes on")
             _save(run, loaded.model)
             _finish(run, summary)
     return folder
@@ -220,9 +220,9 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
     if checkpoint is not None:
         now = describe_run(config, tokenizer, rows, eval_rows)
         notes += check_unchanged(checkpoint, config, now)
-        steps = config.steps if isinstance(config, PPOConfig) else now["optimizer_steps"]
+        steps = config.total_steps(len(rows)) if isinstance(config, PPOConfig) else now["optimizer_steps"]
         if checkpoint.position == (steps, 0) and (read_state(folder) or {}).get("state") == "finished":
-            longer = "steps" if isinstance(config, PPOConfig) else "epochs or max_steps"
+            longer = "steps or epochs" if isinstance(config, PPOConfig) else "epochs or max_steps"
             if place().is_main:
                 print(f"{folder} is finished, with {steps} steps; raise {longer} to go on.")
             return None

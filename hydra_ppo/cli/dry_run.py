@@ -47,7 +47,8 @@ def ppo_arithmetic(config: PPOConfig, prompts: int | None) -> list[Quantity]:
     Micro-batches are counted for rows of full length, so with ``microbatch_tokens`` they are an upper bound.
     Every optimizer step and micro-batch serves the actor and the critic; with ``target_kl`` the actor may sit some out.
     """
-    rollout, steps = config.rollout, config.steps
+    rollout = config.rollout
+    steps = None if config.epochs is not None and prompts is None else config.total_steps(prompts or 0)
     rows, width = rollout.batch_size, config.data.max_prompt_tokens + rollout.max_new_tokens
     micro_rows = config.microbatch_size
     if config.microbatch_tokens is not None:
@@ -65,8 +66,12 @@ def ppo_arithmetic(config: PPOConfig, prompts: int | None) -> list[Quantity]:
         ("tokens in updates of each role, at most", rows * width * config.ppo_epochs),
     ]
     passes = None if not prompts else rows // copies / prompts
-    return [Quantity(name, count, count * steps) for name, count in per_step] + [
-        Quantity("passes over the prompts", passes, None if passes is None else passes * steps)
+
+    def whole(count: float | None) -> float | None:
+        return None if count is None or steps is None else count * steps
+
+    return [Quantity("PPO steps", 1, steps)] + [
+        Quantity(name, count, whole(count)) for name, count in [*per_step, ("passes over the prompts", passes)]
     ]
 
 

@@ -31,10 +31,10 @@ from hydra_ppo.config.reading import (
     item_class,
     nearest,
     nest,
-    render_yaml,
     settings_of,
     unknown_setting,
 )
+from hydra_ppo.config.writing import render_yaml
 from hydra_ppo.errors import ConfigError
 
 Config = TypeVar("Config")

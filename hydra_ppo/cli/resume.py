@@ -124,10 +124,11 @@ def describe_run(
     digests["tokenizer"] = tokenizer_digest(tokenizer)
     digests["the end of an answer"] = str(find_ends(tokenizer, end_of_turn=config.data.end_of_turn).turn)
     digests["data"] = rows_digest(rows, eval_rows)
-    steps = optimizer_steps(config) if isinstance(config, PPOConfig) else config.steps(len(rows))
+    steps = config.total_steps(len(rows)) if isinstance(config, PPOConfig) else config.steps(len(rows))
     return {
         "config": as_values(config),
-        "optimizer_steps": steps,
+        "steps": steps,
+        "optimizer_steps": optimizer_steps(config, len(rows)) if isinstance(config, PPOConfig) else steps,
         "digests": digests,
         "reward_functions": _reward_functions(config) if isinstance(config, PPOConfig) else {},
         "surroundings": _surroundings(),
@@ -224,11 +225,11 @@ def check_unchanged(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now: 
 def _length_problems(checkpoint: Checkpoint, config: SFTConfig | PPOConfig, now: Mapping[str, Any]) -> list[str]:
     """Say why the new length does not fit: fewer steps than are done, or other learning rates in those."""
     done, part = checkpoint.position
-    total = config.steps if isinstance(config, PPOConfig) else now["optimizer_steps"]
+    total = now["steps"]
     if total < done + (part > 0):
         return [f"{done + (part > 0)} steps are done or begun, more than the {total} asked for"]
     before, after = checkpoint.run["optimizer_steps"], now["optimizer_steps"]
-    steps = done + 1 if not isinstance(config, PPOConfig) else done * (after // config.steps) + part + 1
+    steps = done + 1 if not isinstance(config, PPOConfig) else done * (after // total) + part + 1
     if total > done and rates_until(config.optimizer, before, steps) != rates_until(config.optimizer, after, steps):
         return [
             f"a run of {after} optimizer steps has other learning rates from the start than one of {before} "

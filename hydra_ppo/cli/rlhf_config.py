@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 
 from hydra_ppo.cli.choices import ExportedRole
 from hydra_ppo.cli.flags import parse
+from hydra_ppo.config.evidence import Evidence, evidence
 from hydra_ppo.config.fields import check, setting
 from hydra_ppo.config.paths import MARK
-from hydra_ppo.config.reading import as_values, build, flatten, nearest, nest, read_yaml, render_yaml
+from hydra_ppo.config.reading import as_values, build, flatten, nearest, nest, read_yaml
 from hydra_ppo.config.settings import DataSettings, ModelSettings, PPOConfig, RunSettings, SFTConfig
+from hydra_ppo.config.writing import render_yaml
 from hydra_ppo.errors import ConfigError
 
 STAGES = ("sft", "ppo", "evaluate", "export")
@@ -161,8 +163,10 @@ def print_plan() -> str:
         kept = [item for item in fields(kind) if item.name not in leave]
         return make_dataclass("Rest", [(item.name, _hint(kind, item.name), item) for item in kept])
 
-    def text(kind: type) -> str:
-        return textwrap.indent(render_yaml(kind, _defaults(kind)), "  ")
+    def text(kind: type, why: Evidence) -> str:
+        return textwrap.indent(render_yaml(kind, _defaults(kind), why=why), "  ")
+
+    model = {name.removeprefix("model."): found for name, found in evidence(PPOConfig).items() if name.startswith("model.")}
 
     head = [
         "# Joint SFT and reward model, PPO, evaluation, export: hydra-ppo rlhf FILE. What a stage needs besides is in its",
@@ -174,10 +178,10 @@ def print_plan() -> str:
     ]
     parts = ["\n".join(head)]
     for name, kind in (("model", ModelSettings), ("data", DataSettings), ("run", rest(RunSettings, ("output", "overwrite")))):
-        parts.append(f"{name}:\n{text(kind)}")
+        parts.append(f"{name}:\n{text(kind, model if name == 'model' else {})}")
     for name, config in CLASSES.items():
-        parts.append(f"# {(config.__doc__ or '').splitlines()[0]}\n{name}:\n{text(rest(config, SHARED))}")
-    parts.append(f"# {(ExportSettings.__doc__ or '').splitlines()[0]}\nexport:\n{text(ExportSettings)}")
+        parts.append(f"# {(config.__doc__ or '').splitlines()[0]}\n{name}:\n{text(rest(config, SHARED), evidence(config))}")
+    parts.append(f"# {(ExportSettings.__doc__ or '').splitlines()[0]}\nexport:\n{text(ExportSettings, {})}")
     return "\n".join(parts)
 
 

@@ -190,7 +190,7 @@ def evaluate(plan: Plan) -> dict[str, Any]:
         with ExitStack() as at_the_end:
             sampler = at_the_end.enter_context(Sampling(print).sampler(config, model, rows))
             trainer = PPOTrainer(model, tokenizer, config, rows, eval_rows, sampler=sampler)
-            seen = trainer.evaluate(config.steps)
+            seen = trainer.evaluate(trainer.steps)
         metrics = dict(numbers_of(seen))
         columns = ["responses", "scores", *(["independent"] if "independent" in seen else [])]
         names = {"responses": "response", "scores": "score"}

@@ -67,9 +67,12 @@ SENTENCES: dict[str, tuple[tuple[str, str], ...]] = {
         ("batch_size", "it follows from batch_size / microbatch_size, set those"),
     ),
     **dict.fromkeys(
-        ("epochs", "num_train_epochs", "num_epochs", "total_epochs"),
+        ("num_train_epochs", "num_epochs", "total_epochs"),
         (
-            ("ppo_epochs", "here it is steps (rollouts in all), or ppo_epochs (passes over each rollout)"),
+            (
+                "ppo_epochs",
+                "here it is epochs (passes over the prompts), steps (rollouts in all), or ppo_epochs (passes over each rollout)",
+            ),
             ("epochs", "here it is epochs"),
         ),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -60,7 +61,10 @@ class PPOConfig:
     kl: KLSettings = setting(KLSettings, "The penalty that keeps the actor near the reference.")
     optimizer: OptimizerSettings = setting(lambda: OptimizerSettings(learning_rate=5e-5), "AdamW and its schedule.")
     critic_learning_rate: float | None = setting(None, "Peak learning rate of the critic; null is the actor's.")
-    steps: int = setting(100, "PPO steps: rollouts, each followed by its updates.")
+    steps: int | None = setting(
+        None, "PPO steps: rollouts, each followed by its updates; null is as many as epochs makes, or 100 without."
+    )
+    epochs: int | None = setting(None, "Passes over the training prompts, in place of steps.")
     ppo_epochs: int = setting(4, "Passes over each rollout.")
     minibatch_size: int = setting(16, "Responses per optimizer step.")
     microbatch_size: int = setting(4, "Most responses per forward and backward pass.")
@@ -131,10 +135,13 @@ class PPOConfig:
     )
 
     def __post_init__(self) -> None:
-        _positive(self, "critic_learning_rate", "steps", "ppo_epochs", "minibatch_size", "microbatch_size", "microbatch_tokens")
+        _positive(self, "steps", "epochs", "critic_learning_rate", "ppo_epochs")
+        _positive(self, "minibatch_size", "microbatch_size", "microbatch_tokens")
         _positive(self, "clip_range", "clip_range_high", "value_clip_range", "vf_coef", "target_kl", "sample_every")
         _positive(self, "eval_prompts", "lambda_alpha", "critic_updates_per_actor")
         _not_negative(self, "entropy_coef", "critic_warmup_steps", "eval_every")
+        both = self.steps is not None and self.epochs is not None
+        _check(self, "epochs", not both, f"and steps={self.steps} both say how long the run is", "leave one out")
         _fraction(self, "gamma", "gae_lambda", "critic_lambda", "baseline_decay")
         if self.actor_lambda != "length":
             _fraction(self, "actor_lambda")
@@ -162,6 +169,12 @@ class PPOConfig:
                 f"choose a minibatch_size that divides {rows}."
             )
         check_advantage(self)
+
+    def total_steps(self, prompts: int) -> int:
+        """Return the PPO steps of a run over so many training prompts."""
+        if self.epochs is None:
+            return self.steps or 100
+        return math.ceil(self.epochs * prompts / (self.rollout.batch_size // self.rollout.samples_per_prompt))
 
     @property
     def has_critic(self) -> bool:

@@ -1,4 +1,4 @@
-"""Read, write and build the settings of ``config.py``: full names, YAML with comments, one-line errors.
+"""Read and build settings: full names, YAML, one-line errors.
 
 A setting has a full name such as ``model.lora.r``; YAML nests it, flags spell it out. Everything here is
 driven by the dataclasses, so that a new field needs no second mention.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from datetime import date
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config")
-
-COMMENT_WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -319,70 +316,3 @@ def _json_like(name: str, value: Any) -> Any:
 def as_values(config: Any) -> dict[str, Any]:
     """Return a config as nested plain values (the inverse of ``build``)."""
     return asdict(config)
-
-
-def render_yaml(config_class: type, values: Mapping[str, Any], comments: bool = True) -> str:
-    """Write nested ``values`` as YAML that loads back; a setting without a value becomes a commented ``???``.
-
-    Args:
-        config_class: Dataclass whose order, help and nesting the text follows.
-        values: Nested values; only required settings may be absent.
-        comments: Put each setting's help, type and default above it.
-    """
-    lines: list[str] = []
-    _render(config_class, values, "", "", comments, settings_of(config_class), lines)
-    return "\n".join(lines).strip("\n") + "\n"
-
-
-def _render(
-    config_class: type,
-    values: Mapping[str, Any],
-    prefix: str,
-    indent: str,
-    comments: bool,
-    known: Mapping[str, Setting],
-    lines: list[str],
-) -> None:
-    hints = get_type_hints(config_class)
-    for field in fields(config_class):
-        hint, name = hints[field.name], prefix + field.name
-        if is_group(hint):
-            if comments:
-                text = field.metadata.get("help") or (hint.__doc__ or "").split("\n")[0]
-                lines += ["", *_comment(text, indent)]
-            lines.append(f"{indent}{field.name}:")
-            _render(hint, values.get(field.name, {}), f"{name}.", indent + "  ", comments, known, lines)
-            continue
-        setting = known[name]
-        if comments:
-            default = "required" if setting.required else f"default {_inline(_plain(setting.default))}"
-            lines += _comment(f"{setting.help} ({describe(hint)}; {default})", indent)
-            if (inner := item_class(hint)) is not None:
-                for member in fields(inner):
-                    lines += _comment(f"  {member.name}: {member.metadata.get('help', '')}", indent)
-        if field.name in values:
-            lines.append(f"{indent}{field.name}: {_inline(_plain(values[field.name]))}")
-        else:
-            lines.append(f"{indent}# {field.name}: ???")
-
-
-def _comment(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        COMMENT_WIDTH,
-        initial_indent=f"{indent}# ",
-        subsequent_indent=f"{indent}# ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-
-
-def _inline(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True)
-    return text.removesuffix("...\n").strip("\n")

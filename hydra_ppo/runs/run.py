@@ -38,8 +38,9 @@ from rich.text import Text
 
 from hydra_ppo import __version__
 from hydra_ppo.config.paths import MARK, for_folder
-from hydra_ppo.config.reading import as_values, render_yaml
+from hydra_ppo.config.reading import as_values
 from hydra_ppo.config.settings import PPOConfig, RunSettings, SFTConfig
+from hydra_ppo.config.writing import render_yaml
 from hydra_ppo.errors import ConfigError, StorageError
 from hydra_ppo.runs.contents import ALARMS, CONFIG, LOG, METRICS, REPORT, SAMPLES, STATE, SUMMARY, clear, set_aside
 from hydra_ppo.runs.folder import STARTING, check_output, is_starting, lock, read_state

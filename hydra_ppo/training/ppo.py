@@ -82,6 +82,7 @@ class PPOTrainer:
 
     Attributes:
         progress: what the run has come to.
+        steps: of the whole run.
         stopped_by: the alarm that ended the run before its last step, as `monitor.stop_on_alarm` says; None where none did.
         updates: the updates of a step.
 
@@ -108,6 +109,7 @@ class PPOTrainer:
         keep_freed_memory(model.device)
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.prompts, self.eval_prompts = list(prompts), list(eval_prompts)[: config.eval_prompts]
+        self.steps = config.total_steps(len(self.prompts))
         self.run = run or Silent()
         self.save, self.sampler, self.on_phase, self.world = save, sampler, on_phase, world
         model.bound_values(config.value_range)
@@ -153,9 +155,9 @@ class PPOTrainer:
                 progress.watch.look(self.config.monitor, 0, {}, totals.before, self._rows)
             if self.sampled == 0:  # else the run's folder has it already
                 self._record(0, numbers_of(totals.before), totals.before)
-            with self.run.progress(self.config.steps, "PPO") as advance:
+            with self.run.progress(self.steps, "PPO") as advance:
                 advance(progress.done, "")
-                while progress.done < self.config.steps and self.stopped_by is None:
+                while progress.done < self.steps and self.stopped_by is None:
                     metrics = self._whole_step(progress.done + 1)
                     advance(1, f"score {metrics['objective/scores']:.3f}  KL {metrics['objective/kl']:.2f}")
         except (StopRequested, ServerError):
@@ -185,7 +187,7 @@ class PPOTrainer:
         seconds = progress.partial.seconds + time.perf_counter() - self._begun
         metrics |= self._throughput(metrics, seconds) | self.memory.metrics()
         metrics |= end_step(self.world, self.updates.trained, f"step={step}")
-        last = step == config.steps
+        last = step == self.steps
         scheduled = config.eval_every > 0 and step % config.eval_every == 0
         found = self.evaluate(step) if last or scheduled else {}
         metrics |= numbers_of(found)

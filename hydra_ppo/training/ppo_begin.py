@@ -55,7 +55,7 @@ def begin(
     rate = config.optimizer.learning_rate
     rates = {"actor": rate, "critic": config.critic_learning_rate or rate}
     groups = [(model.role_parameters(role), rates[role]) for role in roles]
-    optimizer, schedule = build_optimizer(groups, config.optimizer, optimizer_steps(config))
+    optimizer, schedule = build_optimizer(groups, config.optimizer, optimizer_steps(config, len(prompts)))
     sizes = {
         "rollout.generation_batch_size": config.rollout.generation_batch_size or decoded,
         "rollout.score_batch_size": config.rollout.score_batch_size,

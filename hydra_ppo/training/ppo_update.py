@@ -321,9 +321,9 @@ def build_scaler(device: torch.device, enabled: bool, updates: int) -> torch.amp
     return torch.amp.GradScaler(device.type, growth_interval=2000 * updates, enabled=enabled)
 
 
-def optimizer_steps(config: PPOConfig) -> int:
-    """Return the optimizer steps of a run."""
-    return config.steps * config.ppo_epochs * (config.rollout.batch_size // config.minibatch_size)
+def optimizer_steps(config: PPOConfig, prompts: int) -> int:
+    """Return the optimizer steps of a run over so many training prompts."""
+    return config.total_steps(prompts) * config.ppo_epochs * (config.rollout.batch_size // config.minibatch_size)
 
 
 def check_measured(where: str, metrics: Metrics, scaler: torch.amp.GradScaler) -> None:

@@ -26,7 +26,7 @@ def profile(
     workload: Workload,
     methods: Sequence[str],
     *,
-    stage: Literal["ppo", "reward"],
+    stage: Literal["ppo", "reward", "sft"],
     simulate: bool,
     device: str,
     timed_steps: int,
@@ -39,7 +39,7 @@ def profile(
     Args:
         workload: model and sizes.
         methods: in the order of the table.
-        stage: ppo or reward.
+        stage: ppo, reward or sft.
         simulate: use fake tensors.
         device, timed_steps: of real runs.
         output: folder for record, pictures and report.
@@ -127,6 +127,39 @@ def learning(
         print(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))
     else:
         print_table(Console(), learning_table(outcomes))
+
+
+def init(workload: Workload, memory: int | None, folder: Path) -> int:
+    """Write a project folder with settings that fit the card; return 3 where nothing fits, and write nothing.
+
+    Args:
+        workload: model, compute type and lengths.
+        memory: of the card; None is that of the GPU at hand, and leaves sizes at their defaults where there is none.
+        folder: to write to.
+    """
+    import torch
+
+    from hydra_ppo.profiling.cli.plan import search
+    from hydra_ppo.profiling.cli.plan_report import print_plans
+    from hydra_ppo.profiling.cli.project import NO_CARD, write_project
+    from hydra_ppo.profiling.cli.recipe import make_recipe
+
+    if memory is None and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+    recipe = None
+    if memory is not None:
+        with Console(stderr=True).status(f"simulating {workload.model}") as status:
+            workers = min(os.cpu_count() or 1, MOST_WORKERS)
+            found = search(workload, memory, say=lambda text: status.update(text), workers=workers)
+            recipe = make_recipe(found)
+        if recipe is None:
+            print_plans(found, 1, Console())
+            return 3
+    files = write_project(folder, recipe, workload)
+    for line in [NO_CARD] if recipe is None else recipe.lines():
+        print(line)
+    print(f"Written to {folder}: {', '.join(path.name for path in files)}. README.md says how to go on.")
+    return 0
 
 
 def plan(workload: Workload, memory: int, margin: int | None, count: int, output: Path | None, as_json: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from hydra_ppo.cli.parser import Parser, check_folder
 from hydra_ppo.data.sources import local_path
@@ -17,7 +18,7 @@ from hydra_ppo.profiling.workload import (
     Workload,
 )
 
-STAGES = {"ppo": ("full", "lora", "dlora", "j-hydra", "hydra"), "reward": ("full", "lora")}
+STAGES = {"ppo": ("full", "lora", "dlora", "j-hydra", "hydra"), "reward": ("full", "lora"), "sft": ("full", "lora")}
 """Methods by stage."""
 
 
@@ -30,14 +31,19 @@ def profile(arguments: list[str]) -> None:
         "--methods", type=_names, default=None, metavar="A,B", help="Compare these: full, lora, dlora, j-hydra, hydra."
     )
     parser.add_argument(
-        "--stage", choices=STAGES, default="ppo", help="ppo, or reward: training the reward model (methods full, lora)."
+        "--stage",
+        choices=STAGES,
+        default="ppo",
+        help="ppo, or training the reward model: alone (reward) or with the SFT model (sft); methods full, lora.",
     )
     add_sizes(parser)
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help="How linear layers of the base are held.")
     parser.add_argument("--rank", type=int, default=16, help="Rank of the adapters.")
-    parser.add_argument("--rollout-batch", type=int, default=8, help="Responses per PPO step (reward: pairs per step).")
+    parser.add_argument("--rollout-batch", type=int, default=8, help="Responses per PPO step (other stages: pairs per step).")
     parser.add_argument("--minibatch", type=int, default=None, help="Responses per optimizer step; default: all.")
-    parser.add_argument("--microbatch", type=int, default=1, help="Responses (reward: pairs) per forward and backward pass.")
+    parser.add_argument(
+        "--microbatch", type=int, default=1, help="Responses (other stages: pairs) per forward and backward pass."
+    )
     parser.add_argument("--score-batch", type=int, default=1, help="Responses per scoring pass.")
     parser.add_argument(
         "--trunk-layers",
@@ -73,7 +79,7 @@ def profile(arguments: list[str]) -> None:
     )
     parser.add_argument("--shard-base", action="store_true", help="Each of them holds a part of every decoder layer.")
     parser.add_argument("--reward-heads", type=int, default=1, metavar="K", help="Members of the reward head.")
-    parser.add_argument("--reward-loss", choices=REWARD_LOSSES, default="bradley-terry", help="Of --stage reward.")
+    parser.add_argument("--reward-loss", choices=REWARD_LOSSES, default="bradley-terry", help="Of --stage reward or sft.")
     parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="A,B", help="Seeds of --learning.")
     options = parser.parse_args(arguments)
     methods = options.methods or ["hydra" if options.stage == "ppo" else "lora"]
@@ -175,6 +181,33 @@ def plan(arguments: list[str]) -> int:
     return commands.plan(workload, memory, margin, options.count, options.output, options.json)
 
 
+def init(arguments: list[str]) -> int:
+    """Run `hydra-ppo init`."""
+    parser = Parser(
+        "init", "Write a project folder that runs: sft.yaml and ppo.yaml that fit a card, reward.py, example pairs."
+    )
+    parser.add_argument("--model", metavar="NAME", help="Shipped name, hub name of one of these, or model folder.")
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE", help="Memory of the GPU, for example 8GiB or 24GB; default is that of the GPU here."
+    )
+    parser.add_argument("--output", type=local_path, metavar="DIR", help="Folder to write; default is the model's last name.")
+    add_sizes(parser)
+    options = parser.parse_args(arguments)
+    memory = None if options.gpu_memory is None else parse_size("gpu_memory", options.gpu_memory)
+    model = _required(options.model)
+    folder = options.output or Path(Path(model).resolve().name.lower())
+    check_folder("output", folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"output={str(folder)!r} is not empty; name another folder with --output.")
+    from hydra_ppo.profiling.cli import commands
+    from hydra_ppo.profiling.subjects.shapes import model_config
+
+    model_config(model)  # what is no model is said before anything is simulated
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model
+    sizes = {"dtype": options.dtype, "prompt": options.prompt, "response": options.response, "advantage": options.advantage}
+    return commands.init(Workload(model=model, **sizes), memory, folder)
+
+
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     """Add the options that both commands have."""
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="Compute type.")
@@ -229,4 +262,5 @@ def _numbers(text: str) -> list[int]:
 
 PROFILE = ("measure, simulate and compare memory", profile)
 PLAN = ("find the settings that fit a GPU", plan)
+INIT = ("write a project folder with settings that fit a GPU", init)
 """(one line of help, function) of each command, as the entry points name them."""

@@ -139,11 +139,25 @@ def search(
         say: takes a line about what is being simulated.
         workers: processes that simulate.
     """
+    return search_cards(workload, [gpu_bytes], margin, say, workers)[0]
+
+
+def search_cards(
+    workload: Workload,
+    cards: Sequence[int],
+    margin: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    workers: int = 1,
+) -> list[Search]:
+    """Search set-ups that fit each of several GPUs, whose simulations are shared; arguments as of `search`."""
+    results = []
     with Predictor(workload, say, MICROBATCHES, workers) as predictor:
-        found = _search(workload, predictor, gpu_bytes, margin)
-        if not found.plans and workload.world > 1:  # which sends more, so only where it has to be
-            found = _search(replace(workload, shard_base=True), predictor, gpu_bytes, margin)
-    return found
+        for gpu_bytes in cards:
+            found = _search(workload, predictor, gpu_bytes, margin)
+            if not found.plans and workload.world > 1:  # which sends more, so only where it has to be
+                found = _search(replace(workload, shard_base=True), predictor, gpu_bytes, margin)
+            results.append(found)
+    return results
 
 
 def _search(workload: Workload, predictor: Predictor, gpu_bytes: int, margin: int | None) -> Search:

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from hydra_ppo.profiling.cli.ladder import Saving
 from hydra_ppo.profiling.cli.plan import Plan, Search
+from hydra_ppo.profiling.cli.recipe import model_settings, ppo_settings
 from hydra_ppo.profiling.reporting.report import format_bytes, format_count
-from hydra_ppo.profiling.subjects.shapes import HUB_NAMES
 from hydra_ppo.runtime.tables import print_table
 
 
@@ -89,31 +89,10 @@ def write_yaml(plan: Plan, path: Path) -> None:
     """Write the plan as settings of `hydra-ppo ppo`; model, data and output are to be filled in."""
     workload = plan.workload
     settings = {
-        "model": {
-            "name_or_path": HUB_NAMES.get(workload.model.lower(), workload.model),
-            "quantization": workload.quantization,
-            "quantize_embeddings": workload.quantize_embeddings,
-            "dtype": workload.dtype,
-            "trunk_layers": workload.trunk_layers,
-            "gradient_checkpointing": workload.checkpointing,
-            "checkpoint_offload": workload.checkpoint_offload,
-            "tile_tokens": workload.tile_tokens,
-            "shard_base": workload.shard_base,
-            "lora": {"r": workload.rank, "alpha": 2 * workload.rank},
-        },
+        "model": model_settings(workload),
         "data": {"train": "prompts.jsonl", "max_prompt_tokens": workload.prompt},
         "run": {"output": "runs/ppo"},
-        "rollout": {
-            "batch_size": workload.rollout_batch,
-            "max_new_tokens": workload.response,
-            "score_batch_size": workload.score_batch,
-            "kv_cache": workload.kv_cache,
-            **({"samples_per_prompt": 4} if workload.advantage in ("group", "rloo") else {}),
-        },
-        "optimizer": {"name": workload.optimizer, "offload_in_rollout": workload.offload_in_rollout},
-        **({"update_order": workload.update_order} if workload.advantage == "gae" else {"advantage": workload.advantage}),
-        "minibatch_size": min(workload.rollout_batch, -(-16 // workload.world) * workload.world),
-        "microbatch_size": workload.microbatch,
+        **ppo_settings(workload),
     }
     head = (
         f"# Planned by simulation: peak {format_bytes(plan.peak_bytes)}, {format_bytes(plan.margin_bytes)} of the GPU left.\n"

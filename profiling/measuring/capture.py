@@ -43,7 +43,7 @@ def capture(
     method: str = "hydra",
     *,
     simulate: bool,
-    stage: Literal["ppo", "reward"] = "ppo",
+    stage: Literal["ppo", "reward", "sft"] = "ppo",
     device: str = "auto",
     config: Any = None,
     timeline: bool = True,
@@ -60,7 +60,7 @@ def capture(
         workload: model and sizes.
         method: of `baselines.METHODS`, or of `subjects.REWARD_STAGES`.
         simulate: use fake tensors.
-        stage: ppo, or reward: one step of reward modelling on pairs of two sequences each.
+        stage: ppo, or reward, sft: one step of reward modelling, alone or with SFT, on pairs of two sequences each.
         device: of a real run.
         config: Hugging Face config, where it is not `workload.model`'s.
         timeline: keep live bytes over the step.

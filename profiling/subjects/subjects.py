@@ -60,7 +60,7 @@ class Builder:
         workload: model and sizes.
         config: Hugging Face config of the model.
         method: of the stage.
-        stage: ppo or reward.
+        stage: ppo, reward (the reward model alone) or sft (SFT model and reward model jointly).
         place: device of a real run.
         simulate: use fake tensors.
         decoder: what decodes; None is the usual one, in a simulation the one that leaps.
@@ -80,6 +80,8 @@ class Builder:
         """Build the models of the method, random weights, checkpointing as asked for."""
         if self.stage == "ppo":
             model = build(self.method, self._base) if self._is_plain else self._base(build_stage(self._settings().stage, {}))
+        elif self.stage == "sft":
+            model = self._base(build_stage("base" if self.method == "full" else "sft", {}))
         else:
             model = self._base(REWARD_STAGES[self.method])
             drop_lm_head(model)
@@ -118,7 +120,7 @@ class Builder:
 
     def subject(self, model: Models, on_phase: Callable[[str], None]) -> Subject:
         """Build the trainer around the models."""
-        return (self._ppo if self.stage == "ppo" else self._reward)(model, on_phase)
+        return (self._ppo if self.stage == "ppo" else self._pairs)(model, on_phase)
 
     def _ppo(self, model: Models, on_phase: Callable[[str], None]) -> Subject:
         workload = self.workload
@@ -174,14 +176,14 @@ class Builder:
             update_order=workload.update_order,
         )
 
-    def _reward(self, model: Models, on_phase: Callable[[str], None]) -> Subject:
+    def _pairs(self, model: Models, on_phase: Callable[[str], None]) -> Subject:
         workload = self.workload
-        full = self.method == "full"
+        full, joint = self.method == "full", self.stage == "sft"
         settings = SFTConfig(
             **unused_settings(),
             method="full" if full else "lora",
-            adapter="sft" if full else "reward",
-            sft_coef=0.0,
+            adapter="sft" if full or joint else "reward",
+            sft_coef=1.0 if joint else 0.0,
             reward_coef=1.0,
             batch_size=workload.rollout_batch,
             microbatch_size=workload.microbatch,

@@ -278,3 +278,23 @@ def test_a_run_of_another_command_is_refused(project, capsys):
     settings = sft_settings(project, "whole")
     assert main(["sft", write(project / "other.yaml", settings), "--resume"]) == 2
     assert "holds a run of ppo, not of sft" in capsys.readouterr().err
+
+
+def test_a_run_of_one_pass_is_made_two(project, tmp_path, capsys, fault):
+    """What is in the folder is the length in passes; 20 prompts less 4 held out, 8 a step, make 2 steps and 4."""
+    passes = {"epochs": 1, "eval_every": 0}
+    whole, parts = (ppo_settings(project, str(tmp_path / name), **passes) for name in ("whole", "parts"))
+    for settings in (whole, parts):
+        del settings["steps"]
+    assert main(["ppo", write(tmp_path / "whole.yaml", whole), "--epochs", "2"]) == 0
+    assert main(["ppo", write(tmp_path / "parts.yaml", parts)]) == 0
+    first = json.loads((tmp_path / "parts" / "summary.json").read_text())["steps"]
+    assert main(["ppo", str(tmp_path / "parts.yaml"), "--epochs", "2", "--resume"]) == 0
+    assert_same(tmp_path / "parts", tmp_path / "whole", without=("eval/",))
+    prompts = len((project / "pairs.jsonl").read_text().splitlines()) - 5
+    assert (first, len(records(tmp_path / "whole")) - 1) == (-(-prompts // 8), -(-2 * prompts // 8))
+    capsys.readouterr()
+    assert main(["ppo", str(tmp_path / "parts.yaml"), "--steps", "9", "--resume"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said == "epochs=1 and steps=9 both say how long the run is; leave one out."
+    fault("a run of one pass over the prompts", "two passes were asked for", "it went on, with the bits of one run")

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from hydra_ppo.cli.flags import format_help, load_config, parse, print_config
-from hydra_ppo.config.reading import build, describe, flatten, groups_of, nest, render_yaml, settings_of
+from hydra_ppo.config.reading import build, describe, flatten, groups_of, nest, settings_of
 from hydra_ppo.config.settings import PPOConfig, SFTConfig
+from hydra_ppo.config.writing import render_yaml
 from hydra_ppo.errors import ConfigError
 
 REQUIRED = ["--model.name_or_path", "m", "--data.train", "d.jsonl", "--run.output", "out"]
@@ -141,9 +142,9 @@ BAD_FLAGS = [
     ),
     (["--dryrun"], "--dryrun is not an option; did you mean --dry-run?"),
     (["-x"], "-x is not an option; write settings in full, for example --run.seed 1."),
-    (["--steps"], "--steps has no value; give an integer."),
+    (["--steps"], "--steps has no value; give an integer or null."),
     (["--optimizer.learning_rate", "abc"], "optimizer.learning_rate='abc' is not a float; write a number, for example 5e-05."),
-    (["--steps", "1.5"], "steps='1.5' is not an integer; write a number, for example 100."),
+    (["--steps", "1.5"], "steps='1.5' is not an integer or null; write a whole number, for example 1."),
     (["--run.progress", "maybe"], "run.progress='maybe' is not true or false; write true or false."),
     (["--model.quantization", "nf5"], "model.quantization='nf5' is not one of int8, nf4, fp4 or null; did you mean nf4?"),
     (
@@ -191,12 +192,12 @@ BAD_YAML = [
     ("steps\n", "{path} holds a line of text, not 'name: value' settings; --print-config writes an example."),
     ("model: gpt2\n", "model='gpt2' is not a group of settings; indent its members below it, for example name_or_path."),
     ("model: {name_or_path: 3}\n", "model.name_or_path=3 is not a string; put it in quotes."),
-    ("steps: null\n", "steps=null is not an integer; leave it out to get the default."),
+    ("ppo_epochs: null\n", "ppo_epochs=null is not an integer; leave it out to get the default."),
     ("optimizer: {learning_rat: 1}\n", "optimizer.learning_rat is not a setting; did you mean optimizer.learning_rate?"),
     ("model.lora.q: 1\n", "model.lora.q is not a setting; did you mean model.lora.r?"),
-    ("steps: 3.0\n", "steps=3.0 is not an integer; write a number, for example 100."),
+    ("steps: 3.0\n", "steps=3.0 is not an integer or null; write a whole number, for example 1."),
     ("optimizer: {learning_rate: .inf}\n", "optimizer.learning_rate=inf is not a finite number; write a finite one."),
-    ("steps: yes\n", "steps=True is not an integer; write a number, for example 100."),
+    ("steps: yes\n", "steps=True is not an integer or null; write a whole number, for example 1."),
     (
         "kl: {estimator: no}\n",
         "kl.estimator=False is not one of none, k1, k3, js, js_unbiased or squared; put the word in quotes.",

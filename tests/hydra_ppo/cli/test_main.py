@@ -64,7 +64,7 @@ def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
 
 COMMANDS = (
     "sft, ppo, rlhf, export, push, quantize, score, generate, features, heads, label-next, self-label, reward-eval, doctor, "
-    "launch, report, compare, inspect, completion, plan, profile, quickstart, serve"
+    "launch, report, compare, inspect, completion, init, plan, profile, quickstart, serve"
 )
 
 BAD_COMMAND_LINES = [
@@ -203,6 +203,7 @@ def test_ppo_arithmetic_by_hand():
     # 64 prompts, decoded 24 + 24 + 16; 64 / 16 = 4 minibatches x 2 epochs = 8 optimizer steps,
     # each in 6 + 6 + 4 = 3 micro-batches; 64 x 28 tokens sampled; 64 x (100 + 28) x 2 epochs in updates.
     assert ppo_arithmetic(config, prompts=128) == [
+        Quantity("PPO steps", 1, 10),
         Quantity("prompts, each with one rollout", 64, 640),
         Quantity("batches decoded", 3, 30),
         Quantity("minibatches = optimizer steps", 8, 80),
@@ -219,6 +220,12 @@ def test_ppo_arithmetic_by_hand():
     by_name = {q.name: q for q in ppo_arithmetic(replace(config, microbatch_tokens=300), None)}
     assert by_name["micro-batches, at most"].per_step == 64
     assert by_name["passes over the prompts"] == Quantity("passes over the prompts", None, None)
+    # Two passes over 130 prompts, 64 a step: 260 / 64, rounded up; how many steps an unread dataset gives is not known.
+    passes = replace(config, steps=None, epochs=2)
+    by_name = {q.name: q for q in ppo_arithmetic(passes, 130)}
+    assert (by_name["PPO steps"].total, by_name["tokens sampled, at most"].total) == (5, 5 * 1792)
+    assert by_name["passes over the prompts"].total == pytest.approx(5 * 64 / 130)
+    assert {q.total for q in ppo_arithmetic(passes, None)} == {None}
     by_name = {q.name: q for q in ppo_arithmetic(replace(config, microbatch_tokens=100), None)}
     assert by_name["micro-batches, at most"].per_step == 8 * 16
 

@@ -16,8 +16,7 @@ KNOWN = {PPOConfig: settings_of(PPOConfig), SFTConfig: settings_of(SFTConfig)}
     [
         (PPOConfig, "gradient_accumulation_steps", "it follows from minibatch_size / microbatch_size, set those."),
         (SFTConfig, "gradient_accumulation_steps", "it follows from batch_size / microbatch_size, set those."),
-        (PPOConfig, "epochs", "here it is steps (rollouts in all), or ppo_epochs (passes over each rollout)."),
-        (PPOConfig, "num_train_epochs", "here it is steps (rollouts in all), or ppo_epochs (passes over each rollout)."),
+        (PPOConfig, "num_train_epochs", "here it is epochs, over the prompts, or ppo_epochs, over each rollout."),
         (SFTConfig, "num_train_epochs", "here it is epochs."),
         (PPOConfig, "output_dir", "did you mean run.output?"),
         (SFTConfig, "training.output-dir", "did you mean run.output?"),

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from hydra_ppo.config.paths import for_folder, read_settings
-from hydra_ppo.config.reading import as_values, render_yaml
+from hydra_ppo.config.reading import as_values
 from hydra_ppo.config.settings import DataSettings, PPOConfig, RewardSettings, RewardSource
+from hydra_ppo.config.writing import render_yaml
 from hydra_ppo.errors import ConfigError
 from tests.training import ppo_config
 
@@ -21,7 +22,7 @@ def test_a_classifier_that_judges_is_named_from_the_run_folder(tmp_path, monkeyp
     values = for_folder(as_values(config), tmp_path / "run")
     assert [source["target"] for source in values["eval_rewards"]] == ["../judge", "judge:f"]
     mark = {name: values.pop(name) for name in ("paths_are_relative_to",)}
-    text = f"paths_are_relative_to: {mark['paths_are_relative_to']}\n" + render_yaml(PPOConfig, values, comments=False)
+    text = f"paths_are_relative_to: {mark['paths_are_relative_to']}\n" + render_yaml(PPOConfig, values)
     (tmp_path / "run" / "config.yaml").write_text(text)
     monkeypatch.chdir(tmp_path / "run")
     found = read_settings(tmp_path / "run" / "config.yaml")
