@@ -69,10 +69,7 @@ SENTENCES: dict[str, tuple[tuple[str, str], ...]] = {
     **dict.fromkeys(
         ("num_train_epochs", "num_epochs", "total_epochs"),
         (
-            (
-                "ppo_epochs",
-                "here it is epochs (passes over the prompts), steps (rollouts in all), or ppo_epochs (passes over each rollout)",
-            ),
+            ("ppo_epochs", "here it is epochs, over the prompts, or ppo_epochs, over each rollout"),
             ("epochs", "here it is epochs"),
         ),
     ),
