@@ -54,7 +54,9 @@ NO_CARD = "Sizes are the defaults: no card was named, and there is no GPU here."
 def sft_content(recipe: Recipe | None, workload: Workload) -> dict[str, Any]:
     """Return what sft.yaml holds."""
     own = {} if recipe is None else recipe.sft_settings()
-    return {**_shared(recipe, workload), "run": {"output": "runs/sft"}, **own}
+    shared = _shared(recipe, workload)
+    shared["model"] |= own.pop("model", {})
+    return {**shared, "run": {"output": "runs/sft"}, **own}
 
 
 def ppo_content(recipe: Recipe | None, workload: Workload) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hydra_ppo.profiling.cli.ladder import TILE_TOKENS
 from hydra_ppo.profiling.cli.plan import Plan, Search
 from hydra_ppo.profiling.measuring.capture import WARM_UP, capture
 from hydra_ppo.profiling.reporting.report import format_bytes
@@ -13,6 +15,12 @@ from hydra_ppo.profiling.workload import Workload
 
 PAIRS = 32
 """Preference pairs per optimizer step of SFT: its default."""
+
+
+SFT_SAVES = ("checkpoint_offload", "tile_tokens")
+"""Settings that joint SFT may need where PPO does not: its pair is two rows at once."""
+ROLLOUT = 64
+"""Responses per PPO step, however few are decoded together: the default."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,10 @@ class Recipe:
 
     def sft_settings(self) -> dict[str, Any]:
         """Return what is of SFT alone."""
-        return {"batch_size": PAIRS, "microbatch_size": self.sft.microbatch, "optimizer": {"name": self.sft.optimizer}}
+        given = {"batch_size": PAIRS, "microbatch_size": self.sft.microbatch, "optimizer": {"name": self.sft.optimizer}}
+        ppo = self.plan.workload
+        own = {name: value for name, value in asdict(self.sft).items() if name in SFT_SAVES and value != getattr(ppo, name)}
+        return given | ({"model": own} if own else {})
 
     def lines(self) -> list[str]:
         """Say what was predicted, in sentences."""
@@ -68,32 +79,42 @@ class Recipe:
         return said + ([f"What saves memory, and what it costs: {'; '.join(costs)}."] if costs else [])
 
 
-def make_recipe(found: Search, simulate_config: Any = None) -> Recipe | None:
+def make_recipe(found: Search) -> Recipe | None:
     """Return the settings of both trainings after a search; None where nothing fits.
 
-    Args:
-        found: the search; its first plan, which costs least, is taken.
-        simulate_config: Hugging Face config, where it is not that of the model's name.
-
-    The micro-batch of SFT is the largest, in powers of two, of as many rows as PPO's that fits; each try is a simulation.
+    The first plan, which costs least, that joint SFT fits on too; where it fits on none, the first. Each try of joint SFT is a
+    simulation.
     """
-    if not found.plans:
-        return None
-    plan = found.plans[0]
-    workload = sft_workload(plan.workload)
-    while True:
-        sizes = workload, "lora"
-        profile = capture(*sizes, simulate=True, stage="sft", config=simulate_config, timeline=False)
-        peak = max(phase.bytes for name, phase in profile.phases.items() if name != WARM_UP)
-        if peak <= found.usable_bytes or workload.microbatch == 1:
-            return Recipe(plan, workload, peak, found.usable_bytes)
-        micro = workload.microbatch // 2
-        workload = sft_workload(plan.workload, micro)
+    first: Recipe | None = None
+    for plan in found.plans:
+        for workload in _sft_tries(plan.workload):
+            profile = capture(workload, "lora", simulate=True, stage="sft", timeline=False)
+            peak = max(phase.bytes for name, phase in profile.phases.items() if name != WARM_UP)
+            recipe = Recipe(plan, workload, peak, found.usable_bytes)
+            if recipe.sft_fits:
+                return recipe
+        first = first or recipe
+    return first
 
 
-def sft_workload(ppo: Workload, microbatch: int | None = None) -> Workload:
-    """Return one step of joint SFT on the base as PPO holds it; pairs of as many rows as PPO's micro-batch where not told."""
-    micro = microbatch or max(1, ppo.microbatch // 2)
+def _sft_tries(ppo: Workload) -> Iterator[Workload]:
+    """Yield what may fit, the best first: fewer pairs at once, then what costs speed alone."""
+    whole = sft_workload(ppo)
+    micro = whole.microbatch
+    while micro >= 1:
+        yield replace(whole, microbatch=micro, rollout_batch=micro)
+        micro //= 2
+    single = replace(whole, microbatch=1, rollout_batch=1)
+    if single.checkpointing and not single.checkpoint_offload:
+        single = replace(single, checkpoint_offload=True)
+        yield single
+    if single.tile_tokens is None:
+        yield replace(single, tile_tokens=TILE_TOKENS)
+
+
+def sft_workload(ppo: Workload) -> Workload:
+    """Return one step of joint SFT on the base as PPO holds it, of pairs of as many rows as PPO's micro-batch."""
+    micro = max(1, ppo.microbatch // 2)
     return Workload(
         model=ppo.model,
         quantization=ppo.quantization,
@@ -130,9 +151,14 @@ def model_settings(workload: Workload) -> dict[str, Any]:
 
 def ppo_settings(workload: Workload) -> dict[str, Any]:
     """Return what is of PPO alone."""
+    rows = workload.rollout_batch
+    # Peaks are those of the rows decoded together; a cached trunk alone grows with the whole rollout.
+    few = rows < ROLLOUT * workload.world and not workload.trunk_layers
+    batch = ROLLOUT * workload.world if few else rows
     return {
         "rollout": {
-            "batch_size": workload.rollout_batch,
+            "batch_size": batch,
+            "generation_batch_size": rows if few else None,
             "max_new_tokens": workload.response,
             "score_batch_size": workload.score_batch,
             "kv_cache": workload.kv_cache,
@@ -140,6 +166,6 @@ def ppo_settings(workload: Workload) -> dict[str, Any]:
         },
         "optimizer": {"name": workload.optimizer, "offload_in_rollout": workload.offload_in_rollout},
         **({"update_order": workload.update_order} if workload.advantage == "gae" else {"advantage": workload.advantage}),
-        "minibatch_size": min(workload.rollout_batch, -(-16 // workload.world) * workload.world),
+        "minibatch_size": min(batch, -(-16 // workload.world) * workload.world),
         "microbatch_size": workload.microbatch,
     }

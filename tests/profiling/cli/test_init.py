@@ -78,7 +78,7 @@ def test_what_is_written_fits_the_card(few_choices, tmp_path, capsys):
         rank=ppo.model.lora.r,
         prompt=12,
         response=8,
-        rollout_batch=ppo.rollout.batch_size,
+        rollout_batch=ppo.rollout.generation_batch_size,
         microbatch=ppo.microbatch_size,
         score_batch=ppo.rollout.score_batch_size,
         checkpointing=ppo.model.gradient_checkpointing,
@@ -117,6 +117,25 @@ def test_sft_takes_fewer_pairs_at_once_where_as_many_rows_as_in_ppo_do_not_fit(m
         assert (made.sft.microbatch, made.sft_fits) == (pairs, fits)
         assert any("Joint SFT does not fit" in line for line in made.lines()) is not fits
     assert make_recipe(Search(0, 400, 0, [], Plan({}, [], {}, 0, [], ppo))) is None
+
+
+def test_sft_saves_more_than_ppo_or_takes_a_plan_that_costs_more_where_one_pair_does_not_fit(monkeypatch):
+    """A layer's input kept on the host spares 30 of 100 bytes, pieces of an MLP 20 more; a base in nf4 spares half."""
+
+    def simulated(sizes, *_, **__):
+        size = 100 - 30 * sizes.checkpoint_offload - 20 * (sizes.tile_tokens is not None)
+        return SimpleNamespace(phases={"update": SimpleNamespace(bytes=size // (2 if sizes.quantization else 1))})
+
+    monkeypatch.setattr(recipe, "capture", simulated)
+    whole, nf4 = (Plan({}, [], {"update": 1}, 0, [], workload(model="gpt2", quantization=held)) for held in (None, "nf4"))
+    expected = [(70, None, (True, None)), (50, None, (True, 512)), (49, "nf4", (True, None)), (10, None, (True, 512))]
+    for usable, taken, saves in expected:
+        made = make_recipe(Search(0, usable, 0, [whole, nf4], whole))
+        assert made is not None
+        assert (made.plan.workload.quantization, made.sft.checkpoint_offload, made.sft.tile_tokens) == (taken, *saves)
+        model = made.sft_settings()["model"]
+        assert model == {"checkpoint_offload": True} | ({} if saves[1] is None else {"tile_tokens": 512})
+        assert made.sft_fits is (usable > 10)
 
 
 # The recipes of this repository
