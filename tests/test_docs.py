@@ -14,7 +14,7 @@ from tests.faults.project import make_project, ppo_settings, sft_settings, write
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-INSTALLED = {"quickstart", "profile", "plan", "serve"}
+INSTALLED = {"quickstart", "profile", "plan", "init", "serve"}
 """Commands that entry points add."""
 
 

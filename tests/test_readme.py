@@ -46,7 +46,7 @@ def test_the_python_runs(tmp_path, capsys):
 def test_the_commands_exist(capsys):
     lines = [line for page in (README, FIRST_RUN) for block in blocks("sh", page) for line in block.splitlines()]
     words = {line.split()[1] for line in lines if line.startswith("hydra-ppo ")}
-    assert words == {"sft", "ppo", "report", "inspect", "score", "generate", "export"}
+    assert words == {"init", "sft", "ppo", "report", "inspect", "score", "generate", "export"}
     for word in words:
         assert main([word, "--help"]) == 0
 
