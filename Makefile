@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 REAL := $(VENV)/.real
 VLLM := .vllm
 
-.PHONY: test rooms families test-faults test-long test-real test-browser test-vllm soak test-hosts test-verl test-ray quickstart real-text real-model recipes bench bench-linear bench-peers lint dist docs clean
+.PHONY: test rooms families test-faults test-long test-real test-browser test-vllm soak test-hosts test-verl test-ray quickstart real-text real-model recipes gpu bench bench-linear bench-peers lint dist docs clean
 
 # torch goes first and alone: the constrained version resolves to a CPU build where one is at hand.
 $(STAMP): setup.cfg constraints.txt
@@ -119,6 +119,11 @@ real-text: $(STAMP)
 # SmolLM2-135M-Instruct and VADER: PPO on a function, then on a learned head; about 20 minutes on two cores.
 real-model: $(REAL)
 	$(BIN)/python examples/real_model/run.py $(ARGS)
+
+# Everything that needs a GPU, within eight minutes: a JSON file and a table under docs/measurements. `ARGS="--device cpu"` tries it
+# on tiny models. TRL is measured beside it where it is installed.
+gpu:
+	$(or $(PY),$(BIN)/python) -m hydra_ppo.profiling.validate $(ARGS)
 
 # pytest-benchmark: log-probs, role switch, sampling, scoring, update. JSON and table under runs/bench.
 bench: $(STAMP)

@@ -18,7 +18,6 @@ LONG = {
     ],
     "profiling/cli/test_savings.py": ["test_what_rungs_take_off_is_what_shapes_say"],
     "profiling/validate/test_validate.py": [
-        "test_everything_on_a_cpu",
         "test_without_bitsandbytes_nf4_is_skipped_and_bf16_still_simulated",
     ],
     "profiling/learning/test_learning.py": [

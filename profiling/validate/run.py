@@ -1,7 +1,8 @@
 """Everything that needs a GPU, in one command: ``python -m hydra_ppo.profiling.validate --device cuda``.
 
-Role equivalence in bf16 and nf4, measured against simulated peaks, tokens per second by phase. One JSON file, which is written
-anew after every part, so that an interrupted run leaves what it found. On a CPU the same runs on tiny models.
+Role equivalence in bf16 and nf4, measured against simulated peaks, tokens per second by phase, sampling beside transformers'
+own, updates beside TRL's, and the tests that are marked gpu. One JSON file and its table, written anew after every part: an
+interrupted run leaves what it found. On a CPU the same runs on tiny models.
 
 Exit codes: 0 all that ran is as it should be, 1 a part failed or missed its tolerance, 2 bad input.
 """
@@ -51,21 +52,28 @@ def make_parts(device: Any) -> list[Part]:
     from transformers import LlamaConfig
 
     from hydra_ppo.profiling.subjects.shapes import model_config
+    from hydra_ppo.profiling.validate.generate import check_generate
+    from hydra_ppo.profiling.validate.marked import check_tests
     from hydra_ppo.profiling.validate.memory import check_memory
     from hydra_ppo.profiling.validate.roles import check_roles
     from hydra_ppo.profiling.validate.speed import check_speed
+    from hydra_ppo.profiling.validate.trl import check_budget, check_trl
     from hydra_ppo.profiling.workload import Workload
 
     real = device.type == "cuda"
     small, large = ("llama-3.2-1b", "llama-3.1-8b") if real else ("tiny-2", "tiny-3")
     sizes: dict[str, Any] = {} if real else {"prompt": 24, "response": 8, "rollout_batch": 4}
+    # Beside others: short enough for three updates of each, and rows as PPO takes them on such a card.
+    beside = {"prompt": 128, "response": 128, "rollout_batch": 32, "microbatch": 8, "score_batch": 8} if real else sizes
 
     def roles(quantization: Any, seconds: float) -> dict[str, Any]:
         require(quantization)
         config = LlamaConfig(**(SMALL if real else TINY | {"num_hidden_layers": 2}))
         return check_roles(config, quantization, device, tokens=128 if real else 16)
 
-    def sized(check: Callable[..., dict[str, Any]], model: str, quantization: Any, seconds: float) -> dict[str, Any]:
+    def sized(
+        check: Callable[..., dict[str, Any]], model: str, quantization: Any, seconds: float, sizes: dict[str, Any] = sizes
+    ) -> dict[str, Any]:
         config = model_config(model) if real else LlamaConfig(**TINY, num_hidden_layers=int(model[-1]))
         return check(Workload(model, quantization=quantization, **sizes), config, device, seconds)
 
@@ -78,6 +86,10 @@ def make_parts(device: Any) -> list[Part]:
         Part(f"memory {large} bf16", partial(sized, check_memory, large, None), 3.5, 40),
         Part(f"speed {small} bf16", partial(sized, check_speed, small, None), 1.5, 15),
         Part(f"speed {large} nf4", partial(sized, check_speed, large, "nf4"), 3.0, 30),
+        Part(f"generate {small} bf16", partial(sized, check_generate, small, None, sizes=beside), 1.0, 15),
+        Part(f"trl {small} bf16", partial(sized, check_trl, small, None, sizes=beside), 1.5, 20),
+        Part(f"trl {small} bf16 within a budget", partial(sized, check_budget, small, None, sizes=beside), 2.0, 40),
+        Part("tests marked gpu", check_tests, 2.5, 20),
     ]
 
 
@@ -109,6 +121,25 @@ def results_table(parts: dict[str, dict[str, Any]]) -> Table:
     for name, result in parts.items():
         table.add_row(name, verdict(result), f"{result['seconds']:.0f}", described(result))
     return table
+
+
+def as_markdown(record: dict[str, Any]) -> str:
+    """Return the table of a record as a page."""
+    versions_, device = record["versions"], record["device"]
+    held = f", {device['total_memory_bytes'] / 2**30:.0f} GiB" if "total_memory_bytes" in device else ""
+    lines = [
+        f"# {device['name']}{held}, {record['date'][:10]}",
+        "",
+        f"`make gpu`, {record['seconds']:.0f} s; torch {versions_.get('torch')}, transformers {versions_.get('transformers')}, "
+        f"bitsandbytes {versions_.get('bitsandbytes')}; attention {device['attention']}.",
+        "",
+        "| part | result | seconds | found |",
+        "|---|---|---|---|",
+    ]
+    for name, result in record["parts"].items():
+        found = described(result).replace("|", "/")
+        lines.append(f"| {name} | {verdict(result)} | {result['seconds']:.0f} | {found} |")
+    return "\n".join(lines) + "\n"
 
 
 def validate(device: str, output: Path | None, seconds: float) -> int:
@@ -149,6 +180,7 @@ def validate(device: str, output: Path | None, seconds: float) -> int:
         whole = record | {"seconds": budget.used, "passed": _passed(parts), "parts": parts}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(as_markdown(whole), encoding="utf-8")
 
     parts = run_parts(make_parts(place), budget, keep, clean=lambda: free(place))
     console = Console()

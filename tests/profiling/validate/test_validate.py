@@ -79,7 +79,9 @@ def test_everything_on_a_cpu(tmp_path, capsys):
     assert {"python", "transformers", "peft", "bitsandbytes", "flash-attn"} < set(found["versions"])
     assert found["budget_seconds"] == validate.BUDGET > found["seconds"] > sum(p["seconds"] for p in found["parts"].values())
     parts = found["parts"]
-    assert [name.split()[0] for name in parts] == ["roles"] * 2 + ["memory"] * 4 + ["speed"] * 2
+    assert [name.split()[0] for name in parts] == [
+        *(*["roles"] * 2, *["memory"] * 4, *["speed"] * 2, "generate", "trl", "trl", "tests"),
+    ]
 
     for name in ("roles bf16", "roles nf4"):
         for run in ("checkpointing_on", "checkpointing_off"):
@@ -101,7 +103,21 @@ def test_everything_on_a_cpu(tmp_path, capsys):
         assert rollout["tokens_per_second"] * rollout["seconds"] == pytest.approx(4 * (24 + 8))
         assert speed["step"]["seconds"] == pytest.approx(sum(phase["seconds"] for phase in speed["phases"].values()))
     shown = capsys.readouterr()
-    assert "8/8 speed tiny-3 nf4" in shown.err
+    assert "8/12 speed tiny-3 nf4" in shown.err
+    beside = parts["generate tiny-2 bf16"]
+    assert beside["ratio"] == pytest.approx(
+        beside["response_tokens_per_second"]["hydra"] / beside["response_tokens_per_second"]["generate"]
+    )
+    peer = parts["trl tiny-2 bf16"]
+    assert peer["hydra"]["peak_bytes"] is None
+    for name in ("hydra", "trl"):
+        assert len(peer[name]["seconds_of_each"]) == 3
+        assert peer[name]["responses_per_second"] * peer[name]["seconds"] == pytest.approx(4)
+    assert parts["trl tiny-2 bf16 within a budget"]["skipped"] == "an equal budget of memory needs a GPU."
+    assert "skipped" in parts["tests marked gpu"]["counts"]
+    table = path.with_suffix(".md").read_text().splitlines()
+    assert len([line for line in table if line.startswith("|")]) == 2 + len(parts)
+    assert f"| trl tiny-2 bf16 | passed | {peer['seconds']:.0f} | {peer['summary']} |" in table
     assert "memory tiny-3 bf16" in shown.out
 
 
@@ -140,8 +156,9 @@ def test_the_file_is_named_after_device_and_date(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(validate, "make_parts", lambda device: [part()])
     assert validate.main(["--device", "cpu"]) == 0
-    (path,) = (tmp_path / "docs" / "measurements").iterdir()
+    path, table = sorted((tmp_path / "docs" / "measurements").iterdir())
     assert path.name == f"cpu-{json.loads(path.read_text())['date'][:10]}.json"
+    assert table == path.with_suffix(".md")
 
 
 @pytest.mark.parametrize(
