@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from hydra_ppo.compat import register_attention
+from hydra_ppo.compute.flash import FLASH
 
 BY_LENGTH = "hydra_ppo_by_length"
 """Name of the attention of this module among transformers' attention functions."""
-
-FLASH = "flash_attention_2"
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt"})
 """Model types whose packed passes are tested against padded ones; another one may do more with a mask or a position."""
@@ -92,7 +91,7 @@ def packing_attention(config: PretrainedConfig, device: torch.device) -> str | N
         return None
     if device.type == "cpu":
         return BY_LENGTH
-    return FLASH if config._attn_implementation == FLASH else None
+    return config._attn_implementation if config._attn_implementation in FLASH else None
 
 
 @contextmanager

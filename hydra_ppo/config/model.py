@@ -54,7 +54,8 @@ class ModelSettings:
     )
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = setting(
         "auto",
-        "Attention kernel; auto takes flash-attention where it is installed and usable, else SDPA, else the model's own.",
+        "Attention kernel; auto takes flash-attention where it is usable, of its package or of kernels, else SDPA, else the "
+        "model's own.",
     )
     check: Literal["fast", "full", "off"] = setting(
         "fast",

@@ -22,6 +22,7 @@ from hydra_ppo.compat import (
     mend_int8_layers,
     stored_dtype,
 )
+from hydra_ppo.compute.flash import fetch_from_kernels
 from hydra_ppo.errors import ConfigError, UnsupportedModelError
 from hydra_ppo.model.architecture import inspect_architecture
 from hydra_ppo.model.arriving import Arrivals, See, Take
@@ -68,7 +69,8 @@ def resolve_attention(attention: str, device: torch.device, dtype: torch.dtype) 
     if attention not in ("auto", "flash_attention_2"):
         raise ConfigError(f"model.attention={attention!r} is unknown; choose auto, flash_attention_2, sdpa or eager.")
     obstacle = None
-    if importlib.util.find_spec("flash_attn") is None:
+    missing = importlib.util.find_spec("flash_attn") is None
+    if missing and device.type != "cuda":
         obstacle = "the package flash-attn is not installed"
     elif device.type != "cuda":
         obstacle = f"the device is {device.type}"
@@ -76,6 +78,8 @@ def resolve_attention(attention: str, device: torch.device, dtype: torch.dtype) 
         obstacle = f"the compute type is {dtype}, not bf16 or fp16"
     elif FLASH_IS_BUILT_IN:
         obstacle = "transformers below 4.48 cannot leave it for sampling"
+    elif missing and (reason := fetch_from_kernels()) is not None:
+        obstacle = f"the package flash-attn is not installed, {reason}"
     if obstacle is None:
         chosen = "flash_attention_2"
     elif attention == "flash_attention_2":
@@ -85,7 +89,8 @@ def resolve_attention(attention: str, device: torch.device, dtype: torch.dtype) 
     else:
         chosen = "sdpa"
     if device.type == "cuda":  # elsewhere there is nothing to choose, nor to do about it
-        logger.info("attention=auto takes %s%s", chosen, f" ({obstacle})" if obstacle else "")
+        through = " (through kernels)" if missing and obstacle is None else ""
+        logger.info("attention=auto takes %s%s", chosen, f" ({obstacle})" if obstacle else through)
     return chosen
 
 

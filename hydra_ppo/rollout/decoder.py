@@ -19,6 +19,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 
 from hydra_ppo.compat import MASKS_BY_LAYER_TYPE, attention_is_built_in, check_positions, decoding_mask
 from hydra_ppo.compute.drawing import draw
+from hydra_ppo.compute.flash import is_flash
 from hydra_ppo.compute.kv_cache import ConcatenatingCache, KVCache
 from hydra_ppo.compute.kv_int8 import cache_for
 from hydra_ppo.compute.packing import attention_of
@@ -273,6 +274,5 @@ def decoding_attention(model: HydraModel) -> Iterator[None]:
             "does, and cannot sample; load it with attn_implementation='sdpa' or use a newer transformers."
         )
     # Only flash-attention is left: what the model was built with may have sinks or caps that SDPA does not.
-    flash = str(config._attn_implementation).startswith("flash_attention")
-    with attention_of(config, "sdpa") if flash else nullcontext():
+    with attention_of(config, "sdpa") if is_flash(config._attn_implementation) else nullcontext():
         yield

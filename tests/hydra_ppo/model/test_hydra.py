@@ -12,12 +12,15 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, T5Config, XLNetConfig
 
+from hydra_ppo.compute.flash import FLASH
+from hydra_ppo.compute.packing import packing_attention
 from hydra_ppo.compute.recompute import enable_recompute
 from hydra_ppo.config.settings import LoraSettings
 from hydra_ppo.errors import ConfigError, RoleError, UnsupportedModelError
 from hydra_ppo.experience import Experience
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.loading import resolve_attention
+from hydra_ppo.rollout.decoder import decoding_attention
 from tests.allocations import LargestAllocation
 from tests.families import FAMILIES, experience, randomise, sequences
 from tests.training import hydra, llama, write_model
@@ -509,4 +512,48 @@ def test_auto_attention_is_logged_where_there_is_a_choice(caplog, monkeypatch):
         HydraModel.from_config(llama())
         assert "attention" not in caplog.text  # on a CPU nobody can do anything about it
         resolve_attention("auto", torch.device("cuda"), torch.bfloat16)
-    assert "attention=auto takes sdpa (the package flash-attn is not installed)" in caplog.text
+    assert "attention=auto takes sdpa (the package flash-attn is not installed, nor is kernels)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("failure", "chosen"),
+    [
+        (None, "flash_attention_2 (through kernels)"),
+        (
+            FileNotFoundError("no build\nof many"),
+            "sdpa (the package flash-attn is not installed, kernels has none for this machine (FileNotFoundError: no build))",
+        ),
+    ],
+)
+def test_flash_attention_comes_from_kernels_where_the_package_is_not_there(failure, chosen, caplog, monkeypatch):
+    """As transformers puts it in: asked for by the package's name, found under the kernel's."""
+    asked = []
+
+    def fetch(name):
+        asked.append(name)
+        if failure is not None:
+            raise failure
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "flash_attn" else find(name, *more))
+    monkeypatch.setattr("transformers.utils.import_utils.is_kernels_available", lambda: True)
+    monkeypatch.setattr("transformers.modeling_flash_attention_utils.lazy_import_flash_attention", fetch)
+    with caplog.at_level("INFO", logger="hydra_ppo"):
+        found = resolve_attention("auto", torch.device("cuda"), torch.bfloat16)
+    assert f"attention=auto takes {chosen}" in caplog.text
+    assert found == chosen.split()[0]
+    assert asked == ["kernels-community/flash-attn2"]
+    asked.clear()
+    assert resolve_attention("auto", torch.device("cuda"), torch.float32) == "sdpa"
+    assert resolve_attention("auto", torch.device("cpu"), torch.bfloat16) == "sdpa"
+    assert not asked  # nothing is fetched that could not be used
+
+
+def test_a_model_with_the_kernel_packs_its_rows_and_samples_without_it():
+    model = HydraModel.from_config(llama())
+    config = model.architecture.config
+    config._attn_implementation = FLASH[1]
+    assert packing_attention(config, torch.device("cuda")) == FLASH[1]
+    with decoding_attention(model):
+        assert config._attn_implementation == "sdpa"
+    assert config._attn_implementation == FLASH[1]
