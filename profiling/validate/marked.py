@@ -22,6 +22,10 @@ def check_tests(seconds: float) -> dict[str, Any]:
     Raises:
         NotRun: where this is no checkout, or pytest is not there.
     """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise NotRun("they need a CUDA device, and torch sees none here.")
     if not TESTS.is_dir():
         raise NotRun(f"{TESTS} is not here; run this from the root of a checkout.")
     command = [sys.executable, "-m", "pytest", str(TESTS), "-m", "gpu", "-n", "0", "-p", "no:cacheprovider", "-rfE"]

@@ -96,7 +96,7 @@ def test_a_torn_last_line(name, project, run):
 def test_a_finished_run_is_left_alone_and_says_how_to_go_on(project, capsys):
     before = (project / "short" / "state.json").read_text()
     assert main(["ppo", str(project / "short" / "config.yaml"), "--resume"]) == 0
-    assert "is finished, with 3 steps; raise steps to go on" in capsys.readouterr().out
+    assert "is finished, with 3 steps; raise steps or epochs to go on" in capsys.readouterr().out
     assert (project / "short" / "state.json").read_text() == before
 
 

@@ -114,7 +114,7 @@ def test_what_a_page_shows(run):
     for what in (
         *("ppo, finished , step 12 of 12", "0.5 → 1.5", "+1 ± 0.12", "over_optimisation at step 8", "raise kl.coef"),
         *("Score", "Independent evaluator", "KL from the reference", "Length", "Entropy", "Explained variance", "Clip share"),
-        *("18 GiB", 'An "A10": 24 GiB', "plain tea", "steps 12 100", "transformers", "Nothing was saved"),
+        *("18 GiB", 'An "A10": 24 GiB', "plain tea", "steps 12 null", "transformers", "Nothing was saved"),
     ):
         assert what in words, what
     assert "learning_rate" not in words  # a default
@@ -196,7 +196,7 @@ def test_a_prompt_that_is_sampled_twice_in_a_step_is_two(tmp_path):
 
 def test_settings_beside_their_defaults(tmp_path, run):
     found = {name: (value, default) for name, value, default in changed_settings(read_runs([run])[0])}
-    assert found["steps"] == ("12", "100")
+    assert found["steps"] == ("12", "null")
     assert found["data.train"] == ("prompts.jsonl", "required")
     assert found["run.progress"] == ("false", "true")
     assert set(found) == {"model.name_or_path", "data.train", "run.progress", "steps"}

@@ -80,14 +80,14 @@ def test_everything_on_a_cpu(tmp_path, capsys):
     assert found["budget_seconds"] == validate.BUDGET > found["seconds"] > sum(p["seconds"] for p in found["parts"].values())
     parts = found["parts"]
     assert [name.split()[0] for name in parts] == [
-        *(*["roles"] * 2, *["memory"] * 4, *["speed"] * 2, "generate", "trl", "trl", "tests"),
+        *(*["roles"] * 2, *["memory"] * 2, *["speed"] * 2, "generate", "trl", "trl", "tests"),
     ]
 
     for name in ("roles bf16", "roles nf4"):
         for run in ("checkpointing_on", "checkpointing_off"):
             assert all(parts[name][run][key] <= limit for key, limit in BF16_TOLERANCES.items())
     assert parts["roles bf16"]["rounding"]["separate"]["logprobs"] > 0
-    for name in ("memory tiny-2 bf16", "memory tiny-2 nf4", "memory tiny-3 nf4", "memory tiny-3 bf16"):
+    for name in ("memory tiny-2 bf16", "memory tiny-2 nf4"):
         memory = parts[name]
         assert set(memory["phases"]) == set(PHASES)
         assert memory["peak"]["tracked_bytes"] == max(memory["phases"][phase]["tracked_bytes"] for phase in PHASES[1:])
@@ -103,7 +103,7 @@ def test_everything_on_a_cpu(tmp_path, capsys):
         assert rollout["tokens_per_second"] * rollout["seconds"] == pytest.approx(4 * (24 + 8))
         assert speed["step"]["seconds"] == pytest.approx(sum(phase["seconds"] for phase in speed["phases"].values()))
     shown = capsys.readouterr()
-    assert "8/12 speed tiny-3 nf4" in shown.err
+    assert "6/10 speed tiny-3 nf4" in shown.err
     beside = parts["generate tiny-2 bf16"]
     assert beside["ratio"] == pytest.approx(
         beside["response_tokens_per_second"]["hydra"] / beside["response_tokens_per_second"]["generate"]
@@ -114,11 +114,11 @@ def test_everything_on_a_cpu(tmp_path, capsys):
         assert len(peer[name]["seconds_of_each"]) == 3
         assert peer[name]["responses_per_second"] * peer[name]["seconds"] == pytest.approx(4)
     assert parts["trl tiny-2 bf16 within a budget"]["skipped"] == "an equal budget of memory needs a GPU."
-    assert "skipped" in parts["tests marked gpu"]["counts"]
+    assert parts["tests marked gpu"]["skipped"] == "they need a CUDA device, and torch sees none here."
     table = path.with_suffix(".md").read_text().splitlines()
     assert len([line for line in table if line.startswith("|")]) == 2 + len(parts)
     assert f"| trl tiny-2 bf16 | passed | {peer['seconds']:.0f} | {peer['summary']} |" in table
-    assert "memory tiny-3 bf16" in shown.out
+    assert "memory tiny-2 bf16" in shown.out
 
 
 def test_without_bitsandbytes_nf4_is_skipped_and_bf16_still_simulated(tmp_path):
