@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from hydra_ppo.cli.parser import Parser, check_folder
 from hydra_ppo.data.sources import local_path
@@ -71,14 +72,11 @@ def profile(arguments: list[str]) -> None:
     )
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="How AdamW keeps its moments.")
     parser.add_argument("--update-order", choices=UPDATE_ORDERS, default="together", help="How actor and critic are stepped.")
-    parser.add_argument("--ema", action="store_true", help="Keep a running mean of the actor's adapter.")
-    parser.add_argument("--ptx", action="store_true", help="Practise answers beside PPO; rehearsal holds the same.")
     parser.add_argument("--offload-in-rollout", action="store_true", help="Moments are in host memory while sampling, scoring.")
     parser.add_argument(
         "--world", type=int, default=1, metavar="N", help="Simulate rank 0 of N processes; batches are those of all."
     )
     parser.add_argument("--shard-base", action="store_true", help="Each of them holds a part of every decoder layer.")
-    parser.add_argument("--reward-heads", type=int, default=1, metavar="K", help="Members of the reward head.")
     parser.add_argument("--reward-loss", choices=REWARD_LOSSES, default="bradley-terry", help="Of --stage reward or sft.")
     parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="A,B", help="Seeds of --learning.")
     options = parser.parse_args(arguments)
@@ -102,10 +100,8 @@ def profile(arguments: list[str]) -> None:
         workload = Workload(
             model=_required(options.model),
             quantization=None if options.quantization == "none" else options.quantization,
-            dtype=options.dtype,
+            **sizes_of(options),
             rank=options.rank,
-            prompt=options.prompt,
-            response=options.response,
             rollout_batch=options.rollout_batch,
             minibatch=options.minibatch,
             microbatch=options.microbatch,
@@ -119,12 +115,8 @@ def profile(arguments: list[str]) -> None:
             checkpoint_offload=options.checkpoint_offload,
             tile_tokens=options.tile_tokens,
             kv_cache=options.kv_cache,
-            advantage=options.advantage,
-            ema=options.ema,
-            ptx=options.ptx,
             world=options.world,
             shard_base=options.shard_base,
-            reward_heads=options.reward_heads,
             reward_loss=options.reward_loss,
         )
         if workload.world > 1 and not options.simulate:
@@ -175,8 +167,7 @@ def plan(arguments: list[str]) -> int:
         raise ConfigError(f"count={options.count} must be at least 1; choose a positive number.")
     from hydra_ppo.profiling.cli import commands
 
-    sizes = {"dtype": options.dtype, "prompt": options.prompt, "response": options.response}
-    sizes["advantage"] = options.advantage
+    sizes = sizes_of(options)
     workload = Workload(model=_required(options.model), rollout_batch=8 * options.gpus, world=options.gpus, **sizes)
     return commands.plan(workload, memory, margin, options.count, options.output, options.json)
 
@@ -204,8 +195,7 @@ def init(arguments: list[str]) -> int:
 
     model_config(model)  # what is no model is said before anything is simulated
     model = str(Path(model).resolve()) if Path(model).is_dir() else model
-    sizes = {"dtype": options.dtype, "prompt": options.prompt, "response": options.response, "advantage": options.advantage}
-    return commands.init(Workload(model=model, **sizes), memory, folder)
+    return commands.init(Workload(model=model, **sizes_of(options)), memory, folder)
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +204,15 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=512, help="Tokens of a prompt.")
     parser.add_argument("--response", type=int, default=512, help="Tokens of a response.")
     parser.add_argument("--advantage", choices=ADVANTAGES, default="gae", help="All but gae have no critic.")
+    parser.add_argument("--ema", action="store_true", help="Keep a running mean of the actor's adapter.")
+    parser.add_argument("--ptx", action="store_true", help="Practise answers beside PPO; rehearsal holds the same.")
+    parser.add_argument("--reward-heads", type=int, default=1, metavar="K", help="Members of the reward head.")
+
+
+def sizes_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what `add_sizes` added, as fields of a workload."""
+    names = ("dtype", "prompt", "response", "advantage", "ema", "ptx", "reward_heads")
+    return {name: getattr(options, name) for name in names}
 
 
 UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "B": 1, "": 1}

@@ -19,6 +19,8 @@ PAIRS = 32
 
 SFT_SAVES = ("checkpoint_offload", "tile_tokens")
 """Settings that joint SFT may need where PPO does not: its pair is two rows at once."""
+EMA_DECAY = 0.992
+"""A running mean over the last 125 optimizer steps or so."""
 ROLLOUT = 64
 """Responses per PPO step, however few are decoded together: the default."""
 
@@ -62,7 +64,8 @@ class Recipe:
         given = {"batch_size": PAIRS, "microbatch_size": self.sft.microbatch, "optimizer": {"name": self.sft.optimizer}}
         ppo = self.plan.workload
         own = {name: value for name, value in asdict(self.sft).items() if name in SFT_SAVES and value != getattr(ppo, name)}
-        return given | ({"model": own} if own else {})
+        heads = {"reward_heads": self.sft.reward_heads} if self.sft.reward_heads > 1 else {}
+        return given | heads | ({"model": own} if own else {})
 
     def lines(self) -> list[str]:
         """Say what was predicted, in sentences."""
@@ -130,6 +133,7 @@ def sft_workload(ppo: Workload) -> Workload:
         optimizer=ppo.optimizer,
         checkpoint_offload=ppo.checkpoint_offload,
         tile_tokens=ppo.tile_tokens,
+        reward_heads=ppo.reward_heads,
     )
 
 
@@ -168,4 +172,6 @@ def ppo_settings(workload: Workload) -> dict[str, Any]:
         **({"update_order": workload.update_order} if workload.advantage == "gae" else {"advantage": workload.advantage}),
         "minibatch_size": min(batch, -(-16 // workload.world) * workload.world),
         "microbatch_size": workload.microbatch,
+        **({"ema_decay": EMA_DECAY} if workload.ema else {}),
+        **({"ptx": {"data": "pairs.jsonl"}} if workload.ptx else {}),
     }

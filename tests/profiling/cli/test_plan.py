@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 
@@ -14,8 +15,9 @@ from hydra_ppo.config.settings import PPOConfig
 from hydra_ppo.errors import ConfigError
 from hydra_ppo.profiling.cli import plan
 from hydra_ppo.profiling.cli.ladder import AWAY, CHECKPOINTS, EVERY, IN_TURN, OFFLOADED, pruned, with_savings
-from hydra_ppo.profiling.cli.main import parse_size
-from hydra_ppo.profiling.cli.plan import _up_to_the_last, points, search
+from hydra_ppo.profiling.cli.main import add_sizes, parse_size, sizes_of
+from hydra_ppo.profiling.cli.plan import Plan, _up_to_the_last, points, search
+from hydra_ppo.profiling.cli.recipe import Recipe, ppo_settings, sft_workload
 from hydra_ppo.profiling.measuring.capture import capture
 from hydra_ppo.profiling.reporting.report import format_count
 from hydra_ppo.profiling.workload import Workload
@@ -38,9 +40,10 @@ def model_file(tmp_path_factory):
     return str(folder / "config.json")
 
 
-def test_plans_fit_and_what_would_be_better_does_not(model_file):
+@pytest.mark.parametrize("beside", [{}, {"ptx": True}, {"ema": True, "reward_heads": 3}], ids=str)
+def test_plans_fit_and_what_would_be_better_does_not(beside, model_file):
     budget = 7 * 2**20
-    found = search(workload(model=model_file, dtype="bf16"), budget, margin=0)
+    found = search(workload(model=model_file, dtype="bf16", **beside), budget, margin=0)
     assert found.plans
     assert [points(p.workload) for p in found.plans] == sorted(points(p.workload) for p in found.plans)
     for fitting in found.plans:
@@ -50,6 +53,19 @@ def test_plans_fit_and_what_would_be_better_does_not(model_file):
         for phase in set(simulated.phases):
             assert fitting.phases[phase] == pytest.approx(simulated.phases[phase].bytes, rel=0.005), phase
     assert any("does not fit" in line for line in found.plans[0].why)
+
+
+def test_what_runs_beside_ppo_is_planned_and_written():
+    """Options of `plan` and `init` reach the workload, and the workload the settings."""
+    parser = argparse.ArgumentParser()
+    add_sizes(parser)
+    sizes = sizes_of(parser.parse_args(["--ema", "--ptx", "--reward-heads", "3"]))
+    planned = workload(**sizes)
+    assert (planned.ema, planned.ptx, planned.reward_heads) == (True, True, 3)
+    settings = ppo_settings(planned)
+    assert (settings["ema_decay"], settings["ptx"]) == (0.992, {"data": "pairs.jsonl"})
+    assert Recipe(Plan({}, [], {}, 0, [], planned), sft_workload(planned), 0, 1).sft_settings()["reward_heads"] == 3
+    assert not {"ema_decay", "ptx"} & ppo_settings(workload()).keys()
 
 
 def test_a_larger_gpu_costs_no_more_and_does_no_less(model_file):
