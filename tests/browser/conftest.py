@@ -29,9 +29,12 @@ def chromium() -> str | None:
     return os.environ.get("HYDRA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Start the browser; skip where there is none, and fail where it was asked for."""
+    """Start the browser; skip where there is none, and fail where it was asked for.
+
+    Of a module: while it runs, so does an event loop of Playwright's in this thread, and tests of loops fail beside it.
+    """
     if (what := missing()) is not None:
         pytest.fail(what) if WANTED else pytest.skip(what)
     from playwright.sync_api import sync_playwright
