@@ -94,7 +94,7 @@ docs: .docs/.installed
 dist: $(STAMP)
 	$(BIN)/python -m tests.dist
 
-# What fits which card, planned anew for every model and card of recipes/: about a quarter of an hour.
+# What fits which card, planned anew for every model and card of recipes/: about an hour.
 recipes: $(STAMP)
 	$(BIN)/python -m hydra_ppo.profiling.cli.recipes
 

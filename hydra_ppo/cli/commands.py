@@ -220,7 +220,7 @@ def _load(config: SFTConfig | PPOConfig, load: Callable[..., Loaded[Any]], stage
     if checkpoint is not None:
         now = describe_run(config, tokenizer, rows, eval_rows)
         notes += check_unchanged(checkpoint, config, now)
-        steps = config.total_steps(len(rows)) if isinstance(config, PPOConfig) else now["optimizer_steps"]
+        steps = now["steps"]
         if checkpoint.position == (steps, 0) and (read_state(folder) or {}).get("state") == "finished":
             longer = "steps or epochs" if isinstance(config, PPOConfig) else "epochs or max_steps"
             if place().is_main:

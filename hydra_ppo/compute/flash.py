@@ -26,5 +26,6 @@ def fetch_from_kernels() -> str | None:
     try:
         lazy_import_flash_attention(FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"])
     except Exception as error:  # no network, no build for this GPU, another interface
-        return f"kernels has none for this machine ({type(error).__name__}: {str(error).strip().splitlines()[0][:120] or '-'})"
+        said = str(error).strip().partition("\n")[0][:120]
+        return f"kernels has none for this machine ({type(error).__name__}: {said})"
     return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra_ppo.profiling.cli.ladder import TILE_TOKENS
 from hydra_ppo.profiling.cli.plan import Plan, Search
-from hydra_ppo.profiling.measuring.capture import WARM_UP, capture
+from hydra_ppo.profiling.measuring.capture import capture
 from hydra_ppo.profiling.reporting.report import format_bytes
 from hydra_ppo.profiling.subjects.shapes import HUB_NAMES
 from hydra_ppo.profiling.workload import Workload
@@ -19,6 +19,8 @@ PAIRS = 32
 
 SFT_SAVES = ("checkpoint_offload", "tile_tokens")
 """Settings that joint SFT may need where PPO does not: its pair is two rows at once."""
+PPO_ALONE = ("minibatch", "score_batch", "update_order", "offload_in_rollout", "kv_cache", "advantage", "ema", "ptx")
+"""Fields of a workload that joint SFT has nothing of."""
 EMA_DECAY = 0.992
 """A running mean over the last 125 optimizer steps or so."""
 ROLLOUT = 64
@@ -92,7 +94,7 @@ def make_recipe(found: Search) -> Recipe | None:
     for plan in found.plans:
         for workload in _sft_tries(plan.workload):
             profile = capture(workload, "lora", simulate=True, stage="sft", timeline=False)
-            peak = max(phase.bytes for name, phase in profile.phases.items() if name != WARM_UP)
+            peak = max(phase.bytes for phase in profile.phases.values())
             recipe = Recipe(plan, workload, peak, found.usable_bytes)
             if recipe.sft_fits:
                 return recipe
@@ -118,23 +120,8 @@ def _sft_tries(ppo: Workload) -> Iterator[Workload]:
 def sft_workload(ppo: Workload) -> Workload:
     """Return one step of joint SFT on the base as PPO holds it, of pairs of as many rows as PPO's micro-batch."""
     micro = max(1, ppo.microbatch // 2)
-    return Workload(
-        model=ppo.model,
-        quantization=ppo.quantization,
-        dtype=ppo.dtype,
-        rank=ppo.rank,
-        prompt=ppo.prompt,
-        response=ppo.response,
-        rollout_batch=micro,
-        microbatch=micro,
-        trunk_layers=ppo.trunk_layers,
-        checkpointing=ppo.checkpointing,
-        quantize_embeddings=ppo.quantize_embeddings,
-        optimizer=ppo.optimizer,
-        checkpoint_offload=ppo.checkpoint_offload,
-        tile_tokens=ppo.tile_tokens,
-        reward_heads=ppo.reward_heads,
-    )
+    of_ppo_alone = {name: getattr(Workload, name) for name in PPO_ALONE}
+    return replace(ppo, rollout_batch=micro, microbatch=micro, **of_ppo_alone)
 
 
 def model_settings(workload: Workload) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hydra_ppo.model.loading import DTYPES
 from hydra_ppo.profiling.subjects.subjects import Builder
 from hydra_ppo.profiling.validate.parts import NotRun, require
 from hydra_ppo.profiling.validate.speed import free, weights_made_on
@@ -141,11 +142,11 @@ def trl_updates(workload: Workload, config: Any, device: torch.device) -> list[f
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[workload.dtype]
+    dtype = DTYPES[workload.dtype]
     shape = type(config).from_dict(config.to_dict())
-    # No token that can be sampled ends or pads a response: all have their whole length.
-    shape.eos_token_id = shape.bos_token_id = None
-    shape.pad_token_id = end = shape.vocab_size - 1
+    # Responses end and are padded with one past the vocabulary, which cannot be sampled: all have their whole length.
+    shape.eos_token_id = shape.bos_token_id = shape.pad_token_id = None
+    end = shape.vocab_size
 
     def lora(task: TaskType) -> LoraConfig:
         return LoraConfig(r=workload.rank, lora_alpha=2 * workload.rank, target_modules="all-linear", task_type=task)
@@ -155,6 +156,8 @@ def trl_updates(workload: Workload, config: Any, device: torch.device) -> list[f
         policy = get_peft_model(AutoModelForCausalLM.from_config(shape, dtype=dtype), lora(TaskType.CAUSAL_LM))
         reward = AutoModelForSequenceClassification.from_config(shape, dtype=dtype)
         value = get_peft_model(AutoModelForSequenceClassification.from_config(shape, dtype=dtype), lora(TaskType.SEQ_CLS))
+    for model in (reward, value):  # which look for padding in a batch
+        model.config.pad_token_id = end
     rows = workload.rollout_batch
     # The last batch of its dataloader gets an optimizer step per micro-batch: one batch more than is counted.
     data = [{"input_ids": [3 + (row + i) % 50 for i in range(workload.prompt)]} for row in range(rows * (COUNTED + 2))]
