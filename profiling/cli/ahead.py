@@ -51,8 +51,9 @@ class Ahead(Generic[Key]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._pool is not None:
+            workers = list((getattr(self._pool, "_processes", None) or {}).values())  # which `shutdown` forgets
             self._pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((getattr(self._pool, "_processes", None) or {}).values()):
+            for process in workers:
                 process.terminate()  # what it is at nobody will ask for
 
 

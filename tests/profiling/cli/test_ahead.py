@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from functools import partial
 
 import pytest
@@ -28,6 +29,17 @@ def test_other_processes_give_the_same_and_end():
             ahead.result("text")
         workers = list(ahead._pool._processes.values())
         assert len(workers) == 2
+    for process in workers:
+        process.join(timeout=60)
+        assert not process.is_alive()
+
+
+def test_what_is_still_being_simulated_is_not_waited_for():
+    with Ahead(time.sleep, 2) as ahead:
+        ahead.begin([600, 601])
+        workers = list(ahead._pool._processes.values())
+        while not all(future.running() for future in ahead._begun.values()):
+            time.sleep(0.05)
     for process in workers:
         process.join(timeout=60)
         assert not process.is_alive()
