@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from hydra_ppo.compat import register_attention
+from hydra_ppo.compute import short_attention
 from hydra_ppo.compute.flash import FLASH
 
 BY_LENGTH = "hydra_ppo_by_length"
@@ -94,6 +95,11 @@ def packing_attention(config: PretrainedConfig, device: torch.device) -> str | N
     return config._attn_implementation if config._attn_implementation in FLASH else None
 
 
+def worth_packing(lengths: Sequence[int], width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether packed rows cost less than rows padded to `width`: there is padding, or attention is faster by length."""
+    return sum(lengths) < len(lengths) * width or short_attention.wins(dtype, device, width)
+
+
 @contextmanager
 def attention_of(config: PretrainedConfig, name: str) -> Iterator[None]:
     """Let the layers attend with the attention function `name` inside the block."""
@@ -137,9 +143,12 @@ def attend_by_length(
         here = slice(start, start + rows * length)
         q, k, v = (part[0, :, here].unflatten(1, (rows, length)).transpose(0, 1) for part in (query, key, value))
         mask = _window(length, sliding_window, q.device) if sliding_window is not None and length > sliding_window else None
-        out = nn.functional.scaled_dot_product_attention(  # (rows, heads, length, D)
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
-        )
+        if mask is None and short_attention.wins(q.dtype, q.device, length):
+            out = short_attention.attend(q, k, v, scaling)  # (rows, heads, length, D)
+        else:
+            out = nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
+            )
         found.append(out.transpose(1, 2).flatten(0, 1))  # (rows * length, heads, D)
         start += rows * length
     return torch.cat(found)[None], None

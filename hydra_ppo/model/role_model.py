@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hydra_ppo.compute.logprobs import TokenLogprobs, token_logprobs
-from hydra_ppo.compute.packing import Packing, States, attention_of, packing_attention
+from hydra_ppo.compute.packing import Packing, States, attention_of, packing_attention, worth_packing
 from hydra_ppo.compute.recompute import enable_recompute
 from hydra_ppo.compute.trunk import Trunk
 from hydra_ppo.errors import RoleError, UnsupportedModelError
@@ -332,7 +332,8 @@ class RoleModel(HeadReading):
     def _states(self, sequences: Sequences) -> States:
         shape, lengths = sequences.input_ids.shape, sequences.lengths
         packing = None
-        if self.packs and lengths is not None and sum(lengths) < shape.numel():
+        dtype = self.architecture.input_embeddings.weight.dtype
+        if self.packs and lengths is not None and worth_packing(lengths, shape[1], dtype, self.device):
             packing = Packing(lengths, shape[1], sequences.input_ids.device)
         return States(self.hidden_states(sequences.input_ids, sequences.trunk, packing), packing)
 
