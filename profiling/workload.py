@@ -11,6 +11,7 @@ QUANTIZATIONS = ("none", "int8", "nf4", "fp4")
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit", "adamw-offloaded")
 UPDATE_ORDERS = ("together", "in-turn")
 KV_CACHES = ("auto", "int8")
+ROLLOUT_WEIGHTS = ("shared", "merged-bf16")
 ADVANTAGES = ("gae", "group", "rloo", "reinforce")
 REWARD_LOSSES = ("bradley-terry", "divergent", "margin", "advantage")
 
@@ -38,6 +39,7 @@ class Workload:
         checkpoint_offload: keep the layers' inputs, which checkpointing keeps, in host memory.
         tile_tokens: run MLPs, norms and the pass over prompts over pieces of this many tokens; None is all at once.
         kv_cache: keys and values while sampling: auto in the compute type, or int8.
+        rollout_weights: what decoding multiplies with: the base and adapter, or copies of both in one.
         advantage: gae, or one of those that need no critic.
         ema: keep a running mean of the actor's adapter.
         ptx: practise as many answers, of these lengths, at each optimizer step; rehearsal holds the same.
@@ -66,6 +68,7 @@ class Workload:
     checkpoint_offload: bool = False
     tile_tokens: int | None = None
     kv_cache: Literal["auto", "int8"] = "auto"
+    rollout_weights: Literal["shared", "merged-bf16"] = "shared"
     advantage: Literal["gae", "group", "rloo", "reinforce"] = "gae"
     ema: bool = False
     ptx: bool = False

@@ -32,6 +32,10 @@ class Dense:
         """Whether the weight itself is trained."""
         return self.layer.weight.requires_grad
 
+    def dense(self) -> Tensor:
+        """Return the weight (O, I), here itself."""
+        return self.weight
+
     def takes(self, x: Tensor) -> bool:
         """Return whether `product` computes what the layer itself would."""
         return self.takes_type(x.dtype) and not torch.is_autocast_enabled(x.device.type)
@@ -78,15 +82,18 @@ class FourBit:
 
     product_of_few = product
 
-    def transposed_product(self, gradient: Tensor) -> Tensor:
-        """Return W^T g, (..., I), in memory of its own."""
+    def dense(self) -> Tensor:
+        """Return the weight (O, I) as it is multiplied, in memory of its own."""
         from bitsandbytes.functional import dequantize_4bit
 
         held = self.layer.weight
         # A weight that was gathered from several processes is plain bytes; the layer has kept how to read them.
-        state = getattr(held, "quant_state", None) or self.layer.quant_state
+        return dequantize_4bit(held.data, getattr(held, "quant_state", None) or self.layer.quant_state)
+
+    def transposed_product(self, gradient: Tensor) -> Tensor:
+        """Return W^T g, (..., I), in memory of its own."""
         dtype = self.layer.compute_dtype or gradient.dtype
-        return times(gradient.to(dtype), dequantize_4bit(held.data, state).to(dtype)).to(gradient.dtype)
+        return times(gradient.to(dtype), self.dense().to(dtype)).to(gradient.dtype)
 
 
 Base = Dense | FourBit

@@ -47,11 +47,16 @@ class LMHead:
             for columns in self.weight.blocks(BLOCK_BYTES):
                 found[..., columns] = self.block(columns).logits(hidden, temperature)
             return found
-        raw = linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        raw = self.product(hidden).float()
         head, temperature = self.unscaled(temperature)
         if head.softcap is not None:
             raw = raw.div_(head.softcap).tanh_().mul_(head.softcap)
         return raw.div_(temperature) if temperature != 1.0 else raw
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """Return W h + b, (..., V), of a head that is there in the compute type, without a graph."""
+        assert isinstance(self.weight, Tensor)
+        return linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
     def raw(self, hidden: Tensor) -> Tensor:
         """Return W h + b, (..., V) in fp32, differentiable with respect to `hidden`. Memory: all of them."""

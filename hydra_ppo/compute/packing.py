@@ -61,8 +61,10 @@ class Packing:
         rows = packed.new_zeros(len(self.lengths) * self.width, *packed.shape[2:])
         return rows.index_copy(0, self.index, packed[0]).unflatten(0, (len(self.lengths), self.width))
 
-    def options(self) -> dict[str, Any]:
-        """Return what a Hugging Face backbone is to be called with beside the packed tokens."""
+    def options(self, attention: str) -> dict[str, Any]:
+        """Return what a Hugging Face backbone with this attention is to be called with beside the packed tokens."""
+        if attention == BY_LENGTH:
+            return {"position_ids": self.positions, "row_lengths": self.lengths}
         longest = max(self.lengths)
         return {
             "position_ids": self.positions,
@@ -119,7 +121,7 @@ def attend_by_length(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None,
+    row_lengths: Sequence[int] = (),
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each of several rows that stand end to end, causally.
@@ -128,7 +130,7 @@ def attend_by_length(
         query: (1, heads, N, D); key, value: (1, key-value heads, N, D).
         attention_mask: None.
         sliding_window: tokens that each may see, itself included; None is all before it.
-        cu_seq_lens_q: (B + 1,) ends of the rows, from 0 to N.
+        row_lengths: tokens of each row, N in all.
 
     Returns:
         (1, N, heads, D), and None for the weights. Neighbours of one length share a call.
@@ -136,9 +138,9 @@ def attend_by_length(
     Memory: for rows longer than a sliding window, one mask (T, T).
     """
     assert attention_mask is None
-    assert cu_seq_lens_q is not None
+    assert sum(row_lengths) == query.shape[2]
     found, start = [], 0
-    for length, group in groupby(cu_seq_lens_q.diff().tolist()):
+    for length, group in groupby(row_lengths):
         rows = len(list(group))
         here = slice(start, start + rows * length)
         q, k, v = (part[0, :, here].unflatten(1, (rows, length)).transpose(0, 1) for part in (query, key, value))

@@ -231,7 +231,7 @@ class RoleModel(HeadReading):
         if packing is not None:
             assert self.packed_attention is not None
             attention = attention_of(self.architecture.config, self.packed_attention)
-            input_ids, options = packing.pack(input_ids), options | packing.options()
+            input_ids, options = packing.pack(input_ids), options | packing.options(self.packed_attention)
         # None leaves a caller's own autocast alone.
         precision = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype is not None else nullcontext()
         with precision, attention, nullcontext() if self.trunk is None else self.trunk.put(trunk, packing):

@@ -15,12 +15,14 @@ from hydra_ppo.experience import Experience
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.model.probe import LENGTHS, few_of, probe_rows, without_values
 from hydra_ppo.rollout.decoder import Decoder, decoding_attention
+from hydra_ppo.rollout.lean_decoding import supports
 from hydra_ppo.rollout.plain_decoders import ModelCacheDecoder, RecomputingDecoder
+from hydra_ppo.rollout.weight_copies import WeightCopies
 
 logger = logging.getLogger("hydra_ppo")
 
 STEPS = 6
-KEY, INT8 = "decoder", "int8 cache"
+KEY, INT8, COPIES = "decoder", "int8 cache", "weight copies"
 
 DECODERS: tuple[tuple[type[Decoder], str], ...] = (
     (Decoder, ""),
@@ -78,11 +80,35 @@ def check_cache(model: HydraModel, decoder: type[Decoder], kv_cache: str) -> Non
         raise UnsupportedModelError(
             f"rollout.kv_cache={kv_cache!r} does not go with {name} ({_said(error)}); use rollout.kv_cache=auto."
         ) from error
-    model.kept[INT8] = away.mean().item()
+    _say_drift(model, INT8, "keys and values in int8", away)
+
+
+def check_weights(model: HydraModel, decoder: type[Decoder], weights: str) -> None:
+    """Refuse copies that cannot be decoded with; say, once per model, how far from a whole pass log-probs are with them.
+
+    Memory: that of sampling a few tokens, and the copies.
+
+    Raises:
+        UnsupportedModelError: for merged-bf16, where the model's layers are not decoded by products of ours.
+    """
+    if weights == "shared":
+        return
+    name = type(model.causal_lm).__name__
+    if not (decoder.takes_copies and supports(model)):
+        raise UnsupportedModelError(
+            f"rollout.weights={weights!r} copies layers that are decoded one product at a time, and those of {name} are not; "
+            "use rollout.weights=shared."
+        )
+    if COPIES in model.kept or model.check == "off" or without_values(model.architecture.output_embeddings.weight):
+        return
+    _say_drift(model, COPIES, "copies of the weights in bf16", _away(model, decoder, copies=WeightCopies(3)))
+
+
+def _say_drift(model: HydraModel, key: str, what: str, away: Tensor) -> None:
+    model.kept[key] = away.mean().item()
     logger.warning(
-        "sampling from %s with keys and values in int8: log-probs of %d tokens are %.2g nats from those of a whole pass on "
-        "average, %.2g at most",
-        *(name, len(away), model.kept[INT8], away.max().item()),
+        "sampling from %s with %s: log-probs of %d tokens are %.2g nats from those of a whole pass on average, %.2g at most",
+        *(type(model.causal_lm).__name__, what, len(away), model.kept[key], away.max().item()),
     )
 
 

@@ -29,6 +29,7 @@ from hydra_ppo.experience import pad_rows
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rollout.lean_decoding import LeanBackbone, supports
 from hydra_ppo.rollout.prefill import prefill
+from hydra_ppo.rollout.weight_copies import WeightCopies
 from hydra_ppo.runtime.interruption import check_stop
 
 
@@ -39,22 +40,30 @@ class Decoder:
         prompts: token ids of each row.
         steps: most tokens of a response.
         kv_cache: auto or int8, as the setting says.
+        copies: weights to decode with; of a model that `lean_decoding` supports.
 
     Attributes:
         never, stopped: as of `sampling.sample`.
         anybody: where processes decode in step, tells whether any of them has rows that go on; none leaves before all have
             ended, and no row leaves its batch.
         takes_int8: whether this kind of decoder knows the cache in int8.
+        takes_copies: whether it can decode with copies of the weights.
     """
 
     takes_int8 = True
+    takes_copies = True
 
     never: Sequence[int] = ()
     stopped: Callable[[Sequence[Sequence[int]]], list[bool]] | None = None
     anybody: Callable[[bool], bool] | None = None
 
     def __init__(
-        self, model: HydraModel, prompts: Sequence[Sequence[int]], steps: int, kv_cache: Literal["auto", "int8"] = "auto"
+        self,
+        model: HydraModel,
+        prompts: Sequence[Sequence[int]],
+        steps: int,
+        kv_cache: Literal["auto", "int8"] = "auto",
+        copies: WeightCopies | None = None,
     ) -> None:
         self.model = model
         self.prompts, self.steps = prompts, steps
@@ -74,10 +83,12 @@ class Decoder:
         self.positions = ends  # (U,) where the next token goes
         if len(different) < len(prompts):
             self.cache.keep(sources, device)
-            copies = torch.tensor(sources, device=device)
-            self.hidden, self.positions, mask = self.hidden[copies], self.positions[copies], mask[copies]
+            again = torch.tensor(sources, device=device)
+            self.hidden, self.positions, mask = self.hidden[again], self.positions[again], mask[again]
         self._prepare_masks([len(prompt) for prompt in prompts], mask)
-        self.lean = _lean_backbone(model, self.cache)
+        self.lean = _lean_backbone(model, self.cache, copies)
+        if copies is not None and self.lean is not None:
+            self.head = copies.head(self.head)
 
     def _prepare_masks(self, lengths: Sequence[int], mask: Tensor) -> None:
         """Decide by layer type what a query may see, for prompts of these lengths with this mask (B, P)."""
@@ -217,12 +228,14 @@ def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], li
     return list(places), sources
 
 
-def _lean_backbone(model: HydraModel, cache: KVCache | ConcatenatingCache) -> LeanBackbone | None:
+def _lean_backbone(model: HydraModel, cache: KVCache | ConcatenatingCache, copies: WeightCopies | None) -> LeanBackbone | None:
     if not isinstance(cache, KVCache) or not supports(model):
         return None
     try:
-        return LeanBackbone(model, cache)
+        return LeanBackbone(model, cache, copies)
     except LookupError:
+        if copies is not None:
+            raise
         return None
 
 

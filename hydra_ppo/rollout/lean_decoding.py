@@ -27,6 +27,7 @@ from hydra_ppo.compute.recompute import RecomputedForward
 from hydra_ppo.compute.tiled_norm import runs_its_own
 from hydra_ppo.compute.trunk import SkippableForward
 from hydra_ppo.model.hydra import HydraModel
+from hydra_ppo.rollout.weight_copies import WeightCopies
 from hydra_ppo.runtime.announce import allocating
 
 FAMILIES = frozenset({"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"})
@@ -37,28 +38,36 @@ SHORT = 256
 itself: for 16 rows of 95 keys 86 us against 121, for 300 keys 69 against 74, for 500 keys 123 against 102."""
 
 
+Project = Callable[[Sequence[nn.Module]], Callable[[Tensor], Sequence[Tensor]]]
+"""From linear layers that read the same input to what makes of that (B, I) the output of each, (B, O)."""
+
+
 class LeanBackbone:
     """Feeds tokens to a backbone whose keys and values of earlier tokens are in `cache`, in the role of its making.
 
     Args:
         model: `supports(model)`, in a role.
         cache: already filled from the prompts.
+        copies: weights to multiply with in place of the base's and the adapters'.
 
     Raises:
         LookupError: when the adapters in force are none that can be run here.
 
-    Memory: a copy of the adapters' first halves (r x I) of the q, k, v, gate and up projections, in the compute type.
+    Memory: a copy of the adapters' first halves (r x I) of the q, k, v, gate and up projections, in the compute type; none with
+    `copies`.
     """
 
-    def __init__(self, model: HydraModel, cache: KVCache) -> None:
+    def __init__(self, model: HydraModel, cache: KVCache, copies: WeightCopies | None = None) -> None:
         self.cache = cache
         backbone = model.architecture.backbone
         self.types = model.architecture.layer_types
         self.embed, self.rotary = model.architecture.input_embeddings, backbone.get_submodule("rotary_emb")
         dtype = self.embed.weight.dtype
+        projections = partial(_Projections, dtype) if copies is None else copies.projections
         with allocating("adapters"):
             self.layers = [
-                _Layer(layer, held, dtype) for layer, held in zip(model.architecture.layers, cache.growing, strict=True)
+                _Layer(layer, held, dtype, projections)
+                for layer, held in zip(model.architecture.layers, cache.growing, strict=True)
             ]
         self.norm = _norm(backbone.get_submodule("norm"), dtype)
 
@@ -128,22 +137,22 @@ def _linears(parent: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 class _Layer:
     """One decoder layer. Its columns of the cache are there; it writes them."""
 
-    def __init__(self, layer: Any, cache: GrowingLayer, dtype: torch.dtype) -> None:
+    def __init__(self, layer: Any, cache: GrowingLayer, dtype: torch.dtype, projections: Project) -> None:
         attention = layer.self_attn
         self.cache = cache
         self.width, self.scaling = attention.head_dim, attention.scaling
         self.norm = _norm(layer.input_layernorm, dtype)
-        self.entering = _Projections(_linears(attention, "qkv"), dtype)
+        self.entering = projections(_linears(attention, "qkv"))
         self.query_norm, self.key_norm = (
             _norm(getattr(attention, name), dtype) if hasattr(attention, name) else None for name in ("q_norm", "k_norm")
         )
-        self.leaving = _Projections(_linears(attention, "o"), dtype)
+        self.leaving = projections(_linears(attention, "o"))
         self.mlp_norm = _norm(layer.post_attention_layernorm, dtype)
-        self.widening = _Projections(_linears(layer.mlp, ("gate", "up")), dtype)
+        self.widening = projections(_linears(layer.mlp, ("gate", "up")))
         activation = activation_of(layer.mlp)
         assert activation is not None
         self.activation: Activation = activation
-        self.narrowing = _Projections(_linears(layer.mlp, ("down",)), dtype)
+        self.narrowing = projections(_linears(layer.mlp, ("down",)))
 
     def __call__(self, hidden: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None) -> None:
         """Add to hidden (B, H), in place, what the layer adds; see `_turned` for `turn`; mask: (B, 1, 1, S)."""
@@ -173,7 +182,7 @@ class _Layer:
 class _Projections:
     """Linear layers that read the same input."""
 
-    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, layers: Sequence[nn.Module]) -> None:
         adapters = [active_adapter(layer) for layer in layers]
         downs = [adapter.a for adapter in adapters if adapter is not None]
         # (sum of r, I). One alone is the adapter's own, and cast where it is used: all of them together are many.

@@ -18,6 +18,7 @@ class _PlainDecoder(Decoder):
     """Keeps the rows that have ended where they are; what it returns of the others is the same."""
 
     takes_int8 = False
+    takes_copies = False
 
     def _begin(self, model: HydraModel, prompts: Sequence[Sequence[int]], steps: int) -> None:
         model.check_width(max(map(len, prompts)) + steps)

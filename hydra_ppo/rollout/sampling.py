@@ -14,8 +14,9 @@ from hydra_ppo.errors import ConfigError
 from hydra_ppo.experience import split_by_length
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.parallel.world import ALONE, World
-from hydra_ppo.rollout.choice import check_cache, decoder_of
+from hydra_ppo.rollout.choice import check_cache, check_weights, decoder_of
 from hydra_ppo.rollout.decoder import Decoder, decoding_attention
+from hydra_ppo.rollout.weight_copies import WeightCopies
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def sample(
 
     Args:
         prompts: token ids, at least one each. Those that are equal cost one pass over the prompt.
-        settings: temperature, top_k, top_p, max_new_tokens, generation_batch_size, kv_cache.
+        settings: temperature, top_k, top_p, max_new_tokens, generation_batch_size, kv_cache, weights.
         eos_ids: tokens that end a response.
         generator: source of randomness, on the model's device. What a row draws depends neither on the batch that it is
             decoded in nor on the number of processes.
@@ -67,7 +68,7 @@ def sample(
         ConfigError: for settings that another engine samples with.
 
     Memory: the KV cache of one generation batch, up to max_new_tokens more columns than its longest prompt, and one (B, V)
-    tensor; a few with top_k or top_p.
+    tensor; a few with top_k or top_p. With `weights` merged-bf16 the copies, see `WeightCopies`, until all batches are decoded.
     """
     if settings.engine != "native":
         raise ConfigError(
@@ -76,9 +77,11 @@ def sample(
         )
     was_training = model.training
     model.eval()
-    # A decoder of somebody's own need not know what is not asked of it.
-    cache: dict[str, Any] = {} if settings.kv_cache == "auto" else {"kv_cache": settings.kv_cache}
     together = world.rows_at_once(len(prompts), settings.generation_batch_size or len(prompts))
+    # A decoder of somebody's own need not know what is not asked of it.
+    options: dict[str, Any] = {} if settings.kv_cache == "auto" else {"kv_cache": settings.kv_cache}
+    if settings.weights != "shared":
+        options["copies"] = WeightCopies(together)
     groups = split_by_length([len(p) for p in prompts], together)
     batches = list(zip(accumulate(map(len, groups), initial=0), groups, strict=False))  # each with its first column below
     most = settings.max_new_tokens if lengths is None else max(lengths)
@@ -89,11 +92,12 @@ def sample(
         with model.role(role):
             kind = decoder or decoder_of(model)
             check_cache(model, kind, settings.kv_cache)
+            check_weights(model, kind, settings.weights)
         with model.role(role), decoding_attention(model):
             for (start, rows), counts in world.share(batches, lambda batch: len(batch[1])):
                 given = None if lengths is None else [lengths[i] for i in rows]
                 steps = most if given is None or world.in_step else max(given)
-                batch = kind(model, [prompts[i] for i in rows], steps, **cache)
+                batch = kind(model, [prompts[i] for i in rows], steps, **options)
                 batch.never, batch.stopped = list(never), stopped
                 batch.anybody = world.anybody if world.in_step else None
                 numbers = uniform[:steps, start : start + len(rows)]

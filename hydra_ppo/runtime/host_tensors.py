@@ -46,4 +46,4 @@ def count_as_host(tensor: Tensor) -> Tensor:
 
 def is_on_host(tensor: Tensor) -> bool:
     """Return whether a tensor is one that was made or named here, or a view of one."""
-    return tensor.untyped_storage() in _STORAGES
+    return tensor.layout is torch.strided and tensor.untyped_storage() in _STORAGES

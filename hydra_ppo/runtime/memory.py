@@ -19,6 +19,25 @@ CPU_STEPS = 2
 """Steps measured on a CPU with memory="auto"; counting every tensor costs time there, nothing on a GPU."""
 
 
+class _Ordered:
+    """Stands for the memory of a tensor that oneDNN keeps in an order of its own, without a storage; dies with the tensor."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def nbytes(self) -> int:
+        return self.size
+
+
+def memory_of(tensor: Tensor) -> Any:
+    """Return what a tensor lies in: one object for all that lie in it, which dies with the last; `nbytes()` is its size."""
+    if tensor.layout is not torch._mkldnn:  # type: ignore[attr-defined]
+        return tensor.untyped_storage()
+    if not hasattr(tensor, "_hydra_memory"):
+        tensor._hydra_memory = _Ordered(tensor.numel() * tensor.element_size())  # type: ignore[attr-defined]
+    return tensor._hydra_memory  # type: ignore[attr-defined]
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensor storages that are alive: each once, from its first use until it dies.
 
@@ -44,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+        storage = memory_of(tensor)
         if storage not in self._known:
             self._known.add(storage)
             if allocated_kind() == HOST or is_on_host(tensor):

@@ -15,6 +15,7 @@ from hydra_ppo.profiling.workload import (
     OPTIMIZERS,
     QUANTIZATIONS,
     REWARD_LOSSES,
+    ROLLOUT_WEIGHTS,
     UPDATE_ORDERS,
     Workload,
 )
@@ -62,6 +63,7 @@ def profile(arguments: list[str]) -> None:
         "--tile-tokens", type=int, default=None, metavar="N", help="Run MLPs and norms over pieces of N tokens."
     )
     parser.add_argument("--kv-cache", choices=KV_CACHES, default="auto", help="Keys and values while sampling.")
+    parser.add_argument("--rollout-weights", choices=ROLLOUT_WEIGHTS, default="shared", help="What decoding multiplies with.")
     parser.add_argument("--device", default="auto", help="Of a real run: auto, cpu, cuda or cuda:N.")
     parser.add_argument("--timed-steps", type=int, default=2, help="Of a real run: more steps, for responses per second.")
     parser.add_argument("--json", action="store_true", help="Write numbers as JSON, all in bytes.")
@@ -115,6 +117,7 @@ def profile(arguments: list[str]) -> None:
             checkpoint_offload=options.checkpoint_offload,
             tile_tokens=options.tile_tokens,
             kv_cache=options.kv_cache,
+            rollout_weights=options.rollout_weights,
             world=options.world,
             shard_base=options.shard_base,
             reward_loss=options.reward_loss,

@@ -19,7 +19,17 @@ PAIRS = 32
 
 SFT_SAVES = ("checkpoint_offload", "tile_tokens")
 """Settings that joint SFT may need where PPO does not: its pair is two rows at once."""
-PPO_ALONE = ("minibatch", "score_batch", "update_order", "offload_in_rollout", "kv_cache", "advantage", "ema", "ptx")
+PPO_ALONE = (
+    "minibatch",
+    "score_batch",
+    "update_order",
+    "offload_in_rollout",
+    "kv_cache",
+    "rollout_weights",
+    "advantage",
+    "ema",
+    "ptx",
+)
 """Fields of a workload that joint SFT has nothing of."""
 EMA_DECAY = 0.992
 """A running mean over the last 125 optimizer steps or so."""

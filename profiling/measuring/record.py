@@ -13,11 +13,20 @@ from hydra_ppo.errors import DataError
 
 KINDS = (
     *("base weights", "adapters", "heads", "gradients", "optimizer"),
-    *("kv cache", "activations", "dequantised weights", "log-probs", "experience", "other", "gathered layers"),
+    *(
+        "kv cache",
+        "activations",
+        "dequantised weights",
+        "rollout copies",
+        "log-probs",
+        "experience",
+        "other",
+        "gathered layers",
+    ),
 )
 """What a tensor is for. `dequantised weights` are copies of a 4- or 8-bit layer in the compute type, alive for one
-multiplication; `gathered layers` are whole ones of a base that several processes share out; `other` is what could not be
-attributed."""
+multiplication; `rollout copies` are what decoding multiplies with, where it is not the base itself; `gathered layers` are whole
+ones of a base that several processes share out; `other` is what could not be attributed."""
 GATHERED = "gathered layers"
 
 PHASES = ("load", "rollout", "score", "update-actor", "update-critic", "optimizer")

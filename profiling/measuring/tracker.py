@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hydra_ppo.profiling.measuring.record import GATHERED, KINDS, SHARED, LiveTensor, Peak, Timeline
 from hydra_ppo.runtime.announce import HOST, allocated_kind
 from hydra_ppo.runtime.host_tensors import is_on_host
+from hydra_ppo.runtime.memory import memory_of
 
 LARGEST = 8
 SAMPLES = 1500
@@ -98,7 +99,7 @@ class Tracker(TorchDispatchMode):
         if tensor.device.type == "meta":
             return
         tensor = getattr(tensor, "_local_tensor", tensor)  # of what several processes hold in parts, the part here
-        storage = tensor.untyped_storage()
+        storage = memory_of(tensor)
         if storage in self._numbers or storage in self._on_host:
             return
         if allocated_kind() == HOST or is_on_host(tensor):

@@ -164,6 +164,7 @@ class Builder:
                 max_new_tokens=workload.response,
                 score_batch_size=workload.score_batch,
                 kv_cache=workload.kv_cache,
+                weights=workload.rollout_weights,
                 samples_per_prompt=rows if workload.advantage in ("group", "rloo") else 1,
             ),
             advantage=workload.advantage,

@@ -26,7 +26,7 @@ VARIANTS = {
             "checkpoint_offload": True,
             "tile_tokens": 4,
         },
-        "rollout": {"kv_cache": "int8", "max_drift": 1e-4, "importance_cap": 2.0},
+        "rollout": {"kv_cache": "int8", "weights": "merged-bf16", "max_drift": 1e-4, "importance_cap": 2.0},
         "optimizer": {"name": "adamw-8bit", "offload_in_rollout": True},
         "update_order": "in-turn",
     },

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hydra_ppo.compat import register_attention
-from hydra_ppo.compute.packing import Packing, attend_by_length
+from hydra_ppo.compute.packing import BY_LENGTH, Packing, attend_by_length
 from hydra_ppo.config.settings import RolloutSettings
 from hydra_ppo.experience import Experience
 from hydra_ppo.model.hydra import HydraModel
@@ -47,7 +47,8 @@ def test_where_the_tokens_of_three_rows_lie():
     assert packing.positions.tolist() == [[0, 1, 2, 0, 0, 1]]
     assert packing.unpack(packing.pack(ids)).tolist() == ids.tolist()
     assert packing.starts.tolist() == [0, 3, 4]
-    options = packing.options()
+    assert packing.options(BY_LENGTH)["row_lengths"] == (3, 1, 2)
+    options = packing.options("flash_attention_2")
     assert options["cu_seq_lens_q"].tolist() == [0, 3, 4, 6]
     assert options["cu_seq_lens_q"].dtype == torch.int32
     assert options["max_length_k"] == 3

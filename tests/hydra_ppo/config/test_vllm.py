@@ -66,6 +66,7 @@ def test_flags_and_yaml(tmp_path):
         (ON | {"top_p": 0.9}, "^top_p=0.9 makes a vLLM server"),
         (ON | {"min_new_tokens": 2}, "^min_new_tokens=2 makes a vLLM server"),
         (ON | {"repetition_penalty": 1.1}, "^repetition_penalty=1.1 makes a vLLM server"),
+        (ON | {"weights": "merged-bf16"}, "^weights='merged-bf16' are copies in this process, and vLLM has weights of its own"),
         (ON | {"kv_cache": "int8"}, "^kv_cache='int8' is a cache of this process, and vLLM has its own; leave it at auto"),
         (
             ON | {"importance_cap": 3.0},

@@ -197,7 +197,11 @@ def rollout_of(**changes) -> RolloutSettings:
     return RolloutSettings(batch_size=8, max_new_tokens=6, score_batch_size=3, **changes)
 
 
-@pytest.mark.parametrize("changes", [{}, {"kv_cache": "int8"}, {"measure_drift": True}, {"recompute_logprobs": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"kv_cache": "int8"}, {"weights": "merged-bf16"}, {"measure_drift": True}, {"recompute_logprobs": True}],
+    ids=str,
+)
 def test_metrics_of_drift_are_there_where_it_is_measured(changes):
     metrics = trainer(config=ppo_config(reward=LOW_WORDS, rollout=rollout_of(**changes))).step(1)
     names = {name for name in metrics if name.startswith(("rollout/drift", "rollout/recomputed", "rollout/importance"))}
@@ -213,7 +217,7 @@ def test_metrics_of_drift_are_there_where_it_is_measured(changes):
         assert metrics["rollout/logprob_drift"] is None
     if changes:
         assert 0 <= metrics["rollout/drift"] <= metrics["rollout/drift_max"] < 0.05
-        assert (metrics["rollout/drift"] > 1e-5) == ("kv_cache" in changes)
+        assert (metrics["rollout/drift"] > 1e-5) == bool({"kv_cache", "weights"} & set(changes))
 
 
 @needs_layers
