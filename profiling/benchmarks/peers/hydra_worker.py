@@ -32,7 +32,11 @@ def main() -> None:
     trainer = make_trainer(
         model,
         workload.prompts(workload.rows * session.updates),
-        RolloutSettings(batch_size=workload.rows, max_new_tokens=workload.response_tokens),
+        RolloutSettings(
+            batch_size=workload.rows,
+            max_new_tokens=workload.response_tokens,
+            weights=session.options.get("weights", "shared"),
+        ),
         on_phase=lambda phase: clock(phase),
         kl=KLSettings(coef=KL_COEF),
         optimizer=OptimizerSettings(learning_rate=LEARNING_RATE),

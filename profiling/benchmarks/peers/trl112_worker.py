@@ -1,4 +1,4 @@
-"""Worker of `trl112-full`, `trl112-lora` and `trl112-patched`: the PPO trainer of TRL 1.12.
+"""Worker of `trl112-full`, `trl112-lora`, both tuned, and `trl112-patched`: the PPO trainer of TRL 1.12.
 
 LoRA is on policy and value model, the reference is the policy with its adapter off; without LoRA it is a copy. Patched, the
 four models are role views of one HydraModel with LoRA of the same shape, and nothing else differs. TRL clears
@@ -42,6 +42,8 @@ def main() -> None:
     """Build the trainer and do updates until told to stop."""
     session = Session()
     workload = session.workload
+    if session.options.get("tuned"):
+        tune()
     models = views(session) if session.options["patched"] else separate(session)
     check_rollouts(session)
     # On the last batch of its dataloader TRL takes an optimizer step per micro-batch: one batch more than is used.
@@ -77,6 +79,38 @@ def main() -> None:
             callbacks=[TakeTurns(session)],
         )
         trainer.train()
+
+
+def tune() -> None:
+    """Give the trainer what hydra takes of torch and the C library: oneDNN for large products in fp32, freed memory kept."""
+    from hydra_ppo.compute.products import SMALL, has_own_kernel, linear, times
+    from hydra_ppo.runtime.host_memory import keep_freed_memory
+
+    plain = torch.nn.functional.linear
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            return linear(x, weight, bias)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+            x, weight = ctx.saved_tensors
+            needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+            flat = gradient.flatten(0, -2)
+            return (
+                times(gradient, weight) if needs_x else None,
+                times(flat.T, x.flatten(0, -2)) if needs_weight else None,
+                flat.sum(dim=0) if needs_bias else None,
+            )
+
+    def chosen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        large = x.numel() * weight.shape[0] >= SMALL  # and so are both products of the backward pass
+        return Linear.apply(x, weight, bias) if large and has_own_kernel(x) else plain(x, weight, bias)
+
+    torch.nn.functional.linear = chosen
+    keep_freed_memory(torch.device("cpu"))
 
 
 def views(session: Session) -> Mapping[str, Any]:

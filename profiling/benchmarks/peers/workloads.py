@@ -116,6 +116,11 @@ class Contestant:
         return self.options.get("plain", False)
 
     @property
+    def tuned(self) -> bool:
+        """Whether it is a peer with our choice of kernel and allocator; takes part only where it is named."""
+        return self.options.get("tuned", False)
+
+    @property
     def patched(self) -> bool:
         """Whether it is a peer with our patch."""
         return self.options.get("patched", False)
@@ -125,11 +130,13 @@ def contestants(workload: Workload) -> dict[str, Contestant]:
     """Return all contestants by name: ours first, and those in fp32 before those in bf16.
 
     `hydra-plain` has what every library has here: torch's own kernel for fp32, and memory that the C library gives back.
+    `trl112-full-tuned` and `trl112-lora-tuned` have what ours has: oneDNN for large products in fp32, and memory that is kept.
     """
     trunk = workload.trunk_layers
     base = (
         Contestant("hydra", "hydra_worker.py", "hydra", "fp32", {"trunk_layers": 0}),
         Contestant(f"hydra-trunk{trunk}", "hydra_worker.py", "hydra", "fp32", {"trunk_layers": trunk}),
+        Contestant("hydra-merged", "hydra_worker.py", "hydra", "fp32", {"trunk_layers": 0, "weights": "merged-bf16"}),
         Contestant("trl112-full", "trl112_worker.py", "trl112", "fp32", {"lora": False, "patched": False}),
         Contestant("trl112-lora", "trl112_worker.py", "trl112", "fp32", {"lora": True, "patched": False}),
         Contestant("trl112-patched", "trl112_worker.py", "trl112", "fp32", {"lora": True, "patched": True}),
@@ -137,12 +144,18 @@ def contestants(workload: Workload) -> dict[str, Contestant]:
     )
     half = tuple(replace(c, name=f"{c.name}-bf16", dtype="bf16") for c in base if not c.patched)
     plain = Contestant("hydra-plain", "hydra_worker.py", "hydra", "fp32", {"trunk_layers": 0, "plain": True})
-    return {contestant.name: contestant for contestant in (*base, *half, plain)}
+    tuned = tuple(
+        Contestant(
+            f"trl112-{name}-tuned", "trl112_worker.py", "trl112", "fp32", {"lora": lora, "patched": False, "tuned": True}
+        )
+        for name, lora in (("full", False), ("lora", True))
+    )
+    return {contestant.name: contestant for contestant in (*base, *half, plain, *tuned)}
 
 
 def by_default(workload: Workload) -> list[str]:
     """Return the names of the contestants that take part where none is named."""
-    known = {name: c for name, c in contestants(workload).items() if not c.plain}
+    known = {name: c for name, c in contestants(workload).items() if not (c.plain or c.tuned)}
     return [name for name, c in known.items() if workload.everyone or (c.dtype == "fp32" and not c.patched)]
 
 

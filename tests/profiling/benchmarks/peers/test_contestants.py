@@ -12,15 +12,18 @@ from hydra_ppo.profiling.benchmarks.peers.workloads import WORKLOADS, Workload, 
 
 FOLDER = Path(run.__file__).parent
 TINY = WORKLOADS["tiny"]
+ASIDE = ["hydra-plain", "trl112-full-tuned", "trl112-lora-tuned"]
+"""Those that take part only where they are named."""
 
 
 @pytest.mark.parametrize(("workload", "trunk"), [("w1", 4), ("w2", 2), ("tiny", 1)])
 def test_every_contestant_has_its_script(workload, trunk):
     known = contestants(WORKLOADS[workload])
     peers = ["trl112-full", "trl112-lora", "trl011-multi"]
-    fp32 = ["hydra", f"hydra-trunk{trunk}", *peers[:2], "trl112-patched", peers[2]]
-    bf16 = ["hydra-bf16", f"hydra-trunk{trunk}-bf16", *(f"{name}-bf16" for name in peers)]
-    assert list(known) == [*fp32, *bf16, "hydra-plain"]
+    ours = ["hydra", f"hydra-trunk{trunk}", "hydra-merged"]
+    fp32 = [*ours, *peers[:2], "trl112-patched", peers[2]]
+    bf16 = [f"{name}-bf16" for name in (*ours, *peers)]
+    assert list(known) == [*fp32, *bf16, *ASIDE]
     for name, contestant in known.items():
         assert (FOLDER / contestant.script).is_file()
         assert contestant.dtype == ("bf16" if name.endswith("bf16") else "fp32")
@@ -31,8 +34,15 @@ def test_every_contestant_has_its_script(workload, trunk):
 
 
 def test_who_takes_part_by_default():
-    assert by_default(WORKLOADS["w1"]) == [name for name in contestants(WORKLOADS["w1"]) if name != "hydra-plain"]
-    assert by_default(WORKLOADS["w2"]) == ["hydra", "hydra-trunk2", "trl112-full", "trl112-lora", "trl011-multi"]
+    assert by_default(WORKLOADS["w1"]) == [name for name in contestants(WORKLOADS["w1"]) if name not in ASIDE]
+    assert by_default(WORKLOADS["w2"]) == [
+        "hydra",
+        "hydra-trunk2",
+        "hydra-merged",
+        "trl112-full",
+        "trl112-lora",
+        "trl011-multi",
+    ]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
@@ -50,7 +60,7 @@ def test_choice_of_contestants():
 
     assert names([TINY], ["trl011-multi", "hydra"]) == [["hydra", "trl011-multi"]]
     assert names(both, ["hydra", "hydra-trunk2"]) == [["hydra"], ["hydra", "hydra-trunk2"]]
-    assert [len(found) for found in names(both, [])] == [11, 5]
+    assert [len(found) for found in names(both, [])] == [13, 6]
     with pytest.raises(ConfigError, match=r"only='hydra-trunk4' is no contestant of tiny; choose among hydra, hydra-trunk1"):
         run.choose([TINY], ["hydra-trunk4"])
     with pytest.raises(ConfigError, match="only=hydra-trunk4 leaves nobody for W2"):
