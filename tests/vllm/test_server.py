@@ -322,7 +322,7 @@ def smollm2(tmp_path):
 
 def test_a_real_model(smollm2, tmp_path):
     """SmolLM2-135M-Instruct, fp32 on both sides."""
-    from tests.real.int8_cache import prompts_of
+    from tests.real.sampler_drift import prompts_of
 
     prompts, end = prompts_of(str(smollm2), 8)
     model = HydraModel.from_pretrained(smollm2, dtype="fp32")

@@ -1,8 +1,8 @@
-"""How far a KV cache in int8 is from an exact one on SmolLM2-135M-Instruct.
+"""How far a KV cache in int8 and merged copies of the weights are from exact sampling on SmolLM2-135M-Instruct.
 
-    python -m tests.real.int8_cache --model runs/real_model/base        # the folder that examples/real_model/prepare.py makes
+    python -m tests.real.sampler_drift --model runs/real_model/base    # the folder that examples/real_model/prepare.py makes
 
-Responses are sampled with the exact cache; their tokens are then fed through both caches, so that what differs is the cache.
+Responses are sampled exactly; their tokens are then fed through each way to decode, so that what differs is the way.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from hydra_ppo.experience import Experience
 from hydra_ppo.model.hydra import HydraModel
 from hydra_ppo.rollout.decoder import Decoder, decoding_attention
 from hydra_ppo.rollout.sampling import sample
+from hydra_ppo.rollout.weight_copies import WeightCopies
 
 TEMPERATURE = 0.7
+ADAPTER = 0.01
+"""Standard deviation of both halves of the actor's adapter."""
 
 
 def prompts_of(folder: str, rows: int) -> tuple[list[list[int]], int]:
@@ -35,12 +38,14 @@ def prompts_of(folder: str, rows: int) -> tuple[list[list[int]], int]:
 
 
 @torch.no_grad()
-def forced(model: HydraModel, experience: Experience, kv_cache: Literal["auto", "int8"]) -> Tensor:
-    """Return the log-probs (B, R) of given responses, decoded token by token on such a cache."""
+def forced(
+    model: HydraModel, experience: Experience, kv_cache: Literal["auto", "int8"], copies: WeightCopies | None = None
+) -> Tensor:
+    """Return the log-probs (B, R) of given responses, decoded token by token on such a cache, with such weights."""
     ids, steps = experience.response_ids, experience.response_ids.shape[1]
     found = []
     with model.role("actor"), decoding_attention(model):
-        decoder = Decoder(model, experience.prompts(), steps, kv_cache)
+        decoder = Decoder(model, experience.prompts(), steps, kv_cache, copies)
         for step in range(steps):
             token = ids[:, step, None]
             found.append(decoder.head.logits(decoder.hidden, TEMPERATURE).float().log_softmax(dim=-1).gather(1, token))
@@ -52,18 +57,24 @@ def forced(model: HydraModel, experience: Experience, kv_cache: Literal["auto", 
 def measure(folder: str, dtype: str, rows: int = 32, tokens: int = 64) -> dict[str, tuple[float, float]]:
     """Return mean and largest |difference| of log-probs, nats per token, by what is compared with what."""
     model = HydraModel.from_pretrained(folder, dtype=dtype, device="cpu")
+    torch.manual_seed(0)
+    for parameter in model.role_parameters("actor").values():  # so that there is something to merge
+        torch.nn.init.normal_(parameter, std=ADAPTER)
     prompts, end = prompts_of(folder, rows)
     settings = RolloutSettings(batch_size=rows, max_new_tokens=tokens, temperature=TEMPERATURE)
     generator = torch.Generator().manual_seed(0)
     responses = sample(model, prompts, settings, [end], generator).responses
     experience = Experience.from_lists(prompts, responses, 0, model.device)
     exact, rounded = (forced(model, experience, kind) for kind in ("auto", "int8"))
+    merged = forced(model, experience, "auto", WeightCopies(rows))
     with torch.no_grad(), model.role("actor"):
         whole = model.logprobs(experience.sequences(), TEMPERATURE).logprobs
     pairs = {
         "int8 cache, exact cache": (rounded, exact),
         "exact cache, pass": (exact, whole),
         "int8 cache, pass": (rounded, whole),
+        "merged copies, exact weights": (merged, exact),
+        "merged copies, pass": (merged, whole),
     }
     print(f"{dtype}: {sum(map(len, responses))} tokens of {rows} responses")
     found = {}
