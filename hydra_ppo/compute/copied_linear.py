@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hydra_ppo.compute.products import multiplies_bf16
+
 _OPS = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
 _ORDER: Any = getattr(_OPS, "_reorder_linear_weight", None)
 _PRODUCT: Any = getattr(_OPS, "_linear_pointwise", None)
@@ -54,5 +56,5 @@ def can_be_ordered(weight: Tensor) -> bool:
         and weight.device.type == "cpu"
         and type(weight) in (Tensor, torch.nn.Parameter)
         and bool(torch.backends.mkldnn.enabled)
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and multiplies_bf16()
     )

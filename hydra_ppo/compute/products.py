@@ -13,6 +13,7 @@ The functions have no gradient of their own; they are for `torch.no_grad` and th
 from __future__ import annotations
 
 import platform
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ def has_own_kernel(tensor: Tensor) -> bool:
         and tensor.device.type == "cpu"
         and bool(torch.backends.mkldnn.enabled)
     )
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Return whether oneDNN multiplies bf16 on this processor; else torch does it by itself, slowly."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

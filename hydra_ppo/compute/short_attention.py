@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hydra_ppo.compute.products import multiplies_bf16
+
 LONGEST = 768
 """Tokens of a row up to which this is used."""
 BLOCK = 128
@@ -39,6 +41,8 @@ def wins(dtype: torch.dtype, device: torch.device, tokens: int) -> bool:
         device.type == "cpu"
         and dtype is torch.bfloat16
         and tokens <= LONGEST
+        and multiplies_bf16()
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")  # which would round the scores
     )
 

@@ -67,22 +67,29 @@ def test_two_tokens_by_hand():
     assert short_attention.attend(q, k, v, 0.0).flatten().tolist() == pytest.approx([4.0, 6.0])
 
 
-def test_it_is_taken_for_short_rows_in_bf16_on_a_cpu_alone():
+def test_it_is_taken_for_short_rows_in_bf16_on_a_cpu_alone(monkeypatch):
+    monkeypatch.setattr(short_attention, "multiplies_bf16", lambda: True)
     assert short_attention.wins(torch.bfloat16, CPU, short_attention.LONGEST)
     assert not short_attention.wins(torch.bfloat16, CPU, short_attention.LONGEST + 1)
     assert not short_attention.wins(torch.float32, CPU, 8)
     assert not short_attention.wins(torch.bfloat16, torch.device("cuda"), 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert not short_attention.wins(torch.bfloat16, CPU, 8)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not short_attention.wins(torch.bfloat16, CPU, 8)
+    monkeypatch.setattr(short_attention, "multiplies_bf16", lambda: False)
+    assert not short_attention.wins(torch.bfloat16, CPU, 8)
 
 
-def test_rows_without_padding_are_packed_where_it_is_taken():
+def test_rows_without_padding_are_packed_where_it_is_taken(monkeypatch):
+    monkeypatch.setattr(short_attention, "multiplies_bf16", lambda: True)
     assert worth_packing([4, 4], 4, torch.bfloat16, CPU)
     assert not worth_packing([4, 4], 4, torch.float32, CPU)
     assert worth_packing([4, 3], 4, torch.float32, CPU)
 
 
 def test_a_model_in_bf16_trains_through_it(monkeypatch):
+    monkeypatch.setattr(short_attention, "multiplies_bf16", lambda: True)
     from hydra_ppo.experience import Experience
     from hydra_ppo.model.hydra import HydraModel
 
