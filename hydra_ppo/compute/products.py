@@ -43,7 +43,8 @@ def has_own_kernel(tensor: Tensor) -> bool:
 @cache
 def multiplies_bf16() -> bool:
     """Return whether oneDNN multiplies bf16 on this processor; else torch does it by itself, slowly."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if torch.backends.mkldnn.is_available() else None
+    return supported is not None and bool(supported())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +21,13 @@ ROUNDS = 2
 
 
 def check_generate(workload: Workload, config: Any, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Time our sampling, with the actor's adapter, and `generate` on the base alone, in turn; a first round is not counted.
+    """Time our sampling, with the actor's adapter and with merged copies, and `generate` on the base alone, in turn.
 
     Args and raises: as `memory.check_memory`; the seconds are not looked at, the sizes are small.
 
     Returns:
-        Response tokens per second of both and their ratio, of the faster of `ROUNDS` rounds each.
+        Response tokens per second of each and their ratios to `generate`, of the faster of `ROUNDS` rounds; one before is not
+        counted.
     """
     require(workload.quantization)
     with weights_made_on(device):
@@ -33,8 +37,8 @@ def check_generate(workload: Workload, config: Any, device: torch.device, second
     generator = torch.Generator(device).manual_seed(0)
     lengths = [workload.response] * workload.rollout_batch
 
-    def ours() -> None:
-        sample(model, prompts, rollout, [config.vocab_size], generator, lengths=lengths)
+    def ours(settings: RolloutSettings) -> None:
+        sample(model, prompts, settings, [config.vocab_size], generator, lengths=lengths)
 
     inputs = torch.tensor(prompts, device=device)
     exact = {"min_new_tokens": workload.response, "max_new_tokens": workload.response}
@@ -46,10 +50,15 @@ def check_generate(workload: Workload, config: Any, device: torch.device, second
             )
         assert found.shape[1] == workload.prompt + workload.response
 
-    times: dict[str, list[float]] = {"hydra": [], "generate": []}
+    ways: dict[str, Callable[[], None]] = {
+        "hydra": partial(ours, rollout),
+        "merged": partial(ours, replace(rollout, weights="merged-bf16")),
+        "generate": theirs,
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
     model.eval()
     for counted in range(ROUNDS + 1):
-        for name, run in (("hydra", ours), ("generate", theirs)):
+        for name, run in ways.items():
             clock = PhaseClock(device)
             clock(name)
             run()
@@ -57,12 +66,14 @@ def check_generate(workload: Workload, config: Any, device: torch.device, second
             times[name] += [clock.seconds[name]] if counted else []
     tokens = workload.rollout_batch * workload.response
     rates = {name: tokens / min(found) for name, found in times.items()}
+    ratio, merged = (rates[name] / rates["generate"] for name in ("hydra", "merged"))
     return {
         "settings": workload.settings(),
         "seconds_of_each": times,
         "response_tokens_per_second": rates,
-        "ratio": rates["hydra"] / rates["generate"],
+        "ratio": ratio,
+        "ratio_merged": merged,
         "passed": True,
-        "summary": f"{rates['hydra']:,.0f} response tokens/s, transformers' generate {rates['generate']:,.0f}: "
-        f"ratio {rates['hydra'] / rates['generate']:.2f}",
+        "summary": f"{rates['hydra']:,.0f} response tokens/s, by merged copies {rates['merged']:,.0f}, transformers' generate "
+        f"{rates['generate']:,.0f}: {ratio:.2f} and {merged:.2f} times as many",
     }

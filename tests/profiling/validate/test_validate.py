@@ -105,6 +105,7 @@ def test_everything_on_a_cpu(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "6/10 speed tiny-3 nf4" in shown.err
     beside = parts["generate tiny-2 bf16"]
+    assert beside["ratio_merged"] > 0
     assert beside["ratio"] == pytest.approx(
         beside["response_tokens_per_second"]["hydra"] / beside["response_tokens_per_second"]["generate"]
     )
