@@ -47,6 +47,9 @@ FLASH_CAPABILITY = (8, 0)
 FEW_BYTES, TOO_FEW_BYTES = 10 * GIB, GIB
 """Free disk below which a run may not fit, and below which it will not."""
 
+WORTH_ROUNDING = 1.5
+"""How much faster bf16 must multiply for a run to be faster: much of a step is neither."""
+
 NO_QUANTIZATION = "leave model.quantization at null; python -m bitsandbytes says more"
 
 GPU_HEALTH = "see whether nvidia-smi lists the GPU; set model.device=cpu to go on without it"
@@ -90,6 +93,7 @@ def examine() -> list[Finding]:
             check("torch", install_command("torch", requirements), _torch, requirements),
             *_gpus(),
             check("bf16", "set model.dtype=fp32", _bf16, needs=("torch",)),
+            *_cpu_speeds(),
             *(
                 check(name, install_command(name, requirements), examine_package, name, requirements, module)
                 for name, module in PACKAGES.items()
@@ -168,6 +172,33 @@ def _bf16() -> Finding:
     if (ones @ ones)[0, 0].item() != 8:
         return Finding("bf16", "gives wrong products on this CPU", "problem", "set model.dtype=fp32")
     return Finding("bf16", "works on the CPU; model.dtype=auto takes fp32 there")
+
+
+def _cpu_speeds() -> list[Finding]:
+    """Say how fast the CPU multiplies; nothing where there is a GPU to run on."""
+    count = check("GPU", GPU_HEALTH, _gpu_count, needs=("torch",))
+    if count.value.isdecimal() and int(count.value):
+        return []
+    return [check("CPU speed", "leave model.dtype at auto", _cpu_speed, needs=("torch",))]
+
+
+def _cpu_speed() -> Finding:
+    """Time products in fp32 and bf16: what `model.dtype` and `rollout.weights` are best set to on a machine without a GPU."""
+    import torch
+
+    from hydra_ppo.compute.rates import BF16, FP32, FP32_OURS, rates
+
+    found = {name: rate / 1e9 for name, rate in rates().items()}
+    threads = torch.get_num_threads()
+    value = (
+        f"{found[FP32_OURS]:.0f} billion multiply-adds a second in fp32 ({found[FP32]:.0f} by torch's own choice), "
+        f"{found[BF16]:.0f} in bf16, {threads} {'thread' if threads == 1 else 'threads'}"
+    )
+    if found[BF16] < WORTH_ROUNDING * found[FP32_OURS]:
+        return Finding("CPU speed", f"{value}; model.dtype=fp32 is right")
+    return Finding(
+        "CPU speed", value, "note", "model.dtype=bf16 is faster here, and rollout.weights=merged-bf16 decodes faster"
+    )
 
 
 def _four_bit() -> Finding:

@@ -20,16 +20,20 @@ from hydra_ppo.cli import doctor
 from hydra_ppo.cli.doctor import GIB, examine
 from hydra_ppo.cli.installed import Finding, release
 from hydra_ppo.compat import FLASH_IS_BUILT_IN
+from hydra_ppo.compute import rates
 
+MEASURED = rates.rates
 NAMES = [
-    *("Python", "torch", "GPU", "bf16", "transformers", "peft", "bitsandbytes", "accelerate", "other packages"),
+    *("Python", "torch", "GPU", "bf16", "CPU speed", "transformers", "peft", "bitsandbytes", "accelerate"),
+    "other packages",
     *("4-bit base", "flash-attn", "attention=auto", "CPU memory", "disk"),
 ]
 
 
 @pytest.fixture(autouse=True)
 def _cpu_machine(monkeypatch):
-    """Make any machine one without a GPU, a driver and flash-attn."""
+    """Make any machine one without a GPU, a driver and flash-attn, whose CPU is as fast in fp32 as in bf16."""
+    monkeypatch.setattr(rates, "rates", lambda: {rates.FP32: 80e9, rates.FP32_OURS: 100e9, rates.BF16: 100e9})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(doctor, "_nvidia_driver", lambda: False)
@@ -132,7 +136,7 @@ def test_without_torch(monkeypatch):
     broken(monkeypatch, "torch", ModuleNotFoundError("No module named 'torch'"))
     findings = found()
     assert findings["torch"] == Finding("torch", "not installed", "problem", "pip install --upgrade 'torch>=2.11'")
-    for name in ("GPU", "bf16", "4-bit base", "flash-attn", "attention=auto"):
+    for name in ("GPU", "bf16", "CPU speed", "4-bit base", "flash-attn", "attention=auto"):
         assert findings[name] == Finding(name, "not checked: that needs torch", "note")
 
 
@@ -171,6 +175,25 @@ def test_versions_by_their_numbers(older, newer):
     assert release("4.0") == release("4")
 
 
+@pytest.mark.parametrize(("bf16", "state"), [(149e9, "ok"), (150e9, "note")])
+def test_bf16_is_named_where_it_is_faster_by_half(monkeypatch, bf16, state):
+    monkeypatch.setattr(rates, "rates", lambda: {rates.FP32: 80e9, rates.FP32_OURS: 100e9, rates.BF16: bf16})
+    finding = found()["CPU speed"]
+    assert finding.state == state
+    assert finding.value.startswith(
+        f"100 billion multiply-adds a second in fp32 (80 by torch's own choice), {bf16 / 1e9:.0f} in"
+    )
+    assert ("model.dtype=bf16" in finding.hint) if state == "note" else ("model.dtype=fp32 is right" in finding.value)
+
+
+def test_rates_are_those_of_the_median_round():
+    """Kernels take turns; a clock that jumps in one round, and in the first, which does not count."""
+    lengths = [9.0, 9.0, 9.0, 1.0, 2.0, 4.0, 1.0, 8.0, 4.0, 1.0, 2.0, 4.0]
+    times = iter([moment for length in lengths for moment in (0.0, length)])
+    work = rates.ROWS * rates.INPUTS * rates.OUTPUTS
+    assert MEASURED(3, lambda: next(times)) == {rates.FP32: work, rates.FP32_OURS: work / 2, rates.BF16: work / 4}
+
+
 def test_two_gpus(monkeypatch):
     fake_gpu(monkeypatch)
     findings = found()
@@ -178,6 +201,7 @@ def test_two_gpus(monkeypatch):
     assert findings["GPU 1"].value == "Card 1, 80.0 GiB, 70.0 GiB free"
     assert findings["torch"].value.endswith("built for CUDA 12.8")
     assert findings["bf16"] == Finding("bf16", "supported by the GPU")
+    assert "CPU speed" not in findings
     assert findings["flash-attn"].hint == "pip install --upgrade 'flash-attn>=2.8' --no-build-isolation"
     assert findings["attention=auto"].value == "takes sdpa for bf16 on cuda"
     assert problems(findings) == []
@@ -284,7 +308,7 @@ def test_lines(monkeypatch, capsys, caplog):
         logging.getLogger("hydra_ppo").info("heard again")
     assert caplog.messages == ["heard again"]
     lines = out.splitlines()
-    assert lines[-1] == "11 ok, 2 note, 1 problem"
+    assert lines[-1] == "12 ok, 2 note, 1 problem"
     (row,) = [i for i, line in enumerate(lines) if line.startswith("problem")]
     assert lines[row].split() == ["problem", "peft", "0.1", "is", "older", "than", "0.13"]
     assert lines[row + 1].strip() == "-> pip install --upgrade 'peft>=0.13'"
