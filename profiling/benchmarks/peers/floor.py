@@ -41,7 +41,7 @@ class Linear:
         return rank * (self.inputs + self.outputs)
 
 
-def multiply_adds(workload: Workload, trunk_layers: int, rank: int = LORA_RANK) -> dict[str, int]:
+def multiply_adds(workload: Workload, trunk_layers: int, rank: int = LORA_RANK, merged_rollout: bool = False) -> dict[str, int]:
     """Return the multiply-adds of one update by phase.
 
     rollout: every token but the last of a row goes through all layers once, the head sees every response token. score: one
@@ -51,6 +51,8 @@ def multiply_adds(workload: Workload, trunk_layers: int, rank: int = LORA_RANK) 
     Args:
         trunk_layers: layers below all adapters.
         rank: of the LoRA.
+        merged_rollout: responses are decoded with adapters merged into copies of the weights, so that only prompts go through
+            them.
     """
     rows, tokens = workload.rows, workload.prompt_tokens + workload.response_tokens
     above = workload.layers - trunk_layers
@@ -67,8 +69,9 @@ def multiply_adds(workload: Workload, trunk_layers: int, rank: int = LORA_RANK) 
     linears = forward(tokens, above) - above * attention(workload, tokens)
     backward = linears + 2 * above * attention(workload, tokens) + 2 * adapters(tokens) - unneeded
     one_role = forward(tokens, above) + adapters(tokens) + backward
+    adapted = workload.prompt_tokens if merged_rollout else tokens - 1
     return {
-        "rollout": rows * (forward(tokens - 1, workload.layers) + adapters(tokens - 1) + head),
+        "rollout": rows * (forward(tokens - 1, workload.layers) + adapters(adapted) + head),
         "score": rows * (forward(tokens, workload.layers) + head + forward(tokens, above) + adapters(tokens)),
         "update": workload.epochs * rows * (2 * one_role + 2 * head),
     }

@@ -130,8 +130,8 @@ def collect(
 
 
 def floor(workload: Workload, contestant: Contestant, seconds: Mapping[str, float], rates: Mapping[str, float]) -> Floor:
-    """Compare the time taken, by phase, with what the multiply-adds need at these rates."""
-    work = multiply_adds(workload, contestant.trunk_layers)
+    """Compare the time taken, by phase, with what the multiply-adds need at these rates, those of the contestant's type."""
+    work = multiply_adds(workload, contestant.trunk_layers, merged_rollout=contestant.merged)
     return Floor(work, dict(rates), shares(work, seconds, rates[TORCH_MATMUL]), shares(work, seconds, max(rates.values())))
 
 

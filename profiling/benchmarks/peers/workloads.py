@@ -106,6 +106,11 @@ class Contestant:
         return self.options.get("trunk_layers", 0)
 
     @property
+    def merged(self) -> bool:
+        """Whether it is ours and decodes with merged copies of the weights, which are in bf16 whatever its type."""
+        return self.options.get("weights") == "merged-bf16"
+
+    @property
     def ours(self) -> bool:
         """Whether it is this package's own trainer, which announces its phases."""
         return self.script == "hydra_worker.py"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hydra_ppo.profiling.benchmarks.peers.floor import attention, layer_linears, multiply_adds, shares
-from hydra_ppo.profiling.benchmarks.peers.workloads import Workload
+from hydra_ppo.profiling.benchmarks.peers.workloads import WORKLOADS, Workload
 
 SHAPE = Workload("x", 4, 6, 2, 2, 1, 10, rows=1, prompt_tokens=1, response_tokens=2, epochs=1, microbatch=1)
 """Two heads of 2, one of them for keys and values; rows of 3 tokens."""
@@ -51,3 +51,12 @@ def test_shares_by_hand():
     found = shares({"rollout": 10, "score": 20, "update": 70}, {"rollout": 2.0, "score": 2.0, "update": 16.0}, rate=10.0)
     # 1 of 2, 2 of 2 and 7 of 16 seconds; 10 of 20
     assert found == {"rollout": 0.5, "score": 1.0, "update": 0.4375, "whole": 0.5}
+
+
+def test_merged_copies_leave_adapters_out_of_decoding_alone():
+    workload = WORKLOADS["w1"]
+    plain, merged = multiply_adds(workload, 0), multiply_adds(workload, 0, merged_rollout=True)
+    assert {phase for phase in plain if plain[phase] != merged[phase]} == {"rollout"}
+    # Per layer r (in + out) of q, o (512, 512), k, v (512, 256), gate, up (512, 1536) and down (1536, 512), r = 16.
+    per_token = 8 * 16 * (2 * 1024 + 2 * 768 + 3 * 2048)
+    assert plain["rollout"] - merged["rollout"] == 16 * 63 * per_token
