@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 EMBEDDINGS = {"model": {"quantize_embeddings": "int8"}}
 MOMENTS = {"optimizer": {"name": "adamw-8bit"}}
 CACHE = {"rollout": {"kv_cache": "int8"}}
+COPIES = {"rollout": {"weights": "merged-bf16"}}
+BF16 = {"model": {"dtype": "bf16"}}
 IN_LOSS = {"kl": {"estimator": "k3", "place": "loss"}}
 EIGHT = {"rollout": {"samples_per_prompt": 8}}
 
@@ -57,6 +59,12 @@ TABLES: dict[str, dict[str, Setup]] = {
         "8-bit AdamW": MOMENTS,
         "int8 KV cache": CACHE,
         "all three": {**EMBEDDINGS, **MOMENTS, **CACHE},
+    },
+    "speed": {
+        "defaults": {},
+        "merged copies": COPIES,
+        "bf16": BF16,
+        "bf16, merged copies": {**BF16, **COPIES},
     },
     "methods": {
         "defaults": {},
