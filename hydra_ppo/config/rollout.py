@@ -51,7 +51,8 @@ class RolloutSettings:
     )
     measure_drift: bool = setting(
         False,
-        "Compare the sampler's log-probs with those of a pass over 16 rows of each rollout; int8 and merged-bf16 always do.",
+        "Compare the sampler's log-probs with those of a pass over a quarter of each rollout, 16 rows at most; int8 and "
+        "merged-bf16 always do.",
     )
     max_drift: float | None = setting(
         0.1,

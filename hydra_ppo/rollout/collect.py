@@ -47,8 +47,9 @@ class Passes:
 
 
 PPO_PASSES = Passes()
-MEASURED = 16
-"""Rows of a rollout on which drift is measured, the longest: some hundred to some thousand tokens, for one pass over them."""
+MEASURED, OF = 16, 4
+"""Most rows of a rollout on which drift is measured, the longest, and of how many rows one: some hundred to some thousand
+tokens, for one pass over them. Of a small rollout 16 would be all, and the pass would cost more than a faster sampler wins."""
 
 
 def collect_experience(
@@ -143,7 +144,7 @@ def score(
     Where the model has a trunk, the first pass finds what leaves it too, and the others begin there; not where several
     processes share the rows out, since what leaves the trunk is too much to send around.
 
-    Where drift is measured, the actor's log-probs of the `MEASURED` longest rows are recomputed too; those of all rows, where
+    Where drift is measured, the actor's log-probs of some of the longest rows are recomputed too; those of all rows, where
     what the sampler had is further from them than the settings allow. So neither depends on how many rows are scored at once.
 
     Args:
@@ -161,11 +162,12 @@ def score(
         after_last = torch.zeros_like(scores) if passes.after_last else None
         members = torch.zeros(shape[0], model.reward_heads, device=model.device) if model.reward_heads > 1 else None
         trunk = _room_for_trunk(model, experience, settings) if world.size == 1 else None
-    measured = set(_longest(experience, MEASURED)) if settings.measures_drift and not settings.recomputes else set()
+    count = min(MEASURED, -(-len(experience) // OF))
+    measured = set(_longest(experience, count)) if settings.measures_drift and not settings.recomputes else set()
     groups = experience.split(world.rows_at_once(len(experience), settings.score_batch_size))
     every = settings.recomputes or (world.in_step and bool(measured))  # in step all make the same passes
     again = [rows for rows in groups if every or not measured.isdisjoint(rows)]
-    left = [rows for rows in groups if rows not in again]
+    left = [] if every else [rest for rows in groups if (rest := [row for row in rows if row not in measured])]
 
     def run(rows: list[int], counts: bool) -> None:
         check_stop()
@@ -203,11 +205,13 @@ def score(
                 old_values[index, :width] = values
             if counts and after_last is not None and after is not None:
                 after_last[index] = after
-        if rows in again:
+        if every:
             with model.role(passes.actor):
                 actors = model.logprobs(sequences, settings.temperature).logprobs
             if counts:
                 recomputed[index, :width] = actors
+        elif rows in again:
+            run_actor([row for row in rows if row in measured], counts)
 
     def run_actor(rows: list[int], counts: bool) -> None:
         check_stop()

@@ -43,7 +43,7 @@ def main() -> None:
     session = Session()
     workload = session.workload
     if session.options.get("tuned"):
-        tune()
+        tune(session.workload.vocabulary)
     models = views(session) if session.options["patched"] else separate(session)
     check_rollouts(session)
     # On the last batch of its dataloader TRL takes an optimizer step per micro-batch: one batch more than is used.
@@ -81,7 +81,7 @@ def main() -> None:
         trainer.train()
 
 
-def tune() -> None:
+def tune(vocabulary: int) -> None:
     """Give the trainer what hydra takes of torch and the C library: oneDNN for large products in fp32, freed memory kept."""
     from hydra_ppo.compute.products import SMALL, has_own_kernel, linear, times
     from hydra_ppo.runtime.host_memory import keep_freed_memory
@@ -107,7 +107,10 @@ def tune() -> None:
 
     def chosen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         large = x.numel() * weight.shape[0] >= SMALL  # and so are both products of the backward pass
-        return Linear.apply(x, weight, bias) if large and has_own_kernel(x) else plain(x, weight, bias)
+        if not (large and has_own_kernel(x)):
+            return plain(x, weight, bias)
+        y: Tensor = Linear.apply(x, weight, bias)
+        return y if weight.shape[0] < vocabulary else y.clone()  # TRL divides a view of the logits in place
 
     torch.nn.functional.linear = chosen
     keep_freed_memory(torch.device("cpu"))
