@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from hydra_ppo.compute.products import multiplies_bf16
 
@@ -42,6 +43,7 @@ def wins(dtype: torch.dtype, device: torch.device, tokens: int) -> bool:
         and dtype is torch.bfloat16
         and tokens <= LONGEST
         and multiplies_bf16()
+        and detect_fake_mode() is None  # a simulation is one of a GPU
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")  # which would round the scores
     )

@@ -13,16 +13,8 @@ from hydra_ppo.errors import DataError
 
 KINDS = (
     *("base weights", "adapters", "heads", "gradients", "optimizer"),
-    *(
-        "kv cache",
-        "activations",
-        "dequantised weights",
-        "rollout copies",
-        "log-probs",
-        "experience",
-        "other",
-        "gathered layers",
-    ),
+    *("kv cache", "activations", "dequantised weights", "rollout copies", "log-probs"),
+    *("experience", "other", "gathered layers"),
 )
 """What a tensor is for. `dequantised weights` are copies of a 4- or 8-bit layer in the compute type, alive for one
 multiplication; `rollout copies` are what decoding multiplies with, where it is not the base itself; `gathered layers` are whole

@@ -30,6 +30,7 @@ KIND_COLOURS = {
     "kv cache": "#44aa99",
     "activations": "#cc6677",
     "dequantised weights": "#999933",
+    "rollout copies": "#8c564b",
     "gathered layers": "#ee8866",
     "log-probs": "#aa4499",
     "experience": "#4477aa",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from hydra_ppo.compute import short_attention
@@ -73,6 +74,8 @@ def test_it_is_taken_for_short_rows_in_bf16_on_a_cpu_alone(monkeypatch):
     assert not short_attention.wins(torch.bfloat16, CPU, short_attention.LONGEST + 1)
     assert not short_attention.wins(torch.float32, CPU, 8)
     assert not short_attention.wins(torch.bfloat16, torch.device("cuda"), 8)
+    with FakeTensorMode():  # a simulation, which is one of a GPU
+        assert not short_attention.wins(torch.bfloat16, CPU, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert not short_attention.wins(torch.bfloat16, CPU, 8)
     with torch.backends.mkldnn.flags(enabled=False):

@@ -167,8 +167,8 @@ def test_totals_equal_the_sum_of_what_is_above_them():
         assert total[0] == "total"
         for column in range(1, len(total)):
             assert float(total[column]) == sum(float(row[column]) for row in rows)
-    assert cells(phase_table(profile))[-1][1:] == ["78.00", "234.00"]  # 1 + ... + 12 = 78, and three times that
-    assert [row[-1] for row in cells(role_table(profile))] == ["78.00", "156.00", "234.00"]
+    assert cells(phase_table(profile))[-1][1:] == ["91.00", "273.00"]  # 1 + ... + 13 = 91, and three times that
+    assert [row[-1] for row in cells(role_table(profile))] == ["91.00", "182.00", "273.00"]
     assert headers(role_table(profile)) == ["role", *KINDS, "total"]
 
 
