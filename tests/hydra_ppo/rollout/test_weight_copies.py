@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
-from hydra_ppo.compute import copied_linear
+from hydra_ppo.compute import copied_linear, short_attention
 from hydra_ppo.compute.copied_linear import CopiedLinear
 from hydra_ppo.compute.kv_cache import KVCache, new_cache
 from hydra_ppo.compute.lm_head import LMHead
@@ -182,6 +182,7 @@ def test_memory_by_hand_and_simulated_against_measured(monkeypatch, dtype):
     if copied_linear.can_be_ordered(torch.zeros(2, 2, dtype=torch.bfloat16)):
         assert peaks(simulate=False, device="cpu")["rollout"].kinds["rollout copies"] == layers + head
     monkeypatch.setattr(copied_linear, "_ORDER", None)
+    monkeypatch.setattr(short_attention, "LONGEST", 0)  # a GPU has no scores in fp32, 0.3 MiB of this model's updates
     simulated, measured = peaks(simulate=True), peaks(simulate=False, device="cpu")
     for phase, peak in measured.items():
         assert_adds_up(peak)
