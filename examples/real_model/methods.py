@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this runs as a file, too
 from examples.real_model.run import CLI, HERE, SAMPLES, Steps
+from hydra_ppo.profiling.learning.shared import spread
 
 FOUR = ("--rollout.samples_per_prompt", 4)
 NOISE = 0.25
@@ -174,26 +174,31 @@ def table(output: Path, rows: Sequence[str], seeds: Sequence[int]) -> str:
     found = {
         (row, seed): summary for row in (*rows, "gae", "one-head") for seed in seeds if (summary := _summary(output, row, seed))
     }
-    lines = ["| row | seeds | score before | score after | less the first | KL, nats | repeated 4-grams after |"]
+    lines = ["| row | seeds | score before | score after | less the first | KL, nats | repeated 4-grams after, % |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for row in rows:
         there = [seed for seed in seeds if (row, seed) in found]
         first = "one-head" if row in ON_HEADS else "gae"
         both = [seed for seed in there if (first, seed) in found and row != first]
 
-        def of(key: str, row: str = row, there: Sequence[int] = there) -> str:
-            return spread([found[row, seed][key] for seed in there])
+        def of(key: str, times: int = 1, row: str = row, there: Sequence[int] = there) -> str:
+            return written([times * found[row, seed][key] for seed in there])
 
         gaps = [found[row, seed]["eval_scores_after"] - found[first, seed]["eval_scores_after"] for seed in both]
         cells = [
             of("eval_scores_before"),
             of("eval_scores_after"),
-            spread(gaps),
+            written(gaps),
             of("eval_kl"),
-            of("eval_repeated_4grams_after"),
+            of("eval_repeated_4grams_after", 100),
         ]
         lines.append(f"| {row} | {len(there)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def written(values: Sequence[float]) -> str:
+    """Return mean ± standard error; nothing where there is nothing."""
+    return spread(values) if values else ""
 
 
 def _summary(output: Path, row: str, seed: int) -> dict[str, Any] | None:
@@ -207,13 +212,6 @@ def _summary(output: Path, row: str, seed: int) -> dict[str, Any] | None:
         read = [step[VADER] for step in steps if step.get(VADER) is not None]
         found["eval_scores_before"], found["eval_scores_after"] = read[0], read[-1]
     return found
-
-
-def spread(values: Sequence[float]) -> str:
-    """Return mean ± standard error."""
-    if len(values) < 2:
-        return f"{values[0]:.4f}" if values else ""
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) / len(values) ** 0.5:.4f}"
 
 
 if __name__ == "__main__":

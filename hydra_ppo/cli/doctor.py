@@ -91,9 +91,13 @@ def examine() -> list[Finding]:
         return [
             check("Python", "pip install .", examine_python),
             check("torch", install_command("torch", requirements), _torch, requirements),
-            *_gpus(),
+            *(gpus := _gpus()),
             check("bf16", "set model.dtype=fp32", _bf16, needs=("torch",)),
-            *_cpu_speeds(),
+            *(
+                []
+                if gpus[0].name == "GPU 0"
+                else [check("CPU speed", "leave model.dtype at auto", _cpu_speed, needs=("torch",))]
+            ),
             *(
                 check(name, install_command(name, requirements), examine_package, name, requirements, module)
                 for name, module in PACKAGES.items()
@@ -172,14 +176,6 @@ def _bf16() -> Finding:
     if (ones @ ones)[0, 0].item() != 8:
         return Finding("bf16", "gives wrong products on this CPU", "problem", "set model.dtype=fp32")
     return Finding("bf16", "works on the CPU; model.dtype=auto takes fp32 there")
-
-
-def _cpu_speeds() -> list[Finding]:
-    """Say how fast the CPU multiplies; nothing where there is a GPU to run on."""
-    count = check("GPU", GPU_HEALTH, _gpu_count, needs=("torch",))
-    if count.value.isdecimal() and int(count.value):
-        return []
-    return [check("CPU speed", "leave model.dtype at auto", _cpu_speed, needs=("torch",))]
 
 
 def _cpu_speed() -> Finding:

@@ -166,7 +166,6 @@ def score(
     measured = set(_longest(experience, count)) if settings.measures_drift and not settings.recomputes else set()
     groups = experience.split(world.rows_at_once(len(experience), settings.score_batch_size))
     every = settings.recomputes or (world.in_step and bool(measured))  # in step all make the same passes
-    again = [rows for rows in groups if every or not measured.isdisjoint(rows)]
     left = [] if every else [rest for rows in groups if (rest := [row for row in rows if row not in measured])]
 
     def run(rows: list[int], counts: bool) -> None:
@@ -210,8 +209,8 @@ def score(
                 actors = model.logprobs(sequences, settings.temperature).logprobs
             if counts:
                 recomputed[index, :width] = actors
-        elif rows in again:
-            run_actor([row for row in rows if row in measured], counts)
+        elif mine := [row for row in rows if row in measured]:
+            run_actor(mine, counts)
 
     def run_actor(rows: list[int], counts: bool) -> None:
         check_stop()
@@ -228,7 +227,7 @@ def score(
 
     world.together(lambda: _each(run, world.share(groups, tokens)), f"scoring {len(groups)} groups")
     # The rows of others are zeros here, so a sum gathers them, and to the last bit.
-    needed = [*([old_values] if passes.critic else []), *([recomputed] if again else [])]
+    needed = [*([old_values] if passes.critic else []), *([recomputed] if every or measured else [])]
     needed += [found for found in (after_last, members, ends) if found is not None]
     world.sum([ref_logprobs, scores, *needed])
     drift, recompute = None, settings.recomputes

@@ -48,8 +48,8 @@ def test_the_table_compares_seed_by_seed(tmp_path):
         finished(tmp_path, f"gae-{seed}", gae)
         finished(tmp_path, f"rloo-{seed}", rloo)
     rows = methods.table(tmp_path, ["gae", "rloo", "ptx"], [0, 1, 2]).splitlines()[2:]
-    assert rows[0] == "| gae | 2 | 0.5000 ± 0.0000 | 1.5000 ± 0.5000 |  | 4.0000 ± 0.0000 | 0.0100 ± 0.0000 |"
-    assert rows[1].split(" | ")[3:5] == ["1.8000 ± 0.6000", "0.3000 ± 0.1000"]
+    assert rows[0] == "| gae | 2 | 0.500 ± 0.000 | 1.500 ± 0.500 |  | 4.000 ± 0.000 | 1.000 ± 0.000 |"
+    assert rows[1].split(" | ")[3:5] == ["1.800 ± 0.600", "0.300 ± 0.100"]
     assert rows[2] == "| ptx | 0 |  |  |  |  |  |"
 
 
@@ -57,8 +57,8 @@ def test_rows_on_heads_are_judged_by_vader(tmp_path):
     finished(tmp_path, "one-head-0", 9.0, [{"eval/reward/reward": 0.25}, {}, {"eval/reward/reward": 0.75}])
     finished(tmp_path, "rehearsal-0", 9.0, [{"eval/reward/reward": 0.25}, {"eval/reward/reward": 1.0}])
     rows = methods.table(tmp_path, ["one-head", "rehearsal"], [0]).splitlines()[2:]
-    assert rows[0].startswith("| one-head | 1 | 0.2500 | 0.7500 |  |")
-    assert rows[1].startswith("| rehearsal | 1 | 0.2500 | 1.0000 | 0.2500 |")
+    assert rows[0].startswith("| one-head | 1 | 0.250 | 0.750 |  |")
+    assert rows[1].startswith("| rehearsal | 1 | 0.250 | 1.000 | 0.250 |")
 
 
 def test_an_unknown_row_ends_in_one_line(monkeypatch, capsys):
